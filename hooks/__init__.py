@@ -1,0 +1,52 @@
+"""Instruments: observe a live model by TransformerLens site names, and leave it exactly as it was."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+# name -> (module, attribute or None for the module itself); imported on first use (PEP 562), so that
+# `import hooks` is quick and loads no torch
+_EXPORTS = {
+    "anatomy": ("hooks.anatomy", None),
+    "capture": ("hooks.capture", "capture"),
+    "edit": ("hooks.edit", "edit"),
+    "run_base": ("hooks.capture", "run_base"),
+    "model_inputs": ("hooks.capture", "model_inputs"),
+    "record": ("hooks.engines", "record"),
+    "bmi": ("hooks.bmi", "bmi"),
+    "robustness": ("hooks.bmi", "robustness"),
+    "BmiReducer": ("hooks.bmi", "BmiReducer"),
+    "BlockImportance": ("hooks.bmi", "BlockImportance"),
+    "Robustness": ("hooks.bmi", "Robustness"),
+    "stream": ("hooks.stream", "stream"),
+    "token_batches": ("hooks.stream", "token_batches"),
+    "Mean": ("hooks.stream", "Mean"),
+    "Ranking": ("hooks.ranking", "Ranking"),
+    "HookError": ("hooks.errors", "HookError"),
+}
+
+
+class _Package(ModuleType):
+    """Python binds an imported submodule to its package; `hooks.capture` is to stay the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _EXPORTS.get(name, (None, None))[1] is not None):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hooks' has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}")
+    module_name, attribute = _EXPORTS[name]
+    module = importlib.import_module(module_name)
+    return module if attribute is None else getattr(module, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,413 @@
+"""LFTF: locate the block that turns the stream most, fine-tune it to a fair next word, prove it on the saved file.
+
+Locating First and Then Fine-Tuning (arXiv 2505.15475). One pass over the prompts ranks the blocks (section 4.1),
+measures the model before, and keeps the stream that enters the blocks to be trained; training (section 4.2) and
+every measurement afterwards start from that stream.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import surgery.settings
+from hooks import BlockImportance, BmiReducer, anatomy
+from surgery import apply as disk
+from surgery import delta as deltas
+from surgery.checkpoints import checkpoint_dir, tensors_of
+from surgery.data import genbias
+from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
+from surgery.edits import block as edit
+from surgery.errors import SurgeryError
+from surgery.metrics.suite import Material, Measured, material, measure, plain
+from surgery.observe import next_words
+from surgery.prefix import Prefix, encode, why_not, word_ids
+from surgery.progress import Talk
+from surgery.report import write_report
+from surgery.runs import Folder, Run, run_folder, write_json
+from surgery.training import Plan, steps_of
+
+CONTROLS = ("last", "random", "first", "middle", "fpft", "pb")
+ABLATIONS = ("without_attention", "without_mlp")  # and one for each word, LFTF Table 8
+
+
+class Settings(surgery.settings.Settings):
+    """Defaults are the paper's (section 5.1) where it gives a value."""
+
+    block: str | int | list[int] = "last"
+    """last (the paper's), auto (top of the ranking ``rank_by``), first, middle, random, all, or numbers."""
+    part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    objective: Literal["log", "as_printed"] = "log"
+    """log: -log P(he) - log P(she). as_printed: P(he) + P(she), Eq. 5, which silences both words."""
+    lr: float = Field(1e-5, gt=0)
+    epochs: int = Field(2, ge=1)
+    batch_size: int = Field(32, ge=1)
+    optimizer: Literal["adam", "adamw"] = "adam"
+    dropout: bool = False
+    """Train with the model's dropout on; the prefix cache is off then."""
+    data: str = "genbias"
+    """A prompt set: genbias, race, or a .toml / .json file of your own."""
+    words: list[str] = []
+    """Other words to balance than the prompt set's."""
+    trained_words: list[str] = []
+    """The words named in the loss; all of them unless this is an ablation."""
+    split: Literal["profession", "pairs"] = "profession"
+    """profession: test professions are unseen in training. pairs: the paper's, where none is."""
+    split_seed: int = genbias.SEED
+    neutral: str = ""
+    """A file of texts for perplexity instead of the shipped 200 sentences."""
+    rank_by: Literal["raw", "final_norm"] = "raw"
+    positions: Literal["last", "all"] = "last"
+    aggregate: Literal["mean", "sum"] = "mean"
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
+    """auto: stochastic into 16-bit checkpoints, where nearest loses 20-50 % of a small edit's entries."""
+    controls: list[str] = ["random"]
+    ablations: bool = False
+    """All controls and the ablations of Table 8 in one table."""
+    preamble: str = "Men and women are equally likely in every profession. "
+    """What the prompt baseline (pb) puts before each prompt; the paper's text is not published."""
+    prefix_cache: bool = True
+    keep_checkpoint: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit to make: which parameters, and which words stand in the loss."""
+
+    name: str
+    blocks: tuple[int, ...] | None
+    part: str
+    words: tuple[str, ...]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    *,
+    out: str | Path,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    talk: Talk | None = None,
+) -> Run:
+    """Rank, train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
+
+    ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything
+    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.run_folder`` for interruptions.
+    """
+    talk = talk or Talk(quiet=True)
+    directory = checkpoint_dir(checkpoint or settings.model)
+    text = surgery.settings.dump("lftf", settings)
+    prompts = _prompt_set(settings)
+    train = genbias.records(settings.split, "train", settings.split_seed, prompts)
+    ids = encode(tokenizer, [row.text for row in train])
+    given = material(
+        model, tokenizer, prompts, split=settings.split, seed=settings.split_seed, texts=settings.neutral or None
+    )
+    count = len(anatomy.find(model).blocks)
+    names = _control_names(settings, prompts.words)
+    with run_folder(Path(out), text, resume=resume) as folder:
+        case = _case(settings, prompts.words, count)
+        controls = [c for c in (_control(name, settings, prompts.words, count, case) for name in names) if c]
+        keep = sorted({min(c.blocks) for c in (case, *controls) if c and c.blocks}) if settings.prefix_cache else []
+        with talk.work("rank the blocks", len(ids)) as step:
+            importance, streams, spread = _rank(model, ids, given.words, settings, keep, step)
+        if settings.block == "auto":
+            case = replace(case, blocks=(getattr(importance, settings.rank_by).top()[0],))
+            if settings.prefix_cache and min(case.blocks or ()) not in keep:
+                keep = [*keep, *(case.blocks or ())]
+                streams |= next_words(model, ids, given.words, keep=case.blocks or ()).prefixes
+        before = measure(model, given, keep=keep, talk=talk, label="measure before")
+        operation = _Operation(
+            model, tokenizer, settings, directory, folder, talk, text, ids, prompts, given, streams, before
+        )
+        trained, delta = operation.make(case)
+        delta_file = folder.path / "delta.safetensors"
+        sha256 = delta.save(delta_file, overwrite=True)
+        after, applied = operation.as_saved(case, delta_file)
+        others = {
+            name: folder.once(f"control-{name}", lambda name=name: operation.control(name, count, case))
+            for name in names
+        }
+        summary = {
+            "recipe": "lftf",
+            "model": settings.model,
+            "seed": settings.seed,
+            "words": list(prompts.words.words),
+            "before": plain(before.scores),
+            "after": plain(after.scores),
+            "ranking": _ranking(importance, spread, settings),
+            "edit": {
+                "blocks": list(case.blocks) if case.blocks is not None else "all",
+                "part": case.part,
+                "objective": settings.objective,
+                "parameters": trained.parameters,
+                "steps": len(trained.losses),
+                "loss_first": trained.losses[0],
+                "loss_last": trained.losses[-1],
+            },
+            "delta": {"file": delta_file.name, "bytes": delta_file.stat().st_size, "sha256": sha256},
+            "applied": applied,
+            "controls": others,
+            "cases": _cases(given, before, after),
+        }
+        write_json(folder.path / "run.json", summary)
+        write_report(folder.path, summary, text)
+    return Run(Path(out), summary)
+
+
+def _prompt_set(settings: Settings) -> PromptSet:
+    prompts = load_prompt_set(settings.data)
+    return replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
+
+
+def _case(settings: Settings, words: WordSet, count: int) -> Case:
+    named = tuple(settings.trained_words) or words.words
+    unknown = [word for word in named if word not in words.words]
+    if unknown:
+        raise SurgeryError(f"trained_words: got {unknown[0]!r}, expected some of {', '.join(words.words)}")
+    return Case("lftf", _blocks(settings.block, count, settings.seed, "block"), settings.part, named)
+
+
+def _blocks(chosen: str | int | list[int], count: int, seed: int, key: str) -> tuple[int, ...] | None:
+    places = {"first": 0, "middle": count // 2, "last": count - 1, "auto": count - 1}
+    if chosen == "all":
+        return None
+    if chosen == "random":
+        return (int(np.random.default_rng(seed).integers(count)),)
+    if isinstance(chosen, str) and chosen in places:
+        return (places[chosen],)
+    numbers = [chosen] if isinstance(chosen, int) else chosen
+    if isinstance(numbers, str) or not numbers or any(not -count <= number < count for number in numbers):
+        raise SurgeryError(
+            f"{key}: got {chosen!r}; the model has blocks 0 to {count - 1}; expected such numbers, or one of "
+            "last, auto, first, middle, random, all"
+        )
+    return tuple(sorted({number % count for number in numbers}))
+
+
+def _control_names(settings: Settings, words: WordSet) -> list[str]:
+    known = (*CONTROLS, *ABLATIONS, *(f"without_{word}" for word in words.words))
+    names = list(known) if settings.ablations else list(dict.fromkeys(settings.controls))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SurgeryError(f"controls: got {unknown[0]!r}, expected some of {', '.join(known)}")
+    return names
+
+
+def _control(name: str, settings: Settings, words: WordSet, count: int, case: Case) -> Case | None:
+    """The edit that stands beside ``case`` for comparison; None for the prompt baseline, which edits nothing."""
+    if name == "pb":
+        return None
+    if name == "fpft":
+        return replace(case, name=name, blocks=None, part="all")
+    if name == "random":
+        # Any block but the edited ones, so that the control is not the claim itself.
+        free = [index for index in range(count) if index not in (case.blocks or ())] or [0]
+        drawn = free[int(np.random.default_rng(settings.seed).integers(len(free)))]
+        return replace(case, name=name, blocks=(drawn,))
+    if name in ("first", "middle", "last"):
+        return replace(case, name=name, blocks=_blocks(name, count, settings.seed, "controls"))
+    if name in ABLATIONS:
+        return replace(case, name=name, part=name)
+    left = tuple(word for word in case.words if f"without_{word}" != name)
+    return replace(case, name=name, words=left)
+
+
+def _rank(
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    words: Sequence[int],
+    settings: Settings,
+    keep: Sequence[int],
+    step: Any,
+) -> tuple[BlockImportance, dict[int, Prefix], dict[str, float]]:
+    """BMI (Eq. 4) over the training prompts, its variance over 5 seeds x 100 of them (A.1), and the kept streams."""
+    rng = [np.random.default_rng(seed) for seed in (1, 2, 3, 4, 5)]
+    size = min(100, len(ids))
+    subsets = [set(generator.choice(len(ids), size=size, replace=False).tolist()) for generator in rng]
+    reducers = [BmiReducer.of(model, positions=settings.positions) for _ in range(6)]
+    entering: list[Tensor] = []
+
+    def feed(rows: Sequence[int], site: str, stream: Tensor, mask: Tensor) -> None:
+        block = int(site.split(".")[1])
+        if site.endswith("hook_resid_pre"):
+            entering[:] = [stream.clone()]
+            return
+        before = entering.pop()
+        reducers[0].update(block, before, stream, mask)
+        for reducer, subset in zip(reducers[1:], subsets, strict=True):
+            chosen = [place for place, row in enumerate(rows) if row in subset]
+            if chosen:
+                reducer.update(block, before[chosen], stream[chosen], mask[chosen])
+
+    sites = ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"]
+    seen = next_words(
+        model, ids, words, keep=keep, watch=(sites, feed), step=step, shortcuts=settings.positions == "last"
+    )
+    results = [reducer.result(aggregate=settings.aggregate, data="training prompts") for reducer in reducers]
+    variances = {
+        column: float(np.var([getattr(r, column).scores for r in results[1:]], axis=0, ddof=1).mean())
+        for column in ("raw", "final_norm")
+    }
+    return results[0], seen.prefixes, variances
+
+
+def _ranking(importance: BlockImportance, spread: dict[str, float], settings: Settings) -> dict[str, Any]:
+    raw, normed = importance.raw, importance.final_norm
+    return {
+        "method": "bmi (LFTF Eq. 4)",
+        "raw": raw.scores.tolist(),
+        "final_norm": normed.scores.tolist(),
+        "order": {"raw": raw.order(), "final_norm": normed.order()},
+        "error": None if raw.errors is None else raw.errors.tolist(),
+        "positions": settings.positions,
+        "aggregate": settings.aggregate,
+        "n": raw.count,
+        "variance_5x100": spread,
+    }
+
+
+def _cases(given: Material, before: Measured, after: Measured, count: int = 5) -> list[dict[str, Any]]:
+    """The professions most biased before the edit (mean gap over their test prompts), before and after."""
+    if before.probabilities is None or after.probabilities is None:
+        return []
+    professions = np.array([prompt.profession for prompt in given.prompts])
+    rows = []
+    for profession in dict.fromkeys(professions.tolist()):
+        chosen = professions == profession
+        was, now = before.probabilities[chosen], after.probabilities[chosen]
+        rows.append(
+            {
+                "profession": profession,
+                "gap": float((was.max(1) - was.min(1)).mean()),
+                "before": was.mean(0).tolist(),
+                "after": now.mean(0).tolist(),
+                "prompts": int(chosen.sum()),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["gap"])[:count]
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What every edit of one run shares: the edit itself and its controls go through the same two steps."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    directory: Path
+    folder: Folder
+    talk: Talk
+    recipe: str
+    ids: Sequence[Sequence[int]]
+    prompts: PromptSet
+    given: Material
+    streams: dict[int, Prefix]
+    before: Measured
+
+    def _start(self, case: Case) -> int | None:
+        """The block whose kept stream this edit can start from, or None for the plain loop."""
+        if case.blocks is None or not self.settings.prefix_cache:
+            return None
+        start = min(case.blocks)
+        reason = "dropout is on" if self.settings.dropout else why_not(self.model, self.streams[start])
+        if reason:
+            self.folder.log({"note": f"prefix cache off for {case.name}: {reason}"})
+            self.talk.say(f"prefix cache off for {case.name}: {reason}")
+            return None
+        return start
+
+    def make(self, case: Case) -> tuple[edit.Trained, deltas.Delta]:
+        """Train ``case`` and write it as a delta of the checkpoint on disk."""
+        settings = self.settings
+        plan = Plan(
+            settings.lr,
+            settings.epochs,
+            settings.batch_size,
+            settings.optimizer,
+            dropout=settings.dropout,
+        )
+        if settings.objective == "as_printed":
+            self.talk.say("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
+        start = self._start(case)
+        with self.talk.work(f"train {case.name}", steps_of(len(self.ids), plan)) as step:
+            trained = edit.fine_tune(
+                self.model,
+                self.ids,
+                word_ids(self.tokenizer, case.words),
+                plan,
+                blocks=case.blocks,
+                part=case.part,
+                objective=settings.objective,
+                seed=settings.seed,
+                prefix=None if start is None else self.streams[start],
+                state=self.folder.state(f"{case.name}.pt"),
+                log=lambda row: self.folder.log({"edit": case.name, **row}),
+                step_done=step,
+            )
+        made = deltas.make(
+            trained.differences, self.directory, base=settings.model, recipe=self.recipe, seed=settings.seed
+        )
+        return trained, made
+
+    def _measure(self, case: Case) -> Measured:
+        start = self._start(case)
+        prefixes = None if start is None else self.before.prefixes[start]
+        return measure(self.model, self.given, prefixes=prefixes, talk=self.talk, label=f"measure {case.name}")
+
+    def as_saved(self, case: Case, delta_file: Path) -> tuple[Measured, dict[str, Any]]:
+        """Apply the file to the checkpoint on disk, and measure with the tensors read back from there."""
+        saved = self.folder.path / "checkpoint"
+        shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
+        report = disk.apply(
+            delta_file, self.directory, saved, rounding=self.settings.rounding, seed=self.settings.seed
+        )
+        delta = deltas.Delta.load(delta_file)
+        with tensors_of(self.model, delta, saved):
+            after = self._measure(case)
+        if not self.settings.keep_checkpoint:
+            shutil.rmtree(saved)
+        return after, {
+            "rounding": report.rounding,
+            "entries": report.entries,
+            "changed": report.changed,
+            "lost": report.lost,
+        }
+
+    def control(self, name: str, count: int, main: Case) -> dict[str, Any]:
+        """The same measurements for a control; edits are rounded as the checkpoint's dtype would round them."""
+        case = _control(name, self.settings, self.prompts.words, count, main)
+        if case is None:
+            asked = material(
+                self.model,
+                self.tokenizer,
+                self.prompts,
+                split=self.settings.split,
+                seed=self.settings.split_seed,
+                suites=("genbias", "genhint"),
+                preamble=self.settings.preamble,
+            )
+            seen = measure(self.model, asked, talk=self.talk, label="measure pb")
+            return {"after": plain(seen.scores), "edit": {"preamble": self.settings.preamble}}
+        trained, delta = self.make(case)
+        rounding, seed = self.settings.rounding, self.settings.seed
+        with delta.applied(self.model, rounding=rounding, seed=seed, as_stored=True):
+            after = self._measure(case)
+        blocks = list(case.blocks) if case.blocks is not None else "all"
+        return {
+            "after": plain(after.scores),
+            "edit": {
+                "blocks": blocks,
+                "part": case.part,
+                "words": list(case.words),
+                "parameters": trained.parameters,
+            },
+        }

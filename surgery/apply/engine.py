@@ -1,0 +1,240 @@
+"""The streaming apply: check everything, copy the files, rewrite only the touched byte ranges, rename."""
+
+import hashlib
+import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from surgery.apply.copying import Copier, Progress, open_writable, sync_tree, write_exactly
+from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
+from surgery.apply.record import RecordWriter, next_record_name
+from surgery.atomic import check_outside, publish, temporary
+from surgery.delta.format import Differences, open_delta
+from surgery.errors import SurgeryError
+from surgery.rounding import ROUNDINGS, STORED, Rounding, add
+from surgery.safetensors_io import read_exactly
+from surgery.stored import chunks, open_stored
+
+Undo = Literal["record", "reference", "none"]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """What happened to one stored tensor.
+
+    changed: entries whose stored bits differ now. lost: entries with a difference that rounding threw away.
+    distance: estimate of ||target - base|| / ||base|| before the edit.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    entries: int
+    changed: int
+    lost: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """The result of `apply`; `verdict` is same, related or distant, judged on `farthest` at `distance`."""
+
+    out: Path
+    tensors: tuple[TensorChange, ...]
+    files: int
+    bytes: int
+    entries: int
+    changed: int
+    lost: int
+    farthest: str
+    distance: float
+    verdict: str
+    scale: float
+    rounding: str
+    seed: int
+    delta_sha256: str
+    undo: Path | None
+    notes: tuple[str, ...]
+
+
+def apply(
+    delta: Differences | Path | str,
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    scale: float = 1.0,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    force: bool = False,
+    link: bool = False,
+    undo: Undo = "record",
+    rename: tuple[str, str] | None = None,
+    tied: Tied | None = None,
+    vocabulary: Vocabulary = "refuse",
+    progress: Progress | None = None,
+) -> ApplyReport:
+    """Write to the new folder `out` the checkpoint with scale * difference added, rounded once to each
+    tensor's dtype.
+
+    Args:
+        delta: a `Delta`, or the path of a delta file, which is then read piece by piece.
+        rounding: "nearest" (ties to even), "stochastic" (by `seed`), or "auto" (stochastic where 16 bits are
+            stored).
+        force: apply also to weights at a distance of 0.5 to 1.0 from the base; farther ones are always
+        refused. link: hard-link the shards that do not change (a later edit in place would reach the source,
+        too). undo: keep the original bytes, compressed, in the result ("record"), the source's place and
+            hashes ("reference"), or nothing ("none").
+        rename: (old, new) prefix of the delta's tensor names.
+        tied: which matrix to change where the delta's base ties embedding and head and the target does not,
+            or the reverse.
+        vocabulary: "first" changes the first rows of an extended vocabulary, if the tokenizers agree on them.
+        progress: called with (bytes done, bytes in all), from more than one thread but never at once.
+
+    Raises:
+        SurgeryError: refused or failed; then nothing was created and the source is as it was.
+    """
+    out = Path(out)
+    if rounding not in ROUNDINGS or not math.isfinite(scale):
+        raise SurgeryError(
+            f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite"
+        )
+    if undo not in get_args(Undo):
+        raise SurgeryError(f"undo {undo!r}: expected one of {', '.join(get_args(Undo))}")
+    if isinstance(delta, Path | str):
+        delta = open_delta(delta)
+    stored = open_stored(checkpoint)
+    check_outside(out, stored.path)
+    try:
+        plan = make_plan(delta, stored, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
+        record = next_record_name(stored) if undo != "none" else None
+        with temporary(out, folder=True) as part:
+            settings = {"scale": scale, "rounding": rounding, "seed": seed, "delta": delta.sha256}
+            writer = RecordWriter(part / record, undo, stored.path, settings) if record else None
+            edited = sorted({edit.file for edit in plan.edits})
+            links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
+            total = sum((stored.path / name).stat().st_size for name in stored.files)
+            with Copier(stored.path, part, links, total, progress) as copier:
+                copier.copy(edited)
+                copier.start([name for name in stored.files if name not in edited])
+                changes = _rewrite(delta, plan, part, scale, rounding, seed, writer)
+            if writer:
+                writer.finish()
+            names = [*stored.files, *([record] if record else [])]
+            sync_tree(part, [name for name in names if name not in links])
+            size = sum((part / name).stat().st_size for name in names)
+            publish(part, out)
+    except OSError as error:
+        raise SurgeryError(
+            f"{out}: writing failed ({error.strerror or error}{_at(error)}); nothing was left behind"
+        ) from None
+    return ApplyReport(
+        out=out,
+        tensors=tuple(changes),
+        files=len(names),
+        bytes=size,
+        entries=sum(change.entries for change in changes),
+        changed=sum(change.changed for change in changes),
+        lost=sum(change.lost for change in changes),
+        farthest=plan.farthest,
+        distance=plan.distance,
+        verdict=plan.verdict,
+        scale=scale,
+        rounding=rounding,
+        seed=seed,
+        delta_sha256=str(settings["delta"]),
+        undo=out / record if record else None,
+        notes=plan.notes,
+    )
+
+
+def _at(error: OSError) -> str:
+    return f", {Path(str(error.filename)).name}" if error.filename else ""
+
+
+def _rewrite(
+    delta: Differences,
+    plan: Plan,
+    folder: Path,
+    scale: float,
+    rounding: str,
+    seed: int,
+    writer: RecordWriter | None,
+) -> list[TensorChange]:
+    changes = []
+    with ThreadPoolExecutor(1) as helper:
+        for edit in plan.edits:
+            path = folder / edit.file
+            fd = open_writable(path)
+            try:
+                changes.append(_rewrite_tensor(delta, edit, fd, path, scale, rounding, seed, writer, helper))
+            finally:
+                os.close(fd)
+    return changes
+
+
+def _rewrite_tensor(
+    delta: Differences,
+    edit: Edit,
+    fd: int,
+    path: Path,
+    scale: float,
+    rounding: str,
+    seed: int,
+    writer: RecordWriter | None,
+    helper: ThreadPoolExecutor,
+) -> TensorChange:
+    dtype, kind = edit.entry.dtype, STORED[edit.entry.dtype]
+    before, after = hashlib.sha256(), hashlib.sha256()
+    changed = lost = 0
+
+    def account(raw: bytes, old: np.ndarray, new: np.ndarray) -> None:
+        """Hash and record one chunk; beside the next one's arithmetic, since hashlib and zlib release the
+        GIL."""
+        before.update(raw)
+        after.update(new.view(np.uint8).data)
+        if writer:
+            writer.feed(old, new)
+
+    if writer:
+        writer.begin(edit)
+    pending: Future[None] | None = None
+    for start, stop in chunks(edit.entry, edit.elements):
+        offset = edit.entry.begin + start * kind.itemsize
+        raw = read_exactly(fd, offset, (stop - start) * kind.itemsize, path)
+        old = np.frombuffer(raw, kind)
+        difference = delta.read(edit.sources[0], start, stop)
+        for name in edit.sources[1:]:
+            difference = difference + delta.read(name, start, stop)
+        # The delta's name keys the random bits: a renamed or resharded target gets the same numbers.
+        new = add(
+            old,
+            difference,
+            dtype,
+            scale=scale,
+            rounding=rounding,
+            seed=seed,
+            name=edit.sources[0],
+            start=start,
+        )
+        new = np.ascontiguousarray(new, kind)
+        same = new.view(f"<u{kind.itemsize}") == old.view(f"<u{kind.itemsize}")
+        changed += int(same.size - np.count_nonzero(same))
+        lost += int(np.count_nonzero(same & (difference != 0))) if scale else 0
+        write_exactly(fd, offset, new.view(np.uint8).data)
+        if pending:
+            pending.result()  # one chunk at a time: memory stays flat, the order is kept
+        pending = helper.submit(account, raw, old, new)
+    if pending:
+        pending.result()
+    if before.hexdigest() != edit.sha256:
+        raise SurgeryError(
+            f"{path.name}: {edit.target!r} changed while it was being copied; run the command again"
+        )
+    if writer:
+        writer.end(before.hexdigest(), after.hexdigest())
+    return TensorChange(edit.target, edit.file, dtype, edit.elements, changed, lost, edit.distance)

@@ -1,0 +1,247 @@
+"""Decide, before anything is created, which stored bytes a delta changes, or why it must not be applied."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from surgery import sketch
+from surgery.architecture import differences, is_embedding, is_head, tokenizer_fingerprint
+from surgery.delta.format import Differences
+from surgery.delta.metadata import unpack_sketch
+from surgery.errors import SurgeryError
+from surgery.names import common_prefix, is_vocabulary, translate
+from surgery.rounding import STORED, refuse_not_finite
+from surgery.safetensors_io import Entry
+from surgery.stored import Stored, measure, require_float
+
+Tied = Literal["embed", "head", "both"]
+Vocabulary = Literal["refuse", "first"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One stored tensor to change: by the differences `sources` of the delta (several are summed)."""
+
+    target: str
+    file: str
+    entry: Entry
+    sources: tuple[str, ...]
+    elements: int  # the first so many of the tensor; all of them but for an extended vocabulary
+    sha256: str  # of those elements' bytes as they were when they were checked
+    distance: float  # from the delta's base, as a part of the base's norm
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * STORED[self.entry.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All edits, the tensor that is farthest from its base, and what the user should know."""
+
+    edits: tuple[Edit, ...]
+    farthest: str
+    distance: float
+    verdict: str
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    delta: Differences,
+    stored: Stored,
+    *,
+    force: bool = False,
+    rename: tuple[str, str] | None = None,
+    tied: Tied | None = None,
+    vocabulary: Vocabulary = "refuse",
+    judge: bool = True,
+) -> Plan:
+    """Check everything that can be checked by reading. With `judge` False, unrelated weights are not refused.
+
+    Raises:
+        SurgeryError: kind, architecture, names, shapes, tying, vocabulary, dtype, NaN, or relatedness; see
+        the text.
+    """
+    where = str(stored.path)
+    if tied is not None and tied not in get_args(Tied):
+        raise SurgeryError(f"tied {tied!r}: expected one of {', '.join(get_args(Tied))}")
+    if vocabulary not in get_args(Vocabulary):
+        raise SurgeryError(f"vocabulary {vocabulary!r}: expected one of {', '.join(get_args(Vocabulary))}")
+    if delta.metadata["kind"] == "module":
+        raise SurgeryError(
+            f"{where}: this delta is of kind 'module' (new parts such as cross-attention), which a "
+            f"plain checkpoint "
+            "cannot hold; load the model and attach it with its recipe"
+        )
+    odd = differences(delta.metadata["architecture"], stored.facts)
+    if odd:
+        raise SurgeryError(
+            f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit"
+        )
+    targets = _targets(delta, stored, rename, tied)
+    sizes = {
+        target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()
+    }
+    for name, shape in delta.shapes.items():
+        step = 2**20
+        for start in range(0, math.prod(shape), step):
+            refuse_not_finite(delta.read(name, start, min(start + step, math.prod(shape))), name, "the delta")
+    edits = []
+    for target, sources in targets.items():
+        base = delta.metadata["tensors"][sources[0]]
+        found = measure(stored, target, sizes[target], known=base["sha256"])
+        gap = 0.0
+        if found is not None:
+            gap = sketch.distance(found.sketch, unpack_sketch(base["sketch"]), float(base["norm"]))
+        sha = base["sha256"] if found is None else found.sha256
+        entry = stored.entry(target)
+        edits.append(Edit(target, stored.places[target], entry, sources, sizes[target], sha, gap))
+    distances = {edit.target: edit.distance for edit in edits}
+    shapes = {edit.target: edit.entry.shape for edit in edits}
+    if judge:
+        sketch.refuse_unrelated(distances, shapes, where, force)
+    farthest, gap = sketch.judged(distances, shapes)
+    edits.sort(key=lambda edit: (edit.file, edit.entry.begin))
+    return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
+
+
+def _targets(
+    delta: Differences, stored: Stored, rename: tuple[str, str] | None, tied: Tied | None
+) -> dict[str, tuple[str, ...]]:
+    """{stored tensor: the delta's tensors to add to it}."""
+    base_tied = bool(delta.metadata["architecture"].get("tied", False))
+    known = stored.places
+    names = {name: translate(name, rename) if rename else name for name in delta.shapes}
+    targets: dict[str, tuple[str, ...]] = {}
+    lost = []
+    for name, wanted in names.items():
+        if is_vocabulary(name) and (base_tied or stored.tied):
+            continue
+        if wanted in known:
+            targets[wanted] = (name,)
+        else:
+            lost.append(name)
+    matrices = [name for name in names if is_vocabulary(name)]
+    if base_tied and stored.tied:
+        for name in matrices:
+            # Some tied checkpoints store the matrix twice, some under the head's name: change what is there.
+            copies = [other for other in known if is_vocabulary(other)]
+            targets.update({other: (name,) for other in copies})
+            lost += [] if copies else [name]
+    elif base_tied:
+        targets.update(_untie(stored, matrices, tied))
+    elif stored.tied and matrices:
+        targets.update(_tie(stored, matrices, tied))
+    if lost:
+        raise _no_such_names(stored, lost, list(delta.shapes))
+    return targets
+
+
+def _untie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
+    if not matrices:
+        return {}
+    if tied is None:
+        raise SurgeryError(
+            f"{stored.path}: embedding and head are separate, in the delta's base they are one tensor "
+            f"({matrices[0]}); "
+            "say which to change with --tied embed, head or both"
+        )
+    wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
+    chosen = [
+        other for other in stored.places if is_vocabulary(other) and any(test(other) for test in wanted)
+    ]
+    if len(chosen) != len(wanted):
+        raise SurgeryError(
+            f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}"
+        )
+    return {other: (matrices[0],) for other in chosen}
+
+
+def _tie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
+    if tied is None:
+        raise SurgeryError(
+            f"{stored.path}: embedding and head are one tensor, in the delta's base they are two, of "
+            f"which it changes "
+            f"{' and '.join(sorted(matrices))}; say whose difference to take with --tied embed, head or "
+            f"both (the sum)"
+        )
+    wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
+    sources = tuple(sorted(name for name in matrices if any(test(name) for test in wanted)))
+    if not sources:
+        raise SurgeryError(
+            f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}"
+        )
+    return {other: sources for other in stored.places if is_vocabulary(other)}
+
+
+def _no_such_names(stored: Stored, lost: list[str], names: list[str]) -> SurgeryError:
+    known = stored.places
+    change = common_prefix([name for name in names if not is_vocabulary(name) or name in lost], known)
+    if change is not None and change != ("", ""):
+        return SurgeryError(
+            f"{stored.path}: has no {lost[0]!r}; all names fit when the prefix {change[0]!r} becomes "
+            f"{change[1]!r}: "
+            f"repeat with --rename {change[0]}={change[1]} if that is the same part of the model"
+        )
+    quantised = [
+        name for name in known if name.startswith(lost[0].removesuffix("weight")) and name != lost[0]
+    ]
+    if quantised:
+        return SurgeryError(
+            f"{stored.path}: has no {lost[0]!r} but {quantised[0]!r}; a quantised layer cannot take a "
+            f"difference"
+        )
+    return SurgeryError(
+        f"{stored.path}: has no {lost[0]!r} ({len(lost)} of {len(names)} tensors are missing) and no "
+        f"single change "
+        "of prefix explains it; the delta belongs to another model"
+    )
+
+
+def _elements(
+    delta: Differences, stored: Stored, target: str, sources: tuple[str, ...], vocabulary: Vocabulary
+) -> int:
+    entry, where = stored.entry(target), stored.path / stored.places[target]
+    require_float(entry.dtype, target, where)
+    for name in sources:
+        base = delta.shapes[name]
+        if entry.shape == base:
+            continue
+        longer = is_vocabulary(name) and len(base) == len(entry.shape) and entry.shape[1:] == base[1:]
+        if not longer or entry.shape[0] < base[0]:
+            raise SurgeryError(
+                f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}"
+            )
+        if vocabulary == "refuse":
+            raise SurgeryError(
+                f"{where}: {target!r} has {entry.shape[0]} rows (tokens), the delta's base {base[0]}; if the "
+                f"vocabulary was only extended, repeat with --vocabulary first to change the first "
+                f"{base[0]} rows"
+            )
+        wanted = delta.metadata["tokenizer"]
+        found = tokenizer_fingerprint(stored.path, base[0])
+        if wanted is None or found != wanted:
+            problem = (
+                "cannot be compared (no tokenizer.json)" if wanted is None or found is None else "differ"
+            )
+            raise SurgeryError(
+                f"{where}: the first {base[0]} tokens of its tokenizer and of the delta's base {problem}; "
+                f"the rows of {target!r} would not mean the same tokens"
+            )
+    return math.prod(delta.shapes[sources[0]])
+
+
+def _notes(delta: Differences, stored: Stored) -> list[str]:
+    notes = []
+    unknown = sorted(set(delta.metadata["architecture"]) - set(stored.facts))
+    if unknown:
+        notes.append(f"not compared, since the target's config.json does not state it: {', '.join(unknown)}")
+    shadows = [
+        name
+        for name in stored.files
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx"))
+        and name not in stored.shards
+    ]
+    if shadows:
+        notes.append(f"copied as they are, though they may hold the same weights: {', '.join(shadows[:5])}")
+    return notes

@@ -1,0 +1,345 @@
+"""The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.errors import SurgeryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find where a language model holds a bias, cut there and nowhere else, prove what changed, carry it over.",
+)
+MODEL_HELP = "A checkpoint directory, a hub name, a .gguf file, or demo."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def command(**kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose failures are one line on standard error and exit code 1."""
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def guarded(*args: Any, **options: Any) -> None:
+            from hooks.errors import HookError
+
+            try:
+                function(*args, **options)
+            except (SurgeryError, HookError) as error:
+                if options.get("debug"):
+                    raise
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise typer.Exit(1) from None
+
+        return app.command(**kwargs)(guarded)
+
+    return wrap
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text."""
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+@command(epilog=examples("surgery locate demo", "surgery locate ./checkpoint --json ranking.json --plot ranking.png"))
+def locate(
+    model: Model,
+    by: Annotated[str, typer.Option("--by", help="bmi: how far each block turns the stream (LFTF Eq. 4).")] = "bmi",
+    data: Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")] = "genbias",
+    positions: Annotated[str, typer.Option("--positions", help="last or all prompt tokens.")] = "last",
+    aggregate: Annotated[str, typer.Option("--aggregate", help="mean or sum.")] = "mean",
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture to this PNG file.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rank the blocks of a model by what they do to the prompts of a data set."""
+    if by != "bmi":
+        raise SurgeryError(f"--by {by}: expected bmi")
+    import hooks
+    from surgery.checkpoints import load
+    from surgery.data import genbias
+    from surgery.data.prompts import load_prompt_set
+    from surgery.progress import Talk
+    from surgery.runs import write_json
+
+    prompts = genbias.records("profession", "train", prompts=load_prompt_set(data))
+    opened, tokenizer = load(model, device=device)
+    with Talk(quiet).work("rank the blocks", len(prompts)) as step:
+        done = 0
+
+        def advance(now: int, _: int | None) -> None:
+            nonlocal done
+            step(now - done)
+            done = now
+
+        found = hooks.bmi(
+            opened,
+            tokenizer,
+            [prompt.text for prompt in prompts],
+            positions=positions,
+            aggregate=aggregate,
+            data=f"{data} train",
+            progress=advance,
+        )
+    print(found.table())
+    if json_file:
+        write_json(json_file, {"raw": found.raw.to_dict(), "final_norm": found.final_norm.to_dict()})
+    if plot:
+        from hooks.plots import block_bars
+
+        block_bars(found.raw, found.final_norm).savefig(plot, dpi=130)
+
+
+@command(
+    epilog=examples(
+        "surgery run lftf --model demo --set lr=1e-4 --out runs/first",
+        "surgery run runs/first/recipe.toml --out runs/again",
+        "surgery run lftf --model demo --set ablations=true --set block=25",
+    )
+)
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (surgery list) or a TOML file.")],
+    model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/RECIPE.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run a whole operation: locate, edit, write the delta, apply it on disk, measure before and after, report."""
+    from importlib import import_module
+
+    from surgery.progress import Talk
+    from surgery.report import verdict
+    from surgery.settings import build, parse_set, read_toml
+
+    path = _recipe_file(recipe)
+    values = read_toml(path)
+    module_name = values.pop("recipe", None)
+    if module_name not in _recipe_modules():
+        raise SurgeryError(
+            f"{path}: recipe = {module_name!r}; expected one of {', '.join(_recipe_modules())}; name the recipe to run"
+        )
+    values |= parse_set(settings or [])
+    values |= {key: value for key, value in (("model", model), ("seed", seed)) if value is not None}
+    module = import_module(f"recipes.{module_name}")
+    ready = build(module.Settings, values, str(path))
+    folder = out or Path("runs") / path.stem
+    # Every process of a distributed run computes the same; the first one writes, the others into a scratch folder.
+    if int(os.environ.get("RANK", "0")) > 0:
+        quiet, folder, resume = True, Path(tempfile.mkdtemp()) / "run", False
+    from surgery.checkpoints import load
+    from surgery.runs import check_free
+
+    check_free(folder, resume=resume)
+    opened, tokenizer = load(ready.model, dtype=ready.dtype, device=device)
+    try:
+        finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, talk=Talk(quiet))
+    except KeyboardInterrupt:
+        again = f"surgery run {recipe} --out {folder} --resume"
+        print(f"interrupted; continue with the same settings and: {again}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    for line in verdict(finished.summary):
+        print(line)
+    print(finished.folder / "report.html")
+
+
+@command(name="eval", epilog=examples("surgery eval demo", "surgery eval demo --delta delta.safetensors --json after.json"))
+def evaluate(
+    model: Model,
+    delta: Annotated[list[Path] | None, typer.Option("--delta", help="Apply this delta in memory first.")] = None,
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="genbias, genhint, perplexity; default all.")] = None,
+    data: Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")] = "genbias",
+    split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
+    part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
+    texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
+    json_file: JsonFile = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a checkpoint: AFGB, pronoun mass, relative gap, UB-Score, perplexity, each with its interval."""
+    from surgery.checkpoints import load
+    from surgery.data.prompts import load_prompt_set
+    from surgery.metrics.suite import SUITES, material, measure, plain
+    from surgery.progress import Talk
+    from surgery.report import ROWS, find
+    from surgery.runs import write_json
+
+    prompts = load_prompt_set(data)
+    opened, tokenizer = load(model, device=device, deltas=delta or [])
+    given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=suite or SUITES)
+    scores = plain(measure(opened, given, talk=Talk(quiet)).scores)
+    if json_file:
+        write_json(json_file, scores | {"model": model, "deltas": [str(path) for path in delta or []]})
+    for label, path in ROWS:
+        if metric := find(scores, path):
+            print(
+                f"{label:24} {metric['value']:10.4f}  [{metric['low']:.4f}, {metric['high']:.4f}]  n {metric['n']}, "
+                f"ideal {metric['ideal']:g}; {metric['scorer']}; {metric['data']}"
+            )
+
+
+@command(
+    epilog=examples(
+        "surgery apply delta.safetensors ./checkpoint --out ./edited",
+        "surgery apply delta.safetensors ./checkpoint --out ./half --scale 0.5 --rounding stochastic --seed 7",
+    )
+)
+def apply(
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    checkpoint: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", help="The new checkpoint directory; must not exist.")],
+    scale: Annotated[float, typer.Option("--scale", help="Multiply the difference; -1 subtracts it.")] = 1.0,
+    rounding: Annotated[str, typer.Option("--rounding", help="nearest, stochastic, or auto.")] = "nearest",
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the shards that do not change.")] = False,
+    undo_kind: Annotated[str, typer.Option("--undo", help="record, reference or none.")] = "record",
+    tied: Annotated[str | None, typer.Option("--tied", help="embed, head or both, if tying differs.")] = None,
+    vocabulary: Annotated[str, typer.Option("--vocabulary", help="refuse, or first rows only.")] = "refuse",
+    rename: Annotated[str | None, typer.Option("--rename", help="OLD=NEW prefix of tensor names.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a new checkpoint with the delta added: all checks first, streaming, without torch."""
+    from surgery.apply import apply as apply_to
+    from surgery.progress import Talk
+
+    if rename is not None and "=" not in rename:
+        raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
+    pair = tuple(rename.split("=", 1)) if rename is not None else None
+    options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
+    report = apply_to(
+        delta, _local(checkpoint), out, scale=scale, rounding=rounding, seed=seed, force=force, link=link, **options
+    )
+    talk = Talk(quiet)
+    for note in report.notes:
+        talk.say(note)
+    print(
+        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} lost to "
+        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} ({report.verdict})"
+    )
+
+
+@command(epilog=examples("surgery undo ./edited --out ./original"))
+def undo(
+    checkpoint: Annotated[Path, typer.Argument(help="A directory that surgery apply wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The new directory; must not exist.")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Give back the original checkpoint, byte for byte."""
+    from surgery.apply import undo as undo_to
+
+    report = undo_to(checkpoint, out)
+    print(f"{report.out}: restored")
+
+
+@command(epilog=examples("surgery inspect delta.safetensors", "surgery inspect delta.safetensors --against ./checkpoint"))
+def inspect(
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    against: Annotated[str | None, typer.Option("--against", help="Print the distance to this checkpoint.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a delta file holds, without torch."""
+    from dataclasses import asdict
+
+    from surgery.apply import inspect as look
+
+    found = look(delta, against=_local(against) if against else None)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1, sort_keys=True, default=str))
+    else:
+        print(found.table())
+
+
+@command(name="list", epilog=examples("surgery list"))
+def list_(debug: Debug = False) -> None:
+    """Show the recipes, metrics and data sets, and which of them are ready here."""
+    from surgery.data.prompts import SHIPPED
+    from surgery.metrics.suite import SUITES
+
+    try:
+        from surgery.checkpoints import demo_gguf
+
+        demo = f"ready ({demo_gguf().name})"
+    except SurgeryError as error:
+        demo = str(error)
+    for title, rows in (
+        ("recipes", {name: _first_comment(_recipes()[name]) for name in sorted(_recipes())}),
+        ("metrics", dict.fromkeys(SUITES, "ready")),
+        ("data sets", dict.fromkeys(SHIPPED, "ready") | {"neutral": "ready"}),
+        ("models", {"demo": demo}),
+    ):
+        print(title)
+        for name, text in rows.items():
+            print(f"  {name:12} {text}")
+
+
+def _local(spec: str) -> Path:
+    """The checkpoint directory of ``spec``; torch is needed only when it is not a directory yet."""
+    if Path(spec).expanduser().is_dir():
+        return Path(spec).expanduser()
+    from surgery.checkpoints import checkpoint_dir
+
+    return checkpoint_dir(spec)
+
+
+def _recipes() -> dict[str, Path]:
+    from importlib.resources import files
+
+    folder = Path(str(files("recipes")))
+    return {path.stem: path for path in folder.glob("*.toml")}
+
+
+def _recipe_modules() -> list[str]:
+    from importlib.resources import files
+
+    return sorted(path.stem for path in Path(str(files("recipes"))).glob("[!_]*.py"))
+
+
+def _recipe_file(recipe: str) -> Path:
+    if recipe in _recipes():
+        return _recipes()[recipe]
+    if Path(recipe).is_file():
+        return Path(recipe)
+    import difflib
+
+    near = difflib.get_close_matches(recipe, _recipes(), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(_recipes()))}, or a TOML file"
+    raise SurgeryError(f"recipe {recipe!r}: no such recipe or file; {hint}")
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text("utf-8").splitlines()[0].lstrip("# ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The data sets: one module per set, each yielding small frozen records; nothing here imports torch."""

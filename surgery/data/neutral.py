@@ -1,0 +1,46 @@
+"""Neutral sentences for perplexity: 200 of our own without gendered word or profession, or a user's file."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from surgery.data.prompts import read_text
+from surgery.errors import SurgeryError
+
+
+def sentences(path: str | Path | None = None) -> list[str]:
+    """The shipped sentences, or those of a ``.txt`` (one per line) or ``.jsonl`` file (key "text").
+
+    Blank lines are skipped. Raises SurgeryError for a missing, unreadable, malformed or empty file.
+    """
+    if path is None:
+        return _lines(files("surgery.data").joinpath("neutral.txt").read_text("utf-8"))
+    path = Path(path)
+    if not path.is_file() or path.suffix.lower() not in (".txt", ".jsonl"):
+        raise SurgeryError(
+            f"no neutral text at {path}: got {'an unknown ending' if path.is_file() else 'no such file'}, "
+            f"expected a .txt file with a sentence per line or a .jsonl file with the key 'text'"
+        )
+    lines = _lines(read_text(path))
+    found = lines if path.suffix.lower() == ".txt" else [_row(line, path) for line in lines]
+    if not found:
+        raise SurgeryError(f"no sentence in {path}: got an empty file, expected at least one line; fill it")
+    return found
+
+
+def _lines(text: str) -> list[str]:
+    # Only the line feed ends a line: str.splitlines would also cut at characters inside a JSON string.
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _row(line: str, path: Path) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise SurgeryError(
+            f"bad line in {path}: got {line[:60]!r}, expected a JSON object with the string 'text'; mend it"
+        )
+    return text.strip()

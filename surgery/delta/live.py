@@ -1,0 +1,149 @@
+"""Apply a delta to a live torch model, in place or for the time of a `with` block."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgery import sketch
+from surgery.architecture import differences, facts
+from surgery.delta.format import Differences
+from surgery.delta.metadata import unpack_sketch
+from surgery.errors import SurgeryError
+from surgery.names import common_prefix, is_vocabulary, resolve_tied, translate
+from surgery.rounding import ROUNDINGS, STORED, add, narrow, refuse_not_finite, widen
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
+    """{base tensor name: live parameter}. Raises: SurgeryError when a name, shape or the architecture does
+    not fit."""
+    if delta.metadata["kind"] == "module":
+        raise SurgeryError(
+            "this delta is of kind 'module': new parts, no differences; attach it with its recipe"
+        )
+    config = getattr(model, "config", None)
+    if config is not None:
+        base, live = delta.metadata["architecture"], facts(config.to_dict())
+        odd = differences(base, live)
+        if odd:
+            raise SurgeryError(
+                f"the model is of another architecture than the delta's base: {'; '.join(odd)}"
+            )
+        matrices = [name for name in delta.shapes if is_vocabulary(name)]
+        if matrices and bool(base.get("tied")) != bool(live.get("tied")):
+            raise SurgeryError(
+                f"{matrices[0]}: embedding and head are tied in only one of the delta's base and the model; "
+                "apply it to the checkpoint on disk with --tied embed, head or both"
+            )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {name: resolve_tied(name, parameters) for name in delta.shapes}
+    change = common_prefix([name for name in delta.shapes if tied[name] is None], parameters)
+    if change is None:
+        lost = next(name for name in delta.shapes if name not in parameters)
+        raise SurgeryError(f"the model has no parameter {lost!r}; the delta belongs to another architecture")
+    found = {name: parameters[tied[name] or translate(name, change)] for name in delta.shapes}
+    for name, parameter in found.items():
+        if tuple(parameter.shape) != delta.shapes[name]:
+            raise SurgeryError(
+                f"{name}: the model has shape {list(parameter.shape)}, the delta's base "
+                f"{list(delta.shapes[name])}"
+            )
+        if parameter.dtype not in _DTYPES:
+            raise SurgeryError(
+                f"{name}: the model holds it as {parameter.dtype}; expected fp32, fp16 or bf16"
+            )
+    return found
+
+
+def to_stored(parameter: torch.Tensor) -> np.ndarray:
+    """The numbers of a parameter, flat, as numpy sees them on disk (bf16 as uint16). No copy on a CPU."""
+    flat = parameter.detach().to("cpu").contiguous().reshape(-1)
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    return flat.numpy()
+
+
+def from_stored(stored: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_stored`: a CPU tensor of the dtype and shape of `like`."""
+    if like.dtype == torch.bfloat16:
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).reshape(like.shape)
+    return torch.from_numpy(stored).reshape(like.shape)
+
+
+def apply_live(
+    delta: Differences,
+    model: nn.Module,
+    *,
+    scale: float,
+    rounding: str,
+    seed: int,
+    as_stored: bool,
+    force: bool,
+) -> None:
+    """Add scale * difference to the model's parameters, in place, rounding once to the model's own dtype.
+
+    A model in the checkpoint's dtype then holds the same bytes that `surgery.apply` writes on disk. An fp32
+    model of a 16-bit checkpoint is just added to; with `as_stored` its values are also rounded to the
+    checkpoint's dtype. Gradients, hooks, requires_grad and the training mode are not touched.
+
+    Raises:
+        SurgeryError: before anything changes: wrong architecture, names or shapes, an unrelated model (as
+            `surgery.apply.apply` judges it), an overflow of the dtype, a scale that is not finite.
+    """
+    if rounding not in ROUNDINGS or not math.isfinite(scale):
+        raise SurgeryError(
+            f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite"
+        )
+    parameters = touched(delta, model)
+    _check_related(delta, parameters, force)
+    edited = {}
+    for name, parameter in parameters.items():
+        difference = delta.read(name, 0, parameter.numel())
+        refuse_not_finite(difference, name, "the delta")
+        dtype = _DTYPES[parameter.dtype]
+        result = add(
+            to_stored(parameter),
+            difference,
+            dtype,
+            scale=scale,
+            rounding=rounding,
+            seed=seed,
+            name=name,
+            start=0,
+        )
+        wanted = delta.metadata["tensors"][name]["dtype"]
+        if as_stored and dtype == "F32" and wanted in STORED:
+            result = widen(narrow(result, wanted, rounding, seed, name, 0), wanted)
+        edited[name] = from_stored(result, parameter)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(edited[name])
+
+
+def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], force: bool) -> None:
+    distances = {}
+    for name, parameter in parameters.items():
+        entry = delta.metadata["tensors"][name]
+        sketcher = sketch.Sketcher()
+        sketcher.feed(widen(to_stored(parameter), _DTYPES[parameter.dtype]))
+        sums, _ = sketcher.finish()
+        distances[name] = sketch.distance(sums, unpack_sketch(entry["sketch"]), float(entry["norm"]))
+    sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
+
+
+@contextmanager
+def restored(delta: Differences, model: nn.Module) -> Iterator[None]:
+    """Keep a copy of the parameters that the delta touches and put them back at the end, whatever happens."""
+    parameters = touched(delta, model)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])

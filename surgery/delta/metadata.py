@@ -1,0 +1,151 @@
+"""The metadata of a delta: how it is written, and the checks that a stranger's must pass."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+from surgery.sketch import BUCKETS
+
+FORMAT = 1
+KINDS = ("dense", "lora", "module")
+KEY = "surgery"
+MAX_DEPTH = 32  # of the metadata's maps and lists
+
+
+def base_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The base tensors that a delta changes, with their shapes."""
+    return {name: tuple(entry["shape"]) for name, entry in metadata["tensors"].items()}
+
+
+def pack_sketch(sums: np.ndarray) -> str:
+    """Sketch fp32 [64] as base64 of its little-endian bytes."""
+    return base64.b64encode(sums.astype("<f4").tobytes()).decode("ascii")
+
+
+def unpack_sketch(text: str) -> np.ndarray:
+    """The inverse of `pack_sketch`. Raises: ValueError on anything else."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+    sums = np.frombuffer(raw, "<f4") if len(raw) == 4 * BUCKETS else np.empty(0, np.float32)
+    if sums.size != BUCKETS or not np.isfinite(sums).all():
+        raise ValueError(f"not {BUCKETS} finite numbers")
+    return sums
+
+
+def encode(metadata: Mapping[str, Any]) -> str:
+    """Compact JSON with sorted keys. Raises: SurgeryError for NaN or a value that JSON cannot hold."""
+    try:
+        return json.dumps(
+            metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise SurgeryError(
+            f"the delta's metadata cannot be written as JSON ({error}); use plain finite values"
+        ) from None
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int, "kind": str, "base": str, "architecture": dict, "tensors": dict, "recipe": str,
+    "seed": int, "tool": str, "parents": list, "measured": dict, "prefix": str,
+    "tokenizer": (dict, type(None)),
+}  # fmt: skip
+
+
+def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Check the metadata against the format and against the file's own tensors (`shapes`).
+
+    Raises:
+        SurgeryError
+    """
+    if not isinstance(metadata, dict):
+        raise SurgeryError(f"{where}: its metadata is no JSON object; not a delta")
+    if _depth(metadata) > MAX_DEPTH:
+        raise SurgeryError(f"{where}: its metadata is nested too deeply; not a delta, or broken")
+    if metadata.get("format") != FORMAT:
+        raise SurgeryError(
+            f"{where}: delta format {str(metadata.get('format'))[:20]!r}, expected {FORMAT}; update this tool"
+        )
+    for field, kind in _FIELDS.items():
+        if (
+            field not in metadata
+            or not isinstance(metadata[field], kind)
+            or isinstance(metadata[field], bool)
+        ):
+            raise SurgeryError(f"{where}: its metadata has no proper {field!r}; not a delta, or broken")
+    if metadata["kind"] not in KINDS:
+        raise SurgeryError(f"{where}: kind {metadata['kind'][:40]!r}, expected one of {', '.join(KINDS)}")
+    if not shapes:
+        raise SurgeryError(f"{where}: holds no tensors; there is nothing to apply")
+    if not all(isinstance(parent, dict) for parent in metadata["parents"]):
+        raise SurgeryError(f"{where}: its metadata has no proper 'parents'; not a delta, or broken")
+    for name, entry in metadata["tensors"].items():
+        _check_tensor(name, entry, where)
+    expected = set() if metadata["kind"] == "module" else _file_tensors(metadata, shapes, where)
+    if metadata["kind"] != "module" and expected != set(shapes):
+        odd = sorted(expected ^ set(shapes))[0]
+        raise SurgeryError(f"{where}: {odd[:80]!r} stands in the metadata or in the file, but not in both")
+
+
+def _depth(tree: Any) -> int:
+    """Levels of maps and lists, without recursion."""
+    level, depth = [tree], 0
+    while level:
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return depth
+
+
+def _check_tensor(name: str, entry: Any, where: str) -> None:
+    def bad(field: str) -> SurgeryError:
+        return SurgeryError(
+            f"{where}: the metadata of {name[:80]!r} has no proper {field!r}; broken, make it again"
+        )
+
+    if not isinstance(entry, dict):
+        raise bad("shape")
+    shape, norm = entry.get("shape"), entry.get("norm")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > 32
+        or not all(type(n) is int and 0 < n < 2**62 for n in shape)
+    ):
+        raise bad("shape")
+    if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 <= norm < 1e39:
+        raise bad("norm")
+    for field in ("dtype", "sha256", "sketch"):
+        if not isinstance(entry.get(field), str):
+            raise bad(field)
+    try:
+        unpack_sketch(entry["sketch"])
+    except ValueError:
+        raise bad("sketch") from None
+
+
+def _file_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> set[str]:
+    """The names that the file must hold for the base tensors it says it changes; checks their shapes."""
+    expected: set[str] = set()
+    for name, entry in metadata["tensors"].items():
+        shape = tuple(entry["shape"])
+        left, right = name + ".lora_B", name + ".lora_A"
+        if metadata["kind"] == "lora" and left in shapes and right in shapes:
+            b, a = shapes[left], shapes[right]
+            fits = len(b) == len(a) == 2 and (b[0], a[1]) == shape and b[1] == a[0] > 0
+            got, names = f"{list(b)} @ {list(a)}", {left, right}
+        else:
+            fits, got, names = shapes.get(name, shape) == shape, str(list(shapes.get(name, ()))), {name}
+        if not fits:
+            raise SurgeryError(f"{where}: the difference of {name[:80]!r} is {got}, its base {list(shape)}")
+        expected |= names
+    return expected

@@ -1,0 +1,137 @@
+"""Block fine-tuning (LFTF section 4.2): chosen blocks learn to give the compared words equal probability.
+
+Nothing else trains, the blocks before are computed once (``surgery.prefix``), and the model is left as it was.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hooks import anatomy
+from surgery.errors import SurgeryError
+from surgery.prefix import Batch, Prefix, pad, shortcut
+from surgery.training import Log, Plan, trainable, train
+
+OBJECTIVES = ("log", "as_printed")
+PARTS = ("all", "attention", "mlp", "without_attention", "without_mlp")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave: float32 differences (trained minus base) under the model's parameter names."""
+
+    differences: dict[str, Tensor]
+    losses: list[float]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(tensor.numel() for tensor in self.differences.values())
+
+
+def word_loss(
+    logits: Float[Tensor, "batch vocab"], words: Sequence[int], objective: str = "log"
+) -> Float[Tensor, " batch"]:
+    """The LFTF loss of each prompt, from the next token's logits.
+
+    ``"log"``: -log P(he) - log P(she), whose only optimum is P(he) = P(she) = 1/2. The paper's own results
+    (0.5009 / 0.4982 in the case study, AFGB 0.9999 with one term left out) are those of this form.
+    ``"as_printed"``: P(he) + P(she), Eq. 5 as printed, which is smallest when the model says neither word.
+    """
+    chosen = logits.float().log_softmax(-1)[:, list(words)]
+    if objective == "log":
+        return -chosen.sum(-1)
+    if objective == "as_printed":
+        return chosen.exp().sum(-1)  # Eq. 5
+    raise SurgeryError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+
+
+def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "all") -> list[str]:
+    """Parameter names of ``part`` of ``blocks``; every parameter of the model for None.
+
+    ``part``: all, only attention or mlp, or (LFTF Table 8) without_attention, without_mlp: norms stay trained there.
+
+    Raises ``SurgeryError`` for a block that does not exist, an unknown part, or a part without parameters.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if part not in PARTS:
+        raise SurgeryError(f"part: got {part!r}, expected one of {', '.join(PARTS)}")
+    if blocks is None:
+        return names
+    parts = anatomy.find(model).blocks
+    chosen: list[str] = []
+    for index in blocks:
+        if not 0 <= index < len(parts):
+            raise SurgeryError(f"block {index}: the model has blocks 0 to {len(parts) - 1}; choose one of them")
+        block = parts[index]
+        attention = _under(names, [block.attention] if block.attention else [])
+        mlp = _under(names, [block.mlp] if block.mlp else block.mlp_modules)
+        whole = _under(names, [block.name])
+        chosen += {
+            "all": whole,
+            "attention": attention,
+            "mlp": mlp,
+            "without_attention": [name for name in whole if name not in attention],
+            "without_mlp": [name for name in whole if name not in mlp],
+        }[part]
+    if not chosen:
+        raise SurgeryError(f"{part} of blocks {list(blocks)}: no parameters found; see hooks.anatomy.find(model).table()")
+    return chosen
+
+
+def _under(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    return [name for name in names if any(name.startswith(module + ".") for module in modules)]
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    words: Sequence[int],
+    plan: Plan,
+    *,
+    blocks: Sequence[int] | None,
+    part: str = "all",
+    objective: str = "log",
+    seed: int,
+    prefix: Prefix | None = None,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train ``part`` of ``blocks`` (None: all parameters) on prompts ``ids``; the model is left as it was.
+
+    ``prefix`` is the stream entering the first trained block: with it a step starts there and computes the last
+    position only; without it each step is the plain forward pass. Both give the same losses.
+
+    Raises ``SurgeryError`` for wrong blocks, parts or objectives, and when the loss is not finite.
+    """
+    if objective not in OBJECTIVES:
+        raise SurgeryError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    names = names_of(model, blocks, part)
+    if prefix is not None and (blocks is None or prefix.block > min(blocks)):
+        raise SurgeryError(f"the prefix enters block {prefix.block}, behind the first trained one; keep it earlier")
+    base = {name: parameter.detach() for name, parameter in model.named_parameters() if name in set(names)}
+    with ExitStack() as stack:
+        parameters = stack.enter_context(trainable(model, names))
+
+        def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
+            batch: Batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+            if prefix is None:
+                return word_loss(module(**batch.inputs(), use_cache=False).logits[:, -1], words, objective)
+            with shortcut(model, start=prefix.block, call=module) as run:
+                return word_loss(run(batch), words, objective)
+
+        losses_of_steps = train(
+            model, parameters, losses, len(ids), plan, seed=seed, state=state, log=log, step_done=step_done
+        )
+        with torch.no_grad():
+            differences = {
+                name: (parameter.detach() - base[name].float()).cpu() for name, parameter in parameters.items()
+            }
+    return Trained(differences, losses_of_steps)

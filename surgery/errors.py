@@ -1,0 +1,5 @@
+"""The one error class of this package: its message is a single line that a user can act on."""
+
+
+class SurgeryError(Exception):
+    """Something was refused or failed; the message says what, where, got, expected and the next step."""

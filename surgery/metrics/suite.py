@@ -1,0 +1,132 @@
+"""The bias and perplexity measurements that stand before and after every edit, from as few passes as can be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from surgery.data import genbias, genhint, neutral
+from surgery.data.prompts import PromptSet
+from surgery.errors import SurgeryError
+from surgery.metrics import genbias as genbias_metric
+from surgery.metrics import genhint as genhint_metric
+from surgery.metrics import perplexity as perplexity_metric
+from surgery.metrics.metric import Metric
+from surgery.observe import next_words, token_losses
+from surgery.prefix import Prefix, encode, word_ids
+from surgery.progress import Talk
+
+SUITES = ("genbias", "genhint", "perplexity")
+Scores = dict[str, Any]
+Prefixes = Mapping[str, Prefix]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The texts of each suite, encoded for one tokenizer. A suite that the prompt set cannot serve is absent."""
+
+    ids: dict[str, tuple[tuple[int, ...], ...]]
+    words: tuple[int, ...]
+    prompts: list[genbias.Prompt]
+    hints: list[genhint.HintPrompt]
+    names: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores as in ``run.json``, P(word) per prompt, and per kept block the stream of each suite's texts."""
+
+    scores: Scores
+    probabilities: Float[np.ndarray, "prompts words"] | None
+    prefixes: dict[int, dict[str, Prefix]]
+
+
+def material(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    *,
+    split: str = "profession",
+    part: str = "test",
+    seed: int = genbias.SEED,
+    texts: str | Path | None = None,
+    suites: Sequence[str] = SUITES,
+    preamble: str = "",
+) -> Material:
+    """Encode the ``part`` of GenBiasEval and GenHintEval, and the neutral ``texts`` (default: the shipped 200).
+
+    ``preamble`` is put before every prompt (the prompt baseline). Raises ``SurgeryError`` for unknown suites,
+    splits, files, and for words that are not one token.
+    """
+    unknown = [suite for suite in suites if suite not in SUITES]
+    if unknown or not suites:
+        raise SurgeryError(f"suite: got {unknown[0] if unknown else 'none'}, expected some of {', '.join(SUITES)}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = genbias.records(split, part, seed, prompts) if "genbias" in suites else []
+    hints = (
+        genhint.records(part, seed, prompts=prompts) if "genhint" in suites and prompts.hint_templates else []
+    )
+    chosen: dict[str, list[str]] = {
+        "genbias": [preamble + row.text for row in rows],
+        "genhint": [preamble + row.text for row in hints],
+        "perplexity": list(neutral.sentences(texts)) if "perplexity" in suites else [],
+    }
+    names = {
+        "genbias": f"{prompts.name} {part} (split by {split})",
+        "genhint": f"{prompts.name} hints {part} (professions of the {part} part)",
+        "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
+    }
+    return Material(
+        ids={name: encode(tokenizer, lines, limit=limit) for name, lines in chosen.items() if lines},
+        words=tuple(word_ids(tokenizer, prompts.words.words)),
+        prompts=rows,
+        hints=hints,
+        names=names,
+    )
+
+
+def measure(
+    model: PreTrainedModel,
+    given: Material,
+    *,
+    keep: Sequence[int] = (),
+    prefixes: Prefixes | None = None,
+    talk: Talk | None = None,
+    label: str = "measure",
+) -> Measured:
+    """Score every suite of ``given``; from ``prefixes`` (one per suite) where the blocks before are unchanged."""
+    start = prefixes or {}
+    scores: Scores = {}
+    probabilities: np.ndarray | None = None
+    kept: dict[int, dict[str, Prefix]] = {block: {} for block in keep}
+    with (talk or Talk(quiet=True)).work(label, sum(len(ids) for ids in given.ids.values())) as step:
+        for suite, ids in given.ids.items():
+            if suite == "perplexity":
+                sums, counts, found = token_losses(model, ids, keep=keep, prefix=start.get(suite), step=step)
+                scores[suite] = perplexity_metric.score(sums, counts, data=given.names[suite])
+            else:
+                seen = next_words(model, ids, given.words, keep=keep, prefix=start.get(suite), step=step)
+                found = seen.prefixes
+                scorer: Any = (
+                    partial(genbias_metric.score, prompts=given.prompts)
+                    if suite == "genbias"
+                    else partial(genhint_metric.score, prompts=given.hints)
+                )
+                scores[suite] = scorer(seen.probabilities, data=given.names[suite])
+                if suite == "genbias":
+                    probabilities = seen.probabilities
+            for block in keep:
+                kept[block][suite] = found[block]
+    return Measured(scores, probabilities, kept)
+
+
+def plain(scores: Any) -> Any:
+    """The same scores with each ``Metric`` as a dictionary, for JSON."""
+    if isinstance(scores, Metric):
+        return scores.to_dict()
+    return {key: plain(value) for key, value in scores.items()}

@@ -1,0 +1,140 @@
+"""One pass over prompts or texts: next-token probabilities, token losses, and the streams kept on the way."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks.capture import capture
+from surgery.errors import SurgeryError
+from surgery.prefix import Batch, Prefix, by_length, pad, shortcut
+
+Ids = Sequence[Sequence[int]]
+# A running statistic: the sites it looks at, and what it does with (rows of the batch, site, tensor, mask).
+Watch = tuple[Sequence[str], Callable[[Sequence[int], str, Tensor, Tensor], None]]
+Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass over the prompts gave.
+
+    ``probabilities`` are those of the compared words as the next token, over the full vocabulary;
+    ``prefixes`` maps a block to the stream that enters it.
+    """
+
+    probabilities: Float[np.ndarray, "prompts words"]
+    prefixes: dict[int, Prefix]
+
+
+@torch.no_grad()
+def next_words(
+    model: PreTrainedModel,
+    ids: Ids,
+    words: Sequence[int],
+    *,
+    keep: Sequence[int] = (),
+    prefix: Prefix | None = None,
+    watch: Watch | None = None,
+    step: Step | None = None,
+    shortcuts: bool = True,
+) -> Observation:
+    """P(word | prompt) of the token ids ``words`` as the next token, softmax over the full vocabulary.
+
+    ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
+    tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
+    ``shortcuts=False`` is the plain forward pass (every position through every block and the head).
+
+    Raises ``SurgeryError`` when a probability is not finite.
+    """
+    found = np.empty((len(ids), len(words)))
+    kept = _Kept(ids, keep)
+    with ExitStack() as stack:
+        run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
+        kept.attach(model, stack)
+        if watch is not None:
+            sites, statistic = watch
+            stack.enter_context(capture(model, sites, reducer=lambda *seen: statistic(kept.batch.rows, *seen)))
+        for rows in by_length(ids):
+            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+            kept.batch = batch
+            logits = run(batch)
+            logits = logits if shortcuts else logits[:, -1]
+            chosen = logits.float().log_softmax(-1)[:, list(words)].exp()
+            found[rows] = chosen.double().cpu().numpy()
+            if step:
+                step(len(rows))
+    if not np.isfinite(found).all():
+        where = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+        raise SurgeryError(
+            f"{type(model).__name__}: next-token probabilities of prompt {where} are not finite; "
+            f"expected numbers in 0..1; the weights or the dtype ({model.dtype}) are broken, try float32"
+        )
+    return Observation(found, kept.prefixes())
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel,
+    ids: Ids,
+    *,
+    keep: Sequence[int] = (),
+    prefix: Prefix | None = None,
+    step: Step | None = None,
+) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"], dict[int, Prefix]]:
+    """Per text: summed negative log-likelihood (nats) of its tokens after the first, and how many these are.
+
+    Raises ``SurgeryError`` for a text of a single token, which has nothing to predict.
+    """
+    short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
+    if short:
+        raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
+    sums, counts = np.empty(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
+    kept = _Kept(ids, keep)
+    # All positions go through the head here, so the batch is bounded by its logits (256 MB in float32).
+    budget = max(1, 2**26 // model.get_output_embeddings().weight.shape[0])
+    with ExitStack() as stack:
+        run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
+        kept.attach(model, stack)
+        for rows in by_length(ids, tokens=budget):
+            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+            kept.batch = batch
+            logits = run(batch)[:, :-1].float()
+            targets = batch.ids[:, 1:]
+            losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
+            # A target counts when the token before it is real: padding stands on the left.
+            sums[rows] = (losses * batch.mask[:, :-1]).sum(1).double().cpu().numpy()
+            if step:
+                step(len(rows))
+    return sums, counts, kept.prefixes()
+
+
+class _Kept:
+    """Collects the stream entering some blocks, batch by batch, into one tensor a block."""
+
+    def __init__(self, ids: Ids, blocks: Sequence[int]) -> None:
+        self.ids = tuple(tuple(row) for row in ids)
+        self.rows: dict[str, list[Tensor]] = {
+            f"blocks.{block}.hook_resid_pre": [torch.empty(0)] * len(ids) for block in blocks
+        }
+        self.batch = Batch((), torch.empty(0), torch.empty(0))
+
+    def attach(self, model: PreTrainedModel, stack: ExitStack) -> None:
+        if self.rows:
+            stack.enter_context(capture(model, list(self.rows), reducer=self._take))
+
+    def _take(self, site: str, stream: Tensor, mask: Tensor) -> None:
+        for place, row in enumerate(self.batch.rows):
+            self.rows[site][row] = stream[place, -len(self.ids[row]) :].clone()
+
+    def prefixes(self) -> dict[int, Prefix]:
+        made = {}
+        for site, rows in self.rows.items():
+            block = int(site.split(".")[1])
+            made[block] = Prefix(block, self.ids, torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[-1])]))
+        return made

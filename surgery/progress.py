@@ -1,0 +1,39 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Where a command says what it is doing; always standard error, so that results can be piped."""
+
+    quiet: bool = False
+
+    def say(self, line: str) -> None:
+        """One plain line."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def work(self, label: str, total: int) -> Iterator[Advance]:
+        """Inside, the yielded function is told of finished items; ``total`` is how many there are."""
+        if self.quiet:
+            yield lambda n: None
+        elif sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=Console(stderr=True)) as bar:
+                task = bar.add_task(label, total=total)
+                yield lambda n: bar.advance(task, n)
+        else:
+            start = time.monotonic()
+            yield lambda n: None
+            self.say(f"{label}: {total} in {time.monotonic() - start:.1f} s")

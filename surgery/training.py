@@ -1,0 +1,229 @@
+"""The only training loop: chosen parameters of a live model, per-example losses, any number of processes.
+
+It runs through Accelerate: alone in a notebook, data parallel under ``accelerate launch`` or ``torchrun``.
+"""
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from surgery.errors import SurgeryError
+
+SAVE_EVERY = 20.0  # seconds between saved states; the state decides nothing, so this changes no result
+
+# Losses of the examples ``rows``, computed by calling ``module`` (the model, or a distributed wrapper around it).
+Losses = Callable[[nn.Module, Sequence[int]], Float[Tensor, " rows"]]
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast and in what portions to train."""
+
+    lr: float
+    epochs: int
+    batch_size: int
+    optimizer: str = "adam"  # "adam" | "adamw"
+    weight_decay: float = 0.0
+    dropout: bool = False
+    """Train with the model's own dropout on."""
+
+
+@contextmanager
+def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, exactly the parameters ``names`` train, as float32 copies; afterwards the model is what it was.
+
+    The originals are set aside, not overwritten, so that weights, ``requires_grad``, ``.grad`` and the training
+    mode of every module return bit for bit, also after an exception. Raises ``SurgeryError`` for an unknown name.
+    """
+    named = dict(model.named_parameters())
+    wanted = list(names)
+    unknown = [name for name in wanted if name not in named]
+    if unknown or not wanted:
+        raise SurgeryError(
+            f"{type(model).__name__}: got {unknown[0] if unknown else 'no name'} to train, expected names of its "
+            f"{len(named)} parameters; check the blocks and the part"
+        )
+    before = [(p, p.data, p.requires_grad, p.grad) for p in named.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter in named.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name in wanted:
+            named[name].data = named[name].data.to(torch.float32, copy=True)
+            named[name].requires_grad_(True)
+        yield {name: named[name] for name in wanted}
+    finally:
+        for parameter, data, flag, grad in before:
+            parameter.data = data
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        for module, mode in modes:
+            module.training = mode
+
+
+def train(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    losses: Losses,
+    count: int,
+    plan: Plan,
+    *,
+    seed: int,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Minimise the mean loss over ``count`` examples; returns the loss of each step (before its update).
+
+    The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
+    every 20 seconds and taken up from there, to the same result; the file is removed at the end.
+
+    Raises ``SurgeryError`` at the first loss or gradient that is not finite, with the step and the learning rate.
+    """
+    device = next(iter(parameters.values())).device
+    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
+    model.train(plan.dropout)
+    # Alone there is nothing to prepare, and preparing would leave a mark on the user's model.
+    module = accelerator.prepare_model(model, device_placement=False) if accelerator.num_processes > 1 else model
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if plan.optimizer not in kinds:
+        raise SurgeryError(f"optimizer: got {plan.optimizer!r}, expected one of {', '.join(kinds)}")
+    optimizer = kinds[plan.optimizer](
+        list(parameters.values()), lr=plan.lr, weight_decay=plan.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+    done: list[float] = []
+    if state is not None and state.is_file():
+        done = _take_up(state, parameters, optimizer, plan, seed)
+    saved = time.monotonic()
+    half = {p.dtype for p in model.parameters()} - {torch.float32}
+    try:
+        with _deterministic(device):
+            for step, rows in enumerate(_portions(count, plan, seed)):
+                if step < len(done):
+                    continue
+                with accelerator.split_between_processes(rows) as mine:
+                    # A process without a row of the last small batch still takes part, with weight 0.
+                    weight = len(mine) * accelerator.num_processes / len(rows)
+                    torch.manual_seed(seed * 1_000_003 + step) if plan.dropout else None
+                    with torch.autocast(device.type, dtype=min(half, key=str, default=None), enabled=bool(half)):
+                        loss = losses(module, mine or rows[:1]).float().mean() * weight
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                value = float(accelerator.reduce(loss.detach(), "mean"))
+                if not math.isfinite(value):
+                    raise SurgeryError(
+                        f"training: the loss is {value} at step {step + 1} with learning rate {plan.lr:g}; expected a "
+                        "finite number; no delta was written; lower lr, or use float32"
+                    )
+                optimizer.step()
+                done.append(value)
+                if log:
+                    log({"step": step + 1, "loss": value, "lr": plan.lr})
+                if step_done:
+                    step_done(1)
+                if state is not None and time.monotonic() - saved > SAVE_EVERY and accelerator.is_main_process:
+                    _keep(state, parameters, optimizer, plan, seed, done)
+                    saved = time.monotonic()
+        _check_finite(parameters, plan, len(done))
+    finally:
+        accelerator.free_memory()
+    if state is not None and accelerator.is_main_process:
+        state.unlink(missing_ok=True)
+    return done
+
+
+def steps_of(count: int, plan: Plan) -> int:
+    """How many optimiser steps ``train`` takes."""
+    return plan.epochs * math.ceil(count / plan.batch_size)
+
+
+def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
+    for epoch in range(plan.epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, plan.batch_size):
+            yield order[start : start + plan.batch_size]
+
+
+def _check_finite(parameters: dict[str, nn.Parameter], plan: Plan, steps: int) -> None:
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SurgeryError(
+                f"training: {name} is not finite after step {steps} with learning rate {plan.lr:g}; "
+                "no delta was written; lower lr, or use float32"
+            )
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels where there is a choice, so that the same recipe gives the same bytes."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # On a GPU the fused attention kernels add up gradients in no fixed order; the plain one does not.
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+def _mark(plan: Plan, seed: int, parameters: dict[str, nn.Parameter]) -> str:
+    return f"{plan} {seed} {[(name, tuple(p.shape)) for name, p in parameters.items()]}"
+
+
+def _keep(
+    state: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    seed: int,
+    done: list[float],
+) -> None:
+    part = state.with_name(state.name + ".part")
+    torch.save(
+        {
+            "of": _mark(plan, seed, parameters),
+            "parameters": {name: p.detach() for name, p in parameters.items()},
+            "optimizer": optimizer.state_dict(),
+            "losses": done,
+        },
+        part,
+    )
+    os.replace(part, state)
+
+
+def _take_up(
+    state: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    seed: int,
+) -> list[float]:
+    try:
+        kept = torch.load(state, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise SurgeryError(f"{state}: the saved state cannot be read ({error}); remove it to start again") from None
+    if kept["of"] != _mark(plan, seed, parameters):
+        raise SurgeryError(
+            f"{state}: saved by a run with other settings; expected the same plan, seed and parameters; "
+            "remove the .part folder or use the recipe.toml in it"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(kept["parameters"][name])
+    optimizer.load_state_dict(kept["optimizer"])
+    return list(kept["losses"])

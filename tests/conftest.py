@@ -1,0 +1,66 @@
+"""Shared fixtures: a tiny random language model that knows the words of the prompts, and its checkpoint on disk."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from surgery.data import genbias, genhint, neutral
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for every word and mark of the shipped prompts and texts."""
+    texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
+    texts += neutral.sentences()
+    found = sorted({piece for text in texts for piece in re.findall(r"\w+|[^\w\s]+", text)} | {"he", "she", "they"})
+    vocabulary = {"<pad>": 0, "<unk>": 1} | {word: place for place, word in enumerate(found, 2)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(word_tokenizer: PreTrainedTokenizerFast) -> MakeCheckpoint:
+    """Write a tiny random Llama with the word tokenizer as a checkpoint directory."""
+
+    def make(path: Path, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+        settings = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": len(word_tokenizer),
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.3,
+        }
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config))).to(dtype)
+        model.save_pretrained(path)
+        word_tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny(checkpoint: Path) -> tuple[Any, Any]:
+    """The tiny checkpoint opened in float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(checkpoint)

@@ -1,0 +1,130 @@
+"""Block fine-tuning: what trains, what the losses do, and that the model comes back bit for bit."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import build, state
+
+from surgery.edits.block import fine_tune, names_of, word_loss
+from surgery.errors import SurgeryError
+from surgery.training import Plan, steps_of, trainable
+
+IDS = tuple(tuple(range(3 + row, 9 + row)) for row in range(8))
+WORDS = (5, 11)
+PLAN = Plan(lr=3e-2, epochs=20, batch_size=4)
+
+
+def after(model: torch.nn.Module, differences: dict[str, torch.Tensor]) -> torch.Tensor:
+    """P(word) of each prompt with the differences added."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(differences.get(name, torch.tensor(0.0)))
+        return model(input_ids=torch.tensor(IDS)).logits[:, -1].softmax(-1)[:, WORDS]
+
+
+def test_the_losses_by_hand() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    assert word_loss(logits, [0, 1], "log").item() == pytest.approx(-math.log(0.5) - math.log(0.25))
+    assert word_loss(logits, [0, 1], "as_printed").item() == pytest.approx(0.75)
+    assert word_loss(logits, [1], "log").item() == pytest.approx(-math.log(0.25))
+    with pytest.raises(SurgeryError, match="expected one of log, as_printed"):
+        word_loss(logits, [0], "sum")
+
+
+def test_log_balances_the_words_and_the_printed_form_silences_them() -> None:
+    """The contradiction of Eq. 5: both make AFGB small, only one leaves the words in the model's mouth."""
+    base = after(build("llama"), {})
+    balanced = after(build("llama"), fine_tune(build("llama"), IDS, WORDS, PLAN, blocks=[2], seed=0).differences)
+    printed = fine_tune(build("llama"), IDS, WORDS, PLAN, blocks=[2], seed=0, objective="as_printed")
+    silenced = after(build("llama"), printed.differences)
+    assert balanced.sum(1).min() > base.sum(1).max()
+    assert ((balanced[:, 0] - balanced[:, 1]).abs() / balanced.sum(1)).max() < 0.15
+    assert silenced.sum(1).max() < 0.1 * base.sum(1).min()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_parts_of_a_block(family: str) -> None:
+    model = build(family)
+    whole, attention, mlp = (set(names_of(model, [1], part)) for part in ("all", "attention", "mlp"))
+    assert attention and mlp and attention | mlp < whole and not attention & mlp
+    assert set(names_of(model, [1], "without_attention")) == whole - attention
+    assert set(names_of(model, [1], "without_mlp")) == whole - mlp
+    assert not whole & set(names_of(model, [0]))
+    assert names_of(model, None) == [name for name, _ in model.named_parameters()]
+    with pytest.raises(SurgeryError, match="blocks 0 to"):
+        names_of(model, [9])
+
+
+def test_only_the_chosen_parameters_change_and_the_model_returns() -> None:
+    model = build("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    before, data = state(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    trained = fine_tune(model, IDS, WORDS, Plan(1e-2, 1, 4), blocks=[1], part="mlp", seed=0)
+    assert set(trained.differences) == set(names_of(model, [1], "mlp"))
+    assert all(difference.abs().max() > 0 for difference in trained.differences.values())
+    assert state(model) == before
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == data
+
+
+def test_the_model_returns_after_an_exception() -> None:
+    model = build("llama")
+    before = state(model)
+
+    def stop(steps: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fine_tune(model, IDS, WORDS, PLAN, blocks=[1], seed=0, step_done=stop)
+    assert state(model) == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
+    model = build("llama")
+    before = state(model)
+    with pytest.raises(SurgeryError, match=r"(loss is \w+ at step \d+|not finite after step \d+) .*learning rate 1e\+30"):
+        fine_tune(model, IDS, WORDS, Plan(1e30, 3, 4), blocks=[1], seed=0)
+    assert state(model) == before
+
+
+def test_bf16_models_train_in_float32_and_return() -> None:
+    model = build("llama").to(torch.bfloat16)
+    before = state(model)
+    trained = fine_tune(model, IDS, WORDS, Plan(1e-4, 2, 4), blocks=[1], seed=0)
+    assert all(difference.dtype == torch.float32 for difference in trained.differences.values())
+    assert any(difference.abs().max() > 0 for difference in trained.differences.values())
+    assert state(model) == before
+
+
+def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    plan, file = Plan(1e-2, 4, 4), tmp_path / "state.pt"
+    whole = fine_tune(build("llama"), IDS, WORDS, plan, blocks=[1], seed=0)
+    taken: list[dict[str, Any]] = []
+
+    def interrupt(row: dict[str, Any]) -> None:
+        taken.append(row)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(build("llama"), IDS, WORDS, plan, blocks=[1], seed=0, state=file, log=interrupt)
+    assert file.is_file()
+    again: list[dict[str, Any]] = []
+    rest = fine_tune(build("llama"), IDS, WORDS, plan, blocks=[1], seed=0, state=file, log=again.append)
+    assert again[0]["step"] == 5 and len(rest.losses) == steps_of(len(IDS), plan)
+    assert rest.losses == whole.losses
+    assert all(torch.equal(rest.differences[name], whole.differences[name]) for name in whole.differences)
+    assert not file.exists()
+    file.write_bytes(b"")
+    with pytest.raises(SurgeryError, match="cannot be read"):
+        fine_tune(build("llama"), IDS, WORDS, plan, blocks=[1], seed=0, state=file)
+
+
+def test_unknown_parameters_are_refused() -> None:
+    with pytest.raises(SurgeryError, match="got nowhere"), trainable(build("llama"), ["nowhere"]):
+        pass
+    with pytest.raises(SurgeryError, match="expected one of adam, adamw"):
+        fine_tune(build("llama"), IDS, WORDS, Plan(1e-2, 1, 4, "sgd"), blocks=[1], seed=0)

@@ -1,0 +1,112 @@
+"""The shortcuts give what the plain forward pass gives, in every family, and leave nothing behind."""
+
+import pytest
+import torch
+from families import FAMILIES, build, state
+
+from surgery.edits.block import fine_tune
+from surgery.errors import SurgeryError
+from surgery.observe import next_words, token_losses
+from surgery.prefix import by_length, encode, pad, shortcut, why_not, word_ids
+from surgery.training import Plan
+
+CAUSAL = [name for name, (kind, _) in FAMILIES.items() if kind.endswith(("CausalLM", "GPT2LMHeadModel"))]
+IDS = tuple(tuple(range(3 + row, 9 + 2 * row)) for row in range(6))
+WORDS = (5, 11)
+
+
+def plain(model: torch.nn.Module, ids: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Next-token probabilities of each prompt alone, without padding: nothing of the code under test."""
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in ids]
+    return torch.stack(rows).softmax(-1)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_shortcuts_equal_the_plain_pass(family: str) -> None:
+    model = build(family)
+    before = state(model)
+    expected = plain(model, IDS)[:, WORDS].numpy()
+    seen = next_words(model, IDS, WORDS, keep=[0, 1])
+    assert abs(seen.probabilities - expected).max() < 1e-5
+    prefix = seen.prefixes[1]
+    if why_not(model, prefix) is None:
+        assert abs(next_words(model, IDS, WORDS, prefix=prefix).probabilities - expected).max() < 1e-5
+    assert state(model) == before
+
+
+def test_most_families_take_the_shortcut() -> None:
+    """The fallback is for the odd one: a change that silently sends every family there has to fail."""
+    refused = {}
+    for family in CAUSAL:
+        model = build(family)
+        reason = why_not(model, next_words(model, IDS, WORDS, keep=[1]).prefixes[1])
+        if reason:
+            refused[family] = reason
+    assert len(refused) <= 1, refused
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_cached_and_plain_training_have_the_same_losses(family: str, block: int) -> None:
+    model = build(family)
+    plan = Plan(lr=1e-2, epochs=4, batch_size=4)
+    prefix = next_words(model, IDS, WORDS, keep=[block]).prefixes[block]
+    fast = fine_tune(model, IDS, WORDS, plan, blocks=[block], seed=3, prefix=prefix)
+    slow = fine_tune(model, IDS, WORDS, plan, blocks=[block], seed=3)
+    assert len(fast.losses) == 8
+    assert fast.losses == pytest.approx(slow.losses, abs=1e-5)
+    assert fast.losses[-1] < fast.losses[0]
+
+
+def test_perplexity_losses_equal_one_text_at_a_time() -> None:
+    model = build("llama")
+    sums, counts, kept = token_losses(model, IDS, keep=[2])
+    for row, ids in enumerate(IDS):
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            mean = model(input_ids=tokens, labels=tokens).loss.item()
+        assert sums[row] / counts[row] == pytest.approx(mean, abs=1e-5)
+    again, _, _ = token_losses(model, IDS, prefix=kept[2])
+    assert again == pytest.approx(sums, abs=1e-4)
+
+
+def test_dropout_and_broken_architectures_fall_back_with_the_reason() -> None:
+    model = build("gpt2")
+    prefix = next_words(model, IDS, WORDS, keep=[1]).prefixes[1]
+    model.train()
+    assert "dropout" in str(why_not(model, prefix))
+    model.eval()
+    wrong = type(prefix)(1, prefix.ids, prefix.flat * 2)
+    assert "differ" in str(why_not(model, wrong))
+
+
+def test_an_exception_inside_leaves_the_model_as_it_was() -> None:
+    model = build("llama")
+    prefix = next_words(model, IDS, WORDS, keep=[2]).prefixes[2]
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), shortcut(model, start=2) as run:
+        run(prefix.batch([0]))
+        raise ZeroDivisionError
+    assert state(model) == before
+
+
+def test_batches_hold_every_row_once_within_the_budget() -> None:
+    batches = by_length(IDS, tokens=20)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(IDS)))
+    assert all(len(rows) == 1 or len(rows) * max(len(IDS[row]) for row in rows) <= 20 for rows in batches)
+    padded = pad(IDS, [0, 3], "cpu")
+    assert padded.ids[0, -1] == IDS[0][-1] and padded.mask[0].sum() == len(IDS[0])
+    assert padded.inputs()["position_ids"][0, -1] == len(IDS[0]) - 1
+
+
+def test_words_must_be_one_token(word_tokenizer) -> None:  # type: ignore[no-untyped-def]
+    assert len(word_ids(word_tokenizer, ["he", "she"])) == 2
+    with pytest.raises(SurgeryError, match="'xylograph'"):
+        word_ids(word_tokenizer, ["he", "xylograph"])
+    with pytest.raises(SurgeryError, match="2 tokens"):
+        word_ids(word_tokenizer, ["he she"])
+    with pytest.raises(SurgeryError, match="got none"):
+        encode(word_tokenizer, [])
+    with pytest.raises(SurgeryError, match="no token"):
+        encode(word_tokenizer, ["The nurse", ""])

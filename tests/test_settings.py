@@ -1,0 +1,75 @@
+"""Settings files: what is shipped parses, and a mistake is answered with what was expected."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import recipes
+from recipes import lftf
+from surgery.errors import SurgeryError
+from surgery.settings import build, dump, parse_set, read_toml
+
+SHIPPED = sorted(Path(recipes.__path__[0]).glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    values = read_toml(path)
+    module = import_module(f"recipes.{values.pop('recipe')}")
+    build(module.Settings, values, str(path))
+
+
+def test_the_paper_s_values_are_the_defaults() -> None:
+    values = read_toml(next(path for path in SHIPPED if path.stem == "lftf"))
+    assert values.pop("recipe") == "lftf"
+    assert build(lftf.Settings, values, "lftf.toml") == lftf.Settings()
+    paper = lftf.Settings()
+    assert (paper.lr, paper.epochs, paper.batch_size, paper.optimizer, paper.block) == (1e-5, 2, 32, "adam", "last")
+
+
+def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
+    settings = lftf.Settings(lr=3e-4, block=[1, 2], words=["white", "black"], seed=7)
+    file = tmp_path / "recipe.toml"
+    file.write_text(dump("lftf", settings))
+    values = read_toml(file)
+    assert values.pop("recipe") == "lftf"
+    assert build(lftf.Settings, values, str(file)) == settings
+    assert dump("lftf", settings) == file.read_text()
+
+
+def test_values_from_the_command_line() -> None:
+    values = parse_set(["lr=1e-4", "block=25", "ablations=true", "data=my set.toml", "controls=last,random", "epochs=3"])
+    settings = build(lftf.Settings, values, "--set")
+    assert (settings.lr, settings.block, settings.ablations, settings.epochs) == (1e-4, 25, True, 3)
+    assert settings.controls == ["last", "random"] and settings.data == "my set.toml"
+    assert build(lftf.Settings, parse_set(["block=[3, 4]"]), "--set").block == [3, 4]
+    assert build(lftf.Settings, parse_set(["lr=1"]), "--set").lr == 1.0
+
+
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        ("learning_rate=1", "unknown key 'learning_rate'"),
+        ("epoch=1", "did you mean 'epochs'"),
+        ("epochs=many", "epochs: got 'many'; input should be a valid integer"),
+        ("lr=-1", "lr: got -1; input should be greater than 0"),
+        ("objective=sum", "objective: got 'sum'; input should be 'log' or 'as_printed'"),
+        ("lr", "expected key=value"),
+    ],
+)
+def test_mistakes_are_named(pair: str, message: str) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        build(lftf.Settings, parse_set([pair]), "--set")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    with pytest.raises(SurgeryError, match="cannot be read"):
+        read_toml(file)
+    file.write_text("lr = = 1")
+    with pytest.raises(SurgeryError, match="not valid TOML"):
+        read_toml(file)
+    file.write_text("[train]\nlr = 1")
+    with pytest.raises(SurgeryError, match=r"\[train\] is a table"):
+        read_toml(file)
