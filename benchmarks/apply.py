@@ -5,8 +5,8 @@ memory.
 
 Each round runs every way once, in rotating order, and divides its time by that round's `cp -r` + sync;
 printed are the medians of the seconds and of the ratios. Every way ends durable on disk (ours calls fsync;
-the others are followed by sync). The delta changes the attention and MLP weights of the last block. The
-synthetic checkpoint has an 8B-like shape in bf16, four shards, and random weights.
+the others are followed by sync). The delta changes matrices of the last block, at most
+--delta-mb of them. The synthetic checkpoint has an 8B-like shape in bf16, four shards, and random weights.
 """
 
 import argparse
@@ -70,8 +70,7 @@ def run(command: Sequence[str], **options: object) -> tuple[float, int]:
 
 
 class InProcess:
-    """A process that has imported everything and applies when told to: what a program that calls `apply`
-    pays."""
+    """A process that has imported everything and applies when told to: what a program that calls `apply` pays."""
 
     def __init__(self, delta: Path, base: Path) -> None:
         command = [sys.executable, "-c", IN_PROCESS, str(delta), str(base)]
@@ -93,17 +92,22 @@ class InProcess:
         return float(seconds), int(peak) * 1024
 
 
-def last_block_delta(base: Path, path: Path) -> None:
-    """A delta file that changes the matrices of the last block of a checkpoint by about 0.1 % of their
-    norm."""
+def last_block_delta(base: Path, path: Path, megabytes: float) -> None:
+    """A delta file that changes matrices of the last block by about 0.1 % of their norm.
+
+    The smallest matrices first, as many as fit into `megabytes` of fp32 differences, at least one.
+    """
     stored = open_stored(base)
     layers = [int(found.group(1)) for name in stored.places if (found := re.search(r"\.(\d+)\.", name))]
     generator = np.random.default_rng(0)
-    differences = {
-        name: generator.standard_normal(stored.entry(name).shape, dtype=np.float32) * np.float32(3e-5)
-        for name in stored.places
-        if f".{max(layers)}." in name and len(stored.entry(name).shape) == 2
-    }
+    names = [name for name in stored.places if f".{max(layers)}." in name and len(stored.entry(name).shape) == 2]
+    differences: dict[str, np.ndarray] = {}
+    for name in sorted(names, key=lambda name: (stored.entry(name).elements, name)):
+        taken = sum(array.nbytes for array in differences.values())
+        if differences and taken + 4 * stored.entry(name).elements > megabytes * 1e6:
+            break
+        noise = generator.standard_normal(stored.entry(name).shape, dtype=np.float32)
+        differences[name] = noise * np.float32(3e-5)
     make(differences, base, base=base.name, recipe="", seed=0).save(path)
 
 
@@ -160,9 +164,7 @@ def synthetic(folder: Path, gigabytes: float, shards: int = 4) -> Path:
                     out.write(pattern[: min(left, len(pattern))])
                     left -= len(pattern)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -201,11 +203,13 @@ def ways(
     return found
 
 
-def compare(base: Path, work: Path, repeat: int, mergekit: str | None, full: bool) -> list[dict[str, object]]:
+def compare(
+    base: Path, work: Path, repeat: int, megabytes: float, mergekit: str | None, full: bool
+) -> list[dict[str, object]]:
     """Run all ways on one checkpoint and print the table. Returns one row per way."""
     delta = work / "delta.safetensors"
     # In a process of its own: a child's peak, as the kernel counts it, starts at its parent's size.
-    maker = multiprocessing.get_context("spawn").Process(target=last_block_delta, args=(base, delta))
+    maker = multiprocessing.get_context("spawn").Process(target=last_block_delta, args=(base, delta, megabytes))
     maker.start()
     maker.join()
     if maker.exitcode:
@@ -224,9 +228,7 @@ def compare(base: Path, work: Path, repeat: int, mergekit: str | None, full: boo
                 seconds[name].append(taken)
                 peaks[name] = max(peaks[name], peak)
     size = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
-    print(
-        f"\n{base.name}: {size / 1e9:.2f} GB, delta {delta.stat().st_size / 1e6:.0f} MB, medians of {repeat}"
-    )
+    print(f"\n{base.name}: {size / 1e9:.2f} GB, delta {delta.stat().st_size / 1e6:.0f} MB, medians of {repeat}")
     print(f"{'way':32} {'seconds':>8} {'x cp':>6} {'(range)':>13} {'peak MB':>8}")
     rows: list[dict[str, object]] = []
     for name in names:
@@ -234,25 +236,18 @@ def compare(base: Path, work: Path, repeat: int, mergekit: str | None, full: boo
         middle, ratio = statistics.median(seconds[name]), statistics.median(ratios)
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         print(f"{name:32} {middle:8.2f} {ratio:6.2f} {spread:>13} {peaks[name] / 1e6:8.0f}", flush=True)
-        rows.append(
-            {"checkpoint": base.name, "way": name, "seconds": middle, "ratio": ratio, "peak": peaks[name]}
-        )
+        rows.append({"checkpoint": base.name, "way": name, "seconds": middle, "ratio": ratio, "peak": peaks[name]})
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run the comparisons, and write the rows as JSON when asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="*", type=Path)
-    parser.add_argument(
-        "--synthetic", type=float, default=0.0, metavar="GB", help="also a made-up checkpoint"
-    )
+    parser.add_argument("--synthetic", type=float, default=0.0, metavar="GB", help="also a made-up checkpoint")
+    parser.add_argument("--delta-mb", type=float, default=34.0, metavar="MB", help="size of the delta at most")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument(
-        "--mergekit", metavar="PYTHON", help="an interpreter that has mergekit, to compare with it"
-    )
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit, to compare with it")
     parser.add_argument("--work", type=Path, default=None, help="a folder on the disk to measure")
     parser.add_argument("--json", type=Path, default=None, help="write the rows to this file, too")
     options = parser.parse_args(arguments)
@@ -262,11 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for checkpoint in options.checkpoint:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            rows += compare(checkpoint, Path(folder), options.repeat, mergekit, full=True)
+            rows += compare(checkpoint, Path(folder), options.repeat, options.delta_mb, mergekit, full=True)
     if options.synthetic:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             base = synthetic(Path(folder) / f"synthetic-{options.synthetic:g}GB", options.synthetic)
-            rows += compare(base, Path(folder), options.repeat, None, full=False)
+            rows += compare(base, Path(folder), options.repeat, options.delta_mb, None, full=False)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -102,7 +102,8 @@ class BmiReducer:
             if self.positions == "all":
                 raise HookError(f"BMI, block {block}: streams without positions, but positions='all' was asked for")
             stream_in, stream_out, mask = stream_in[:, None], stream_out[:, None], None
-        stream_in, stream_out = stream_in.detach(), stream_out.detach()
+        # a model spread over devices may hand a block its input from the device before
+        stream_in, stream_out = stream_in.detach().to(stream_out.device), stream_out.detach()
         if mask is None:
             mask = torch.ones(stream_in.shape[:2], dtype=torch.bool, device=stream_in.device)
         mask = mask.to(stream_in.device).bool()
@@ -114,7 +115,7 @@ class BmiReducer:
         if block == self.blocks - 1 and self._norm is not None:
             with torch.no_grad():
                 normed = self._norm(stream_out)
-            self._add(self.blocks, stream_in, normed, mask)
+            self._add(self.blocks, stream_in, normed.to(stream_in.device), mask)
 
     def _add(self, row: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
         # LFTF Eq. 4: 1 - cos(H_i, H_i+1), in float32 whatever the model computes in

@@ -16,8 +16,10 @@ from hooks.errors import HookError
 
 @contextmanager
 def edit(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace activations inside the context: `with hooks.edit(model, {"blocks.3.hook_mlp_out":
-    torch.zeros_like}):`.
+    """Replace activations inside the context.
+
+        with hooks.edit(model, {"blocks.3.hook_mlp_out": torch.zeros_like}):
+            model(**inputs)
 
     changes: site (wildcards allowed) -> function from the activation (in the site's shape, see `capture`) to
         the one that takes its place. What the function returns is what the model goes on with, so gradients

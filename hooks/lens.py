@@ -29,7 +29,7 @@ class Lens:
 
     difference: that of the model's own output. cumulative: if the stream entered the head before block 0
     (entry 0) or after block i (entry i + 1); the last entry is `difference`. embedding, attention, mlp and
-    cross_attention (zeros outside encoder-decoders): what each writes directly, with the final norm's scale
+    cross_attention (of encoder-decoders): what each writes directly, with the final norm's scale
     held at that of the real pass; block is their sum in a block. head: (block, head), without the writer's
     bias. rest: what none of them writes: biases of the final norm and of the head, and, where the head is not
     linear (soft cap, BERT's transform), what a linear reading leaves over. embedding + sum of block + rest is
@@ -135,6 +135,8 @@ def lens(
 def _missing(stack: Stack) -> dict[str, str]:
     """Quantities that this architecture does not have, and why."""
     missing: dict[str, str] = {}
+    if not any(block.cross_writer for block in stack.blocks):
+        missing["cross_attention"] = "this stack reads no other one"
     for block in stack.blocks:
         if not block.additive:
             why = f"{block.site} normalises the stream itself, so that no write reaches the head unchanged"

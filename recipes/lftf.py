@@ -8,16 +8,16 @@ every measurement afterwards start from that stream.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.settings
-from hooks import BlockImportance, BmiReducer, anatomy
+from hooks import anatomy
 from surgery import apply as disk
 from surgery import delta as deltas
 from surgery.checkpoints import checkpoint_dir, tensors_of
@@ -26,7 +26,7 @@ from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits import block as edit
 from surgery.errors import SurgeryError
 from surgery.metrics.suite import Material, Measured, material, measure, plain
-from surgery.observe import next_words
+from surgery.observe import Located, next_words, rank_blocks
 from surgery.prefix import Prefix, encode, why_not, word_ids
 from surgery.progress import Talk
 from surgery.report import write_report
@@ -118,9 +118,18 @@ def run(
         controls = [c for c in (_control(name, settings, prompts.words, count, case) for name in names) if c]
         keep = sorted({min(c.blocks) for c in (case, *controls) if c and c.blocks}) if settings.prefix_cache else []
         with talk.work("rank the blocks", len(ids)) as step:
-            importance, streams, spread = _rank(model, ids, given.words, settings, keep, step)
+            located = rank_blocks(
+                model,
+                ids,
+                given.words,
+                positions=settings.positions,
+                aggregate=settings.aggregate,
+                keep=keep,
+                step=step,
+            )
+        streams = dict(located.prefixes)
         if settings.block == "auto":
-            case = replace(case, blocks=(getattr(importance, settings.rank_by).top()[0],))
+            case = replace(case, blocks=(getattr(located.importance, settings.rank_by).top()[0],))
             if settings.prefix_cache and min(case.blocks or ()) not in keep:
                 keep = [*keep, *(case.blocks or ())]
                 streams |= next_words(model, ids, given.words, keep=case.blocks or ()).prefixes
@@ -132,10 +141,7 @@ def run(
         delta_file = folder.path / "delta.safetensors"
         sha256 = delta.save(delta_file, overwrite=True)
         after, applied = operation.as_saved(case, delta_file)
-        others = {
-            name: folder.once(f"control-{name}", lambda name=name: operation.control(name, count, case))
-            for name in names
-        }
+        others = {name: folder.once(f"control-{name}", partial(operation.control, name, count, case)) for name in names}
         summary = {
             "recipe": "lftf",
             "model": settings.model,
@@ -143,7 +149,7 @@ def run(
             "words": list(prompts.words.words),
             "before": plain(before.scores),
             "after": plain(after.scores),
-            "ranking": _ranking(importance, spread, settings),
+            "ranking": _ranking(located, settings),
             "edit": {
                 "blocks": list(case.blocks) if case.blocks is not None else "all",
                 "part": case.part,
@@ -173,24 +179,7 @@ def _case(settings: Settings, words: WordSet, count: int) -> Case:
     unknown = [word for word in named if word not in words.words]
     if unknown:
         raise SurgeryError(f"trained_words: got {unknown[0]!r}, expected some of {', '.join(words.words)}")
-    return Case("lftf", _blocks(settings.block, count, settings.seed, "block"), settings.part, named)
-
-
-def _blocks(chosen: str | int | list[int], count: int, seed: int, key: str) -> tuple[int, ...] | None:
-    places = {"first": 0, "middle": count // 2, "last": count - 1, "auto": count - 1}
-    if chosen == "all":
-        return None
-    if chosen == "random":
-        return (int(np.random.default_rng(seed).integers(count)),)
-    if isinstance(chosen, str) and chosen in places:
-        return (places[chosen],)
-    numbers = [chosen] if isinstance(chosen, int) else chosen
-    if isinstance(numbers, str) or not numbers or any(not -count <= number < count for number in numbers):
-        raise SurgeryError(
-            f"{key}: got {chosen!r}; the model has blocks 0 to {count - 1}; expected such numbers, or one of "
-            "last, auto, first, middle, random, all"
-        )
-    return tuple(sorted({number % count for number in numbers}))
+    return Case("lftf", edit.choose(settings.block, count, settings.seed), settings.part, named)
 
 
 def _control_names(settings: Settings, words: WordSet) -> list[str]:
@@ -214,54 +203,15 @@ def _control(name: str, settings: Settings, words: WordSet, count: int, case: Ca
         drawn = free[int(np.random.default_rng(settings.seed).integers(len(free)))]
         return replace(case, name=name, blocks=(drawn,))
     if name in ("first", "middle", "last"):
-        return replace(case, name=name, blocks=_blocks(name, count, settings.seed, "controls"))
+        return replace(case, name=name, blocks=edit.choose(name, count, settings.seed))
     if name in ABLATIONS:
         return replace(case, name=name, part=name)
     left = tuple(word for word in case.words if f"without_{word}" != name)
     return replace(case, name=name, words=left)
 
 
-def _rank(
-    model: PreTrainedModel,
-    ids: Sequence[Sequence[int]],
-    words: Sequence[int],
-    settings: Settings,
-    keep: Sequence[int],
-    step: Any,
-) -> tuple[BlockImportance, dict[int, Prefix], dict[str, float]]:
-    """BMI (Eq. 4) over the training prompts, its variance over 5 seeds x 100 of them (A.1), and the kept streams."""
-    rng = [np.random.default_rng(seed) for seed in (1, 2, 3, 4, 5)]
-    size = min(100, len(ids))
-    subsets = [set(generator.choice(len(ids), size=size, replace=False).tolist()) for generator in rng]
-    reducers = [BmiReducer.of(model, positions=settings.positions) for _ in range(6)]
-    entering: list[Tensor] = []
-
-    def feed(rows: Sequence[int], site: str, stream: Tensor, mask: Tensor) -> None:
-        block = int(site.split(".")[1])
-        if site.endswith("hook_resid_pre"):
-            entering[:] = [stream.clone()]
-            return
-        before = entering.pop()
-        reducers[0].update(block, before, stream, mask)
-        for reducer, subset in zip(reducers[1:], subsets, strict=True):
-            chosen = [place for place, row in enumerate(rows) if row in subset]
-            if chosen:
-                reducer.update(block, before[chosen], stream[chosen], mask[chosen])
-
-    sites = ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"]
-    seen = next_words(
-        model, ids, words, keep=keep, watch=(sites, feed), step=step, shortcuts=settings.positions == "last"
-    )
-    results = [reducer.result(aggregate=settings.aggregate, data="training prompts") for reducer in reducers]
-    variances = {
-        column: float(np.var([getattr(r, column).scores for r in results[1:]], axis=0, ddof=1).mean())
-        for column in ("raw", "final_norm")
-    }
-    return results[0], seen.prefixes, variances
-
-
-def _ranking(importance: BlockImportance, spread: dict[str, float], settings: Settings) -> dict[str, Any]:
-    raw, normed = importance.raw, importance.final_norm
+def _ranking(located: Located, settings: Settings) -> dict[str, Any]:
+    raw, normed = located.importance.raw, located.importance.final_norm
     return {
         "method": "bmi (LFTF Eq. 4)",
         "raw": raw.scores.tolist(),
@@ -271,7 +221,7 @@ def _ranking(importance: BlockImportance, spread: dict[str, float], settings: Se
         "positions": settings.positions,
         "aggregate": settings.aggregate,
         "n": raw.count,
-        "variance_5x100": spread,
+        "variance_5x100": located.variances,
     }
 
 
@@ -367,9 +317,7 @@ class _Operation:
         """Apply the file to the checkpoint on disk, and measure with the tensors read back from there."""
         saved = self.folder.path / "checkpoint"
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-        report = disk.apply(
-            delta_file, self.directory, saved, rounding=self.settings.rounding, seed=self.settings.seed
-        )
+        report = disk.apply(delta_file, self.directory, saved, rounding=self.settings.rounding, seed=self.settings.seed)
         delta = deltas.Delta.load(delta_file)
         with tensors_of(self.model, delta, saved):
             after = self._measure(case)

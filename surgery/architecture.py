@@ -53,8 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a config.json (or of `model.config.to_dict()`); a fact that the config does not state is
-    absent."""
+    """The facts of a config.json (or of `model.config.to_dict()`); a fact that the config does not state is absent."""
     inner = config.get("text_config")
     flat = {**config, **inner} if isinstance(inner, Mapping) else dict(config)
     found: dict[str, Any] = {}
@@ -82,11 +81,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters in one form: {"rope_theta", "rope_type", ...}, or one such map per kind of layer."""
     stated = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
-    stated = (
-        {key: value for key, value in stated.items() if value is not None}
-        if isinstance(stated, Mapping)
-        else {}
-    )
+    stated = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, Mapping) else {}
     if any(isinstance(value, Mapping) for value in stated.values()):
         return {kind: _one_rope(value) for kind, value in stated.items() if isinstance(value, Mapping)}
     if flat.get("rope_local_base_freq") is not None:  # Gemma 3 before transformers 5
@@ -101,9 +96,7 @@ def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    result = {
-        key: value for key, value in values.items() if isinstance(value, bool | int | float | str | list)
-    }
+    result = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | list)}
     result["rope_type"] = result.pop("type", "") or result.get("rope_type") or "default"
     return result
 
@@ -159,9 +152,7 @@ def tokenizer_fingerprint(directory: Path, rows: int | None = None) -> dict[str,
     model = content.get("model") if isinstance(content, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram: [[token, score], ...]
-        vocabulary = {
-            item[0]: number for number, item in enumerate(vocabulary) if isinstance(item, list) and item
-        }
+        vocabulary = {item[0]: number for number, item in enumerate(vocabulary) if isinstance(item, list) and item}
     if not isinstance(vocabulary, dict):
         return None
     tokens = {number: token for token, number in vocabulary.items() if type(number) is int}

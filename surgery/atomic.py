@@ -35,8 +35,7 @@ def check_destination(path: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def temporary(destination: Path, *, folder: bool) -> Iterator[Path]:
-    """A locked temporary beside `destination`, removed at exit unless it was renamed; sweeps stale ones
-    first."""
+    """A locked temporary beside `destination`, removed at exit unless it was renamed; sweeps stale ones first."""
     sweep(destination.parent)
     path = destination.parent / f".{destination.name[:100]}.{secrets.token_hex(4)}{SUFFIX}"
     if folder:
@@ -80,9 +79,7 @@ def sweep(folder: Path) -> None:
 def publish(temporary_path: Path, destination: Path, *, overwrite: bool = False) -> None:
     """Give the complete temporary its name, durably. Raises: SurgeryError if the name was taken meanwhile."""
     if not overwrite and os.path.lexists(destination):
-        raise SurgeryError(
-            f"{destination}: appeared while its content was being written; nothing was changed"
-        )
+        raise SurgeryError(f"{destination}: appeared while its content was being written; nothing was changed")
     os.rename(temporary_path, destination)
     sync_folder(destination.parent)
 

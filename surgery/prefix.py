@@ -77,9 +77,7 @@ def encode(
     ids = tuple(tuple(row) for row in tokenizer(list(texts))["input_ids"])
     for number, row in enumerate(ids):
         if not row:
-            raise SurgeryError(
-                f"text {number} ({texts[number]!r}) gives no token; expected at least 1; remove it"
-            )
+            raise SurgeryError(f"text {number} ({texts[number]!r}) gives no token; expected at least 1; remove it")
         if limit is not None and len(row) > limit:
             raise SurgeryError(
                 f"text {number} ({texts[number][:40]!r}...) has {len(row)} tokens, the model takes {limit}; shorten it"
@@ -92,7 +90,7 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
 
     Raises ``SurgeryError`` naming a word that is several tokens, or two words that are the same token.
     """
-    found = []
+    found: list[int] = []
     for word in words:
         pieces = tokenizer.encode(" " + word, add_special_tokens=False)
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
@@ -101,9 +99,7 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
                 f"{len(pieces)} tokens {tokenizer.convert_ids_to_tokens(pieces)}; expected one; choose another word"
             )
         if pieces[0] in found:
-            raise SurgeryError(
-                f"word {word!r}: same token as {words[found.index(pieces[0])]!r}; name each word once"
-            )
+            raise SurgeryError(f"word {word!r}: same token as {words[found.index(pieces[0])]!r}; name each word once")
         found.append(pieces[0])
     return found
 
@@ -161,9 +157,7 @@ def shortcut(
         def run(batch: Batch) -> Tensor:
             if start:
                 if batch.stream is None:
-                    raise SurgeryError(
-                        f"a run from block {start} needs the stream entering it; use Prefix.batch"
-                    )
+                    raise SurgeryError(f"a run from block {start} needs the stream entering it; use Prefix.batch")
                 handed.append(batch.stream)
             try:
                 return (call or model)(**batch.inputs(), use_cache=False).logits
@@ -203,12 +197,12 @@ def _forward(module: nn.Module, replacement: Callable[..., Tensor], as_tuple: bo
         out = replacement(*args, **kwargs)
         return (out,) if as_tuple else out
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if had:
-            module.forward = before  # type: ignore[method-assign,assignment]
+            module.forward = before  # type: ignore[assignment]
         else:
             del module.__dict__["forward"]
 
@@ -227,9 +221,7 @@ def why_not(model: PreTrainedModel, prefix: Prefix, *, rows: int = 4) -> str | N
         with shortcut(model, start=prefix.block) as run:
             fast = run(sample).float().log_softmax(-1)
     except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
-        return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[
-            :200
-        ]
+        return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
     plain = model(**sample.inputs(), use_cache=False).logits[:, -1].float().log_softmax(-1)
     if fast.shape != plain.shape:
         return f"this architecture gives logits of shape {tuple(fast.shape)}, expected {tuple(plain.shape)}"

@@ -156,9 +156,7 @@ def _ranking_figure(summary: Summary) -> "Figure":
         for name in ("raw", "final_norm")
     }
     edited = summary["edit"]["blocks"]
-    return block_bars(
-        columns["raw"], columns["final_norm"], edited=edited if isinstance(edited, list) else None
-    )
+    return block_bars(columns["raw"], columns["final_norm"], edited=edited if isinstance(edited, list) else None)
 
 
 def before_after(summary: Summary) -> "Figure":
@@ -168,8 +166,8 @@ def before_after(summary: Summary) -> "Figure":
         ("AFGB (ideal 0)", "afgb"),
         ("word mass", "mass"),
     ]
-    single = [(label, path) for label, path in (("UB-Score (ideal 1)", ("genhint", "ub")), ("perplexity", ("perplexity",)))
-              if find(summary["before"], path)]  # fmt: skip
+    wanted: dict[str, tuple[str, ...]] = {"UB-Score (ideal 1)": ("genhint", "ub"), "perplexity": ("perplexity",)}
+    single = [(label, path) for label, path in wanted.items() if find(summary["before"], path)]
     figure = new_figure(11, 3.1)
     axes = figure.subplots(1, len(panels) + len(single), width_ratios=[3] * len(panels) + [1.3] * len(single))
     for place, (label, name) in enumerate(panels):

@@ -21,8 +21,7 @@ STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 
 
 def hash64(counter: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser over an array of counters (Steele, Lea and Flood 2014): uint64 in, uint64
-    out."""
+    """SplitMix64's finaliser over an array of counters (Steele, Lea and Flood 2014): uint64 in, uint64 out."""
     z = counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)

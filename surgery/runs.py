@@ -72,7 +72,9 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Fold
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         where = error.filename or part
-        raise SurgeryError(f"{where}: cannot be written ({error.strerror}); nothing was left; make room or choose --out") from error
+        raise SurgeryError(
+            f"{where}: cannot be written ({error.strerror}); nothing was left; make room or choose --out"
+        ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

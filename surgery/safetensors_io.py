@@ -122,8 +122,7 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(read_exactly(fd, 0, 8, path), "little") if size >= 8 else 0
         if size < 10 or not 2 <= length <= size - 8:
             raise SurgeryError(
-                f"{path}: no safetensors file, or truncated ({size} bytes, header of {length}); "
-                f"download it again"
+                f"{path}: no safetensors file, or truncated ({size} bytes, header of {length}); download it again"
             )
         if length > MAX_HEADER_BYTES:
             raise SurgeryError(f"{path}: header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
@@ -149,14 +148,12 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
             raise SurgeryError(
-                f"{where}: {name!r} begins at byte {entry.begin - start}, expected {position - start}: "
-                f"it {problem}"
+                f"{where}: {name!r} begins at byte {entry.begin - start}, expected {position - start}: it {problem}"
             )
         position = entry.end
     if position != size:
         raise SurgeryError(
-            f"{where}: the tensors end at byte {position}, the file at {size}; truncated or with a "
-            f"tail, get it again"
+            f"{where}: the tensors end at byte {position}, the file at {size}; truncated or with a tail, get it again"
         )
     return Header(dict(ordered), metadata, size)
 
@@ -164,9 +161,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
 def _entry(name: str, value: Any, start: int, size: int, where: str) -> Entry:
     check_name(name, where)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise SurgeryError(
-            f"{where}: {name!r} is not described by dtype, shape and data_offsets; the file is broken"
-        )
+        raise SurgeryError(f"{where}: {name!r} is not described by dtype, shape and data_offsets; the file is broken")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise SurgeryError(f"{where}: {name!r} has the unknown dtype {str(dtype)[:40]!r}")
@@ -183,8 +178,7 @@ def _entry(name: str, value: Any, start: int, size: int, where: str) -> Entry:
             raise SurgeryError(f"{where}: {name!r} has the impossible shape {str(shape)[:80]}")
     if elements * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise SurgeryError(
-            f"{where}: {name!r} of shape {shape} and dtype {dtype} does not fill its "
-            f"{offsets[1] - offsets[0]} bytes"
+            f"{where}: {name!r} of shape {shape} and dtype {dtype} does not fill its {offsets[1] - offsets[0]} bytes"
         )
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
@@ -199,9 +193,7 @@ def read_exactly(fd: int, offset: int, count: int, path: Path) -> bytes:
     while count:
         part = os.pread(fd, min(count, 2**30), offset)
         if not part:
-            raise SurgeryError(
-                f"{path}: ends at byte {offset}, {count} bytes early; it changed or is truncated"
-            )
+            raise SurgeryError(f"{path}: ends at byte {offset}, {count} bytes early; it changed or is truncated")
         parts.append(part)
         offset, count = offset + len(part), count - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -222,9 +214,7 @@ def header_bytes(
         end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
         header[name] = {"data_offsets": [position, end], "dtype": dtype, "shape": list(shape)}
         position = end
-    raw = json.dumps(
-        header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    raw = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw, order
 

@@ -16,9 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.rounding import hash64
 
 BUCKETS = 64
-BLOCK = (
-    2**16
-)  # elements that share one table of signs and buckets; a block as a whole is signed and rotated anew
+BLOCK = 2**16  # elements that share one table of signs and buckets; a block as a whole is signed and rotated anew
 
 # Distances ||target - base|| / ||base||, judged on the largest over the delta's matrices.
 SAME = 0.005
@@ -69,8 +67,7 @@ class Sketcher:
 
 
 def distance(target: np.ndarray, base: np.ndarray, base_norm: float) -> float:
-    """Estimate of ||target - base|| / ||base|| from two sketches [64]; infinite when only the base is
-    zero."""
+    """Estimate of ||target - base|| / ||base|| from two sketches [64]; infinite when only the base is zero."""
     gap = float(np.linalg.norm(target.astype(np.float64) - base.astype(np.float64)))
     if base_norm == 0.0:
         return math.inf if gap > 0.0 else 0.0
@@ -106,10 +103,6 @@ def refuse_unrelated(
     found = verdict(value)
     what = f"{where}: {name} lies {value:.2f} of its norm away from the delta's base"
     if found == "unrelated":
-        raise SurgeryError(
-            f"{what} (1.4 is chance): these are other weights; use a checkpoint made from the base"
-        )
+        raise SurgeryError(f"{what} (1.4 is chance): these are other weights; use a checkpoint made from the base")
     if found == "distant" and not force:
-        raise SurgeryError(
-            f"{what} (related is at most {RELATED}): repeat with --force if you know that it is a child"
-        )
+        raise SurgeryError(f"{what} (related is at most {RELATED}): repeat with --force if you know that it is a child")

@@ -61,9 +61,7 @@ def open_stored(path: Path | str) -> Stored:
         raise SurgeryError(f"{path}: no such checkpoint directory; give the folder that holds config.json")
     files = tuple(sorted(list_files(path)))
     if "config.json" not in files:
-        raise SurgeryError(
-            f"{path}: holds no config.json, so the architecture cannot be checked; add the model's own"
-        )
+        raise SurgeryError(f"{path}: holds no config.json, so the architecture cannot be checked; add the model's own")
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise SurgeryError(f"{path / 'config.json'}: not a JSON object; the file is broken")
@@ -75,9 +73,7 @@ def open_stored(path: Path | str) -> Stored:
         shards[name] = read_header(path / name)
         for tensor in shards[name].tensors:
             if tensor in places:
-                raise SurgeryError(
-                    f"{path}: {tensor!r} stands in both {places[tensor]} and {name}; remove one of them"
-                )
+                raise SurgeryError(f"{path}: {tensor!r} stands in both {places[tensor]} and {name}; remove one of them")
             places[tensor] = name
     if INDEX in files:
         _check_index(path, shards, places)
@@ -100,13 +96,9 @@ def list_files(path: Path, prefix: str = "") -> list[str]:
             try:
                 mode = entry.stat().st_mode
             except OSError as error:
-                raise SurgeryError(
-                    f"{entry.path}: cannot be read ({error.strerror}); repair or remove it"
-                ) from None
+                raise SurgeryError(f"{entry.path}: cannot be read ({error.strerror}); repair or remove it") from None
             if not stat.S_ISREG(mode):
-                raise SurgeryError(
-                    f"{entry.path}: neither a file nor a plain folder; copy the checkpoint without it"
-                )
+                raise SurgeryError(f"{entry.path}: neither a file nor a plain folder; copy the checkpoint without it")
             found.append(relative)
     return found
 
@@ -160,9 +152,7 @@ def _check_index(path: Path, shards: dict[str, Header], places: dict[str, str]) 
             )
 
 
-CHUNK_BYTES = (
-    4 * 2**20
-)  # of stored bytes at a time: memory stays flat, and mmap would inflate the resident size
+CHUNK_BYTES = 4 * 2**20  # of stored bytes at a time: memory stays flat, and mmap would inflate the resident size
 
 
 @dataclass(frozen=True)
@@ -175,17 +165,14 @@ class Measured:
 
 
 def chunks(entry: Entry, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """The element ranges (start, stop) of the first `elements` of a tensor, CHUNK_BYTES of stored bytes
-    each."""
+    """The element ranges (start, stop) of the first `elements` of a tensor, CHUNK_BYTES of stored bytes each."""
     total = entry.elements if elements is None else elements
     step = CHUNK_BYTES // STORED[entry.dtype].itemsize
     for start in range(0, total, step):
         yield start, min(start + step, total)
 
 
-def measure(
-    stored: Stored, name: str, elements: int | None = None, *, known: str | None = None
-) -> Measured | None:
+def measure(stored: Stored, name: str, elements: int | None = None, *, known: str | None = None) -> Measured | None:
     """Hash and sketch the first `elements` of a tensor on disk; None when its sha256 is `known` (the base's).
 
     The bytes are hashed first, and sketched in a second pass only if they are not the base's.

@@ -85,9 +85,7 @@ def save(
     (folder / "README.md").write_text("not weights\n")
     if tokens is not None:
         vocabulary = {token: number for number, token in enumerate(tokens)}
-        (folder / "tokenizer.json").write_text(
-            json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []})
-        )
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
     names = list(tensors)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "note": "kept"})
@@ -103,9 +101,7 @@ def save(
     return folder
 
 
-def edit(
-    checkpoint: Path, names: tuple[str, ...] = (DOWN, NORM), size: float = 0.01, seed: int = 1
-) -> deltas.Delta:
+def edit(checkpoint: Path, names: tuple[str, ...] = (DOWN, NORM), size: float = 0.01, seed: int = 1) -> deltas.Delta:
     """A delta of random differences of `size` times a normal number."""
     shapes = {name: tensor.shape for name, tensor in load(checkpoint).items()}
     generator = np.random.default_rng(seed)
@@ -117,11 +113,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint directory, through the safetensors library."""
     from safetensors.torch import load_file
 
-    return {
-        name: value
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, value in load_file(path).items()
-    }
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
 def hashes(folder: Path) -> dict[str, str]:

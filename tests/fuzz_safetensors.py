@@ -51,9 +51,7 @@ def header(data: bytes) -> None:
 def metadata(data: bytes) -> None:
     content = io.parse_json(data, "fuzz")
     shapes = {"a": (2, 2), "b.lora_A": (1, 3), "b.lora_B": (2, 1)}
-    kept = {
-        name: shape for name, shape in shapes.items() if not isinstance(content, dict) or name in str(content)
-    }
+    kept = {name: shape for name, shape in shapes.items() if not isinstance(content, dict) or name in str(content)}
     delta_metadata.check_metadata(content, kept, "fuzz")
     for name, shape in delta_metadata.base_shapes(content).items():
         assert kept.get(name, shape) == shape

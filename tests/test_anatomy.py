@@ -86,6 +86,14 @@ def test_model_is_left_as_it_was(name: str) -> None:
     assert state(model) == before
 
 
+def test_random_numbers_that_the_probe_draws_are_given_back() -> None:
+    model = build("llama")
+    model.model.norm.register_forward_hook(lambda module, args, output: output + 0 * torch.rand(1))
+    before = state(model)
+    anatomy.find(model)
+    assert state(model) == before
+
+
 def test_model_is_left_as_it_was_after_a_failure() -> None:
     model = build("llama").train()
     model.model.layers[1].mlp.forward = lambda x: 1 / 0  # type: ignore[method-assign]

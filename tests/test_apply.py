@@ -85,9 +85,7 @@ def test_extended_vocabulary_that_the_delta_touches(tmp_path):
     apply(delta, target, tmp_path / "first", vocabulary="first")
     before, after = extended()[kit.EMBED], kit.load(tmp_path / "first")[kit.EMBED]
     assert torch.equal(after[40:], before[40:])
-    assert torch.equal(
-        after[:40], (before[:40].float() + torch.from_numpy(delta.tensors[kit.EMBED])).bfloat16()
-    )
+    assert torch.equal(after[:40], (before[:40].float() + torch.from_numpy(delta.tensors[kit.EMBED])).bfloat16())
     shorter = kit.weights() | {kit.EMBED: torch.zeros(36, 16, dtype=torch.bfloat16)}
     less = kit.save(tmp_path / "t4", shorter, vocab_size=36, tokens=tokens[:36])
     refused(tmp_path, delta, less, r"shape \[36, 16\].*base \[40, 16\]", vocabulary="first")
@@ -223,9 +221,7 @@ def test_wrong_shape(base, tmp_path):
 def test_not_finite_target(base, tmp_path, value):
     broken = kit.weights()
     broken[kit.DOWN][3, 3] = value
-    refused(
-        tmp_path, kit.edit(base), kit.save(tmp_path / "t", broken), "down_proj.weight' holds NaN or infinity"
-    )
+    refused(tmp_path, kit.edit(base), kit.save(tmp_path / "t", broken), "down_proj.weight' holds NaN or infinity")
 
 
 def test_truncated_target(base, tmp_path):
@@ -246,9 +242,7 @@ def test_one_name_in_two_shards(base, tmp_path):
         with safe_open(path, "pt") as file:
             content |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         save_file(content, path)
-    refused(
-        tmp_path, kit.edit(base), target, "stands in both model-00001-of-00002.safetensors and model-00002"
-    )
+    refused(tmp_path, kit.edit(base), target, "stands in both model-00001-of-00002.safetensors and model-00002")
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../x", ".."])
@@ -315,9 +309,7 @@ def test_unrelated_weights_are_refused_even_with_force(base, tmp_path):
 
 def test_distant_weights_need_force(base, tmp_path):
     noisy = {
-        name: (
-            value.float() + 0.7 * torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
-        ).bfloat16()
+        name: (value.float() + 0.7 * torch.randn(value.shape, generator=torch.Generator().manual_seed(3))).bfloat16()
         for name, value in kit.weights().items()
     }
     target = kit.save(tmp_path / "t", noisy)
@@ -372,9 +364,7 @@ def test_report_counts_what_rounding_lost(base, tmp_path):
 def test_scale_and_zero_scale(base, tmp_path):
     delta = kit.edit(base)
     apply(delta, base, tmp_path / "minus", scale=-1.5)
-    expected = (
-        kit.load(base)[kit.DOWN].float() + torch.from_numpy(delta.tensors[kit.DOWN]) * -1.5
-    ).bfloat16()
+    expected = (kit.load(base)[kit.DOWN].float() + torch.from_numpy(delta.tensors[kit.DOWN]) * -1.5).bfloat16()
     assert torch.equal(kit.load(tmp_path / "minus")[kit.DOWN], expected)
     nothing = apply(delta, base, tmp_path / "zero", scale=0.0, rounding="stochastic")
     assert nothing.changed == nothing.lost == 0

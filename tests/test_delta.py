@@ -289,10 +289,7 @@ def test_diff_finds_what_apply_did(tmp_path, dtype):
         unit = (kit.load(base)[name].abs().float().numpy() + 0.1) * torch.finfo(dtype).eps
         assert (np.abs(found.tensors[name] - delta.tensors[name]) <= unit).all()
     disk.apply(found, base, tmp_path / "again")
-    assert (
-        kit.hashes(tmp_path / "again")["model.safetensors"]
-        == kit.hashes(tmp_path / "edited")["model.safetensors"]
-    )
+    assert kit.hashes(tmp_path / "again")["model.safetensors"] == kit.hashes(tmp_path / "edited")["model.safetensors"]
     with pytest.raises(SurgeryError, match=r"no tensor differs"):
         deltas.diff(base, base)
 
@@ -322,15 +319,11 @@ def test_lora_kind_equals_its_product(base, tmp_path):
     whole = lora.read(kit.DOWN, 0, 384)
     assert np.array_equal(np.concatenate([lora.read(kit.DOWN, 0, 37), lora.read(kit.DOWN, 37, 384)]), whole)
     with pytest.raises(SurgeryError, match=r"its base"):
-        deltas.make(
-            factors | {kit.DOWN + ".lora_B": left[:8]}, base, base="t", recipe="", seed=0, kind="lora"
-        )
+        deltas.make(factors | {kit.DOWN + ".lora_B": left[:8]}, base, base="t", recipe="", seed=0, kind="lora")
 
 
 def test_module_kind_is_refused_by_checkpoints_and_models(base, tmp_path):
-    delta = deltas.make(
-        {"cross.0.q.weight": np.ones((4, 4))}, base, base="t", recipe="", seed=0, kind="module"
-    )
+    delta = deltas.make({"cross.0.q.weight": np.ones((4, 4))}, base, base="t", recipe="", seed=0, kind="module")
     delta.save(tmp_path / "m.safetensors")
     with pytest.raises(SurgeryError, match=r"kind 'module'.*cannot hold.*recipe"):
         disk.apply(tmp_path / "m.safetensors", base, tmp_path / "out")
@@ -340,14 +333,17 @@ def test_module_kind_is_refused_by_checkpoints_and_models(base, tmp_path):
     assert disk.inspect(tmp_path / "m.safetensors").tensors[0].name == "cross.0.q.weight"
 
 
-@pytest.mark.skipif(
-    sys.byteorder != "little", reason="safetensors are read in place on little-endian machines"
-)
+@pytest.mark.skipif(sys.byteorder != "little", reason="safetensors are read in place on little-endian machines")
 def test_delta_files_are_torch_free_to_read(base, tmp_path):
     kit.edit(base).save(tmp_path / "d.safetensors")
     view = disk.inspect(tmp_path / "d.safetensors", base)
     assert view.verdict == "same" and view.distance == 0.0 and view.refusal is None
     assert view.parameters == 16 * 24 + 16
+    table = view.table()
+    assert f"{base}: same, 0.0000 of its norm from the base" in table
+    assert any(line.split()[:2] == [kit.DOWN, "16x24"] for line in table.splitlines())
+    stranger = disk.inspect(tmp_path / "d.safetensors", kit.save(tmp_path / "x", kit.weights(), rope_theta=5e5))
+    assert stranger.verdict == "refused" and "rope" in stranger.refusal and "refused: " in stranger.table()
 
 
 @pytest.mark.parametrize("value", [3.3 * 2.0**-24, -3.3 * 2.0**-24, 2.0**-14 - 0.3 * 2.0**-24, -1.0 - 0.7 * 2.0**-10])

@@ -224,8 +224,7 @@ def test_random_bytes(place, data):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_files_are_refused_or_are_sound(place, data):
-    """Any few bytes of a good delta changed: refused, or read without any error but ours, and applied
-    whole."""
+    """Any few bytes of a good delta changed: refused, or read without any error but ours, and applied whole."""
     good = bytearray((place / "good.safetensors").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
@@ -284,6 +283,14 @@ def test_what_we_write_the_safetensors_library_reads(place, shapes):
             assert {name: file.get_tensor(name).shape for name in file.keys()} == shapes  # noqa: SIM118
     except SafetensorError as error:  # pragma: no cover
         pytest.fail(str(error))
+
+
+def test_header_does_not_depend_on_the_order_of_what_is_written():
+    tensors = {name: ("U8", (1,)) for name in ("b", "A", "a", "_")}
+    texts = {"y": "1", "x": "2"}
+    turned = [dict(reversed(each.items())) for each in (tensors, texts)]
+    assert header_bytes(tensors, texts) == header_bytes(*turned)
+    assert header_bytes(tensors, texts)[0][8:].startswith(b'{"A":{"data_offsets":[0,1],"dtype":"U8"')
 
 
 def test_hostile_headers_take_bounded_memory_and_time(place):

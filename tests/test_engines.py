@@ -123,7 +123,7 @@ def test_direct_logit_attribution_is_that_of_transformer_lens(name: str) -> None
     parts = [mine["blocks.0.hook_resid_pre"]]
     parts += [mine[f"blocks.{i}.{part}"] for i in range(3) for part in ("hook_attn_out", "hook_mlp_out")]
     attributed = torch.stack(parts) @ direction / scale
-    bias = 0.0 if name == "llama" else float(norm.bias @ (model.lm_head.weight[this] - model.lm_head.weight[that]))
+    bias = 0.0 if name == "llama" else (norm.bias @ (model.lm_head.weight[this] - model.lm_head.weight[that])).item()
     with torch.no_grad():
         logits = bridge(ids)
     difference = logits[..., this] - logits[..., that]
@@ -165,6 +165,17 @@ def test_wrong_engine_and_remote() -> None:
         hooks.record(model, padded(), "*", engine="nnsight", remote="local")
 
 
+def test_a_forward_of_the_users_own_survives_nnsight() -> None:
+    model, batch = build("llama"), padded()
+    norm = model.model.norm
+    original = type(norm).forward
+    norm.forward = own = lambda x: 2.0 * original(norm, x)
+    reference = hooks.record(model, batch, "ln_final.hook_out")
+    got = hooks.record(model, batch, "ln_final.hook_out", engine="nnsight")
+    assert norm.forward is own and "__nnsight__" not in norm.__dict__
+    assert worst(reference, got, batch["attention_mask"]) < 1e-5
+
+
 def test_nnsight_leaves_nothing_after_an_exception() -> None:
     model = build("llama")
     hooks.anatomy.find(model)
@@ -188,3 +199,18 @@ def test_engines_agree_on_the_demo_model(engine: Any) -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     reference = hooks.record(model, batch, wanted)
     assert worst(reference, hooks.record(model, batch, wanted, engine=engine), mask) < 1e-5
+
+
+def test_rehearsal_of_remote_execution_on_the_demo_model() -> None:
+    import nnsight
+
+    model, _ = demo()
+    import surgery
+
+    wrapped = nnsight.TransformersModel(
+        str(surgery.checkpoint_dir("demo")), task="text-generation", dispatch=True, dtype=torch.float32
+    )
+    ids = torch.tensor([[504, 28084, 26384, 975]])
+    wanted = ["blocks.*.hook_resid_post", "blocks.3.attn.hook_z"]
+    got = hooks.record(wrapped, ids, wanted, remote="local")
+    assert worst(hooks.record(model, ids, wanted), got, torch.ones_like(ids)) < 1e-5

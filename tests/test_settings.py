@@ -39,7 +39,9 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
 
 
 def test_values_from_the_command_line() -> None:
-    values = parse_set(["lr=1e-4", "block=25", "ablations=true", "data=my set.toml", "controls=last,random", "epochs=3"])
+    values = parse_set(
+        ["lr=1e-4", "block=25", "ablations=true", "data=my set.toml", "controls=last,random", "epochs=3"]
+    )
     settings = build(lftf.Settings, values, "--set")
     assert (settings.lr, settings.block, settings.ablations, settings.epochs) == (1e-4, 25, True, 3)
     assert settings.controls == ["last", "random"] and settings.data == "my set.toml"

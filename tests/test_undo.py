@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery import SurgeryError
-from surgery.apply import apply, undo
+from surgery.apply import apply, engine, undo
 from surgery.safetensors_io import header_bytes, read_header
 
 # The suite kills a few times; the long run is SURGERY_KILLS=100 python -m pytest tests/test_undo.py -k kill
@@ -38,9 +38,7 @@ def test_apply_then_undo_is_the_identity(tmp_path_factory, dtype, how, mode, sha
     base = kit.save(tmp / "base", source, shards=shards)
     (base / "model-card").mkdir()
     (base / "model-card" / "a.txt").write_text("a")
-    report = apply(
-        kit.edit(base, (kit.DOWN, kit.NORM, kit.EMBED), size), base, tmp / "out", rounding=how, undo=mode
-    )
+    report = apply(kit.edit(base, (kit.DOWN, kit.NORM, kit.EMBED), size), base, tmp / "out", rounding=how, undo=mode)
     assert report.changed > 0 or size < 1e-3
     back = undo(tmp / "out", tmp / "back")
     assert kit.hashes(tmp / "back") == kit.hashes(base)
@@ -147,6 +145,20 @@ def test_broken_records_leave_nothing(base, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_source_that_changes_after_the_check_is_noticed(base, tmp_path, monkeypatch):
+    planned = engine.make_plan
+
+    def plan_then_change(*arguments, **options):
+        plan = planned(*arguments, **options)
+        patch(base / "model.safetensors", kit.DOWN, 0x77)
+        return plan
+
+    monkeypatch.setattr(engine, "make_plan", plan_then_change)
+    with pytest.raises(SurgeryError, match=r"down_proj.weight' changed while it was being copied"):
+        apply(kit.edit(base), base, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
 def test_stale_temporaries_are_swept_and_live_ones_are_not(base, tmp_path):
     (tmp_path / ".dead.0123.surgery-part").mkdir()
     (tmp_path / ".dead.0123.surgery-part" / "model.safetensors").write_bytes(b"x")
@@ -173,7 +185,7 @@ def test_stale_temporaries_are_swept_and_live_ones_are_not(base, tmp_path):
 CHILD = """if True:
     import resource, sys
     from surgery import SurgeryError
-    from surgery.apply import apply, undo
+    from surgery.apply import apply, engine, undo
     delta, base, out, limit = sys.argv[1:]
     if int(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -246,15 +258,9 @@ def test_file_size_limit(tmp_path, verb):
     source = base if verb == "apply" else tmp_path / "edited"
     before = kit.hashes(source)
     for limit in (10, 100_000, 3_000_000):
-        with child(
-            tmp_path / "d.safetensors" if verb == "apply" else "", source, tmp_path / "out", limit
-        ) as run:
+        with child(tmp_path / "d.safetensors" if verb == "apply" else "", source, tmp_path / "out", limit) as run:
             message = run.stderr.read()
-        assert (
-            run.returncode == 1
-            and "writing failed (File too large" in message
-            and len(message.splitlines()) == 1
-        )
+        assert run.returncode == 1 and "writing failed (File too large" in message and len(message.splitlines()) == 1
         assert kit.hashes(source) == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "d.safetensors", "edited"]
 
@@ -265,9 +271,7 @@ def test_full_disk(tmp_path):
     apply(delta, base, tmp_path / "edited")
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs of 2 MB")
     try:

@@ -58,9 +58,7 @@ class Copier:
         try:
             os.link(os.path.realpath(source), target)
         except OSError as error:
-            raise SurgeryError(
-                f"{source}: cannot be hard-linked ({error.strerror}); repeat without --link"
-            ) from None
+            raise SurgeryError(f"{source}: cannot be hard-linked ({error.strerror}); repeat without --link") from None
         self._seen(source.stat().st_size)
 
     def _seen(self, count: int) -> None:
@@ -83,8 +81,7 @@ class Copier:
 
 
 def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
-    """Content, mode and times: by reference where the file system can, else inside the kernel, else read and
-    write."""
+    """Content, mode and times: by reference where the file system can, else inside the kernel, else read and write."""
     fd_in = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

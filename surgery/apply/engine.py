@@ -100,9 +100,7 @@ def apply(
     """
     out = Path(out)
     if rounding not in ROUNDINGS or not math.isfinite(scale):
-        raise SurgeryError(
-            f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite"
-        )
+        raise SurgeryError(f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite")
     if undo not in get_args(Undo):
         raise SurgeryError(f"undo {undo!r}: expected one of {', '.join(get_args(Undo))}")
     if isinstance(delta, Path | str):
@@ -193,8 +191,7 @@ def _rewrite_tensor(
     changed = lost = 0
 
     def account(raw: bytes, old: np.ndarray, new: np.ndarray) -> None:
-        """Hash and record one chunk; beside the next one's arithmetic, since hashlib and zlib release the
-        GIL."""
+        """Hash and record one chunk; beside the next one's arithmetic, since hashlib and zlib release the GIL."""
         before.update(raw)
         after.update(new.view(np.uint8).data)
         if writer:
@@ -232,9 +229,7 @@ def _rewrite_tensor(
     if pending:
         pending.result()
     if before.hexdigest() != edit.sha256:
-        raise SurgeryError(
-            f"{path.name}: {edit.target!r} changed while it was being copied; run the command again"
-        )
+        raise SurgeryError(f"{path.name}: {edit.target!r} changed while it was being copied; run the command again")
     if writer:
         writer.end(before.hexdigest(), after.hexdigest())
     return TensorChange(edit.target, edit.file, dtype, edit.elements, changed, lost, edit.distance)

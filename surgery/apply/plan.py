@@ -69,19 +69,14 @@ def make_plan(
         raise SurgeryError(f"vocabulary {vocabulary!r}: expected one of {', '.join(get_args(Vocabulary))}")
     if delta.metadata["kind"] == "module":
         raise SurgeryError(
-            f"{where}: this delta is of kind 'module' (new parts such as cross-attention), which a "
-            f"plain checkpoint "
+            f"{where}: this delta is of kind 'module' (new parts such as cross-attention), which a plain checkpoint "
             "cannot hold; load the model and attach it with its recipe"
         )
     odd = differences(delta.metadata["architecture"], stored.facts)
     if odd:
-        raise SurgeryError(
-            f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit"
-        )
+        raise SurgeryError(f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
     targets = _targets(delta, stored, rename, tied)
-    sizes = {
-        target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()
-    }
+    sizes = {target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()}
     for name, shape in delta.shapes.items():
         step = 2**20
         for start in range(0, math.prod(shape), step):
@@ -142,14 +137,11 @@ def _untie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, 
         return {}
     if tied is None:
         raise SurgeryError(
-            f"{stored.path}: embedding and head are separate, in the delta's base they are one tensor "
-            f"({matrices[0]}); "
+            f"{stored.path}: embedding and head are separate, in the delta's base they are one tensor ({matrices[0]}); "
             "say which to change with --tied embed, head or both"
         )
     wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
-    chosen = [
-        other for other in stored.places if is_vocabulary(other) and any(test(other) for test in wanted)
-    ]
+    chosen = [other for other in stored.places if is_vocabulary(other) and any(test(other) for test in wanted)]
     if len(chosen) != len(wanted):
         raise SurgeryError(
             f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}"
@@ -160,17 +152,13 @@ def _untie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, 
 def _tie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
     if tied is None:
         raise SurgeryError(
-            f"{stored.path}: embedding and head are one tensor, in the delta's base they are two, of "
-            f"which it changes "
-            f"{' and '.join(sorted(matrices))}; say whose difference to take with --tied embed, head or "
-            f"both (the sum)"
+            f"{stored.path}: embedding and head are one tensor, in the delta's base they are two, of which it changes "
+            f"{' and '.join(sorted(matrices))}; say whose difference to take with --tied embed, head or both (the sum)"
         )
     wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
     sources = tuple(sorted(name for name in matrices if any(test(name) for test in wanted)))
     if not sources:
-        raise SurgeryError(
-            f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}"
-        )
+        raise SurgeryError(f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}")
     return {other: sources for other in stored.places if is_vocabulary(other)}
 
 
@@ -179,28 +167,21 @@ def _no_such_names(stored: Stored, lost: list[str], names: list[str]) -> Surgery
     change = common_prefix([name for name in names if not is_vocabulary(name) or name in lost], known)
     if change is not None and change != ("", ""):
         return SurgeryError(
-            f"{stored.path}: has no {lost[0]!r}; all names fit when the prefix {change[0]!r} becomes "
-            f"{change[1]!r}: "
+            f"{stored.path}: has no {lost[0]!r}; all names fit when the prefix {change[0]!r} becomes {change[1]!r}: "
             f"repeat with --rename {change[0]}={change[1]} if that is the same part of the model"
         )
-    quantised = [
-        name for name in known if name.startswith(lost[0].removesuffix("weight")) and name != lost[0]
-    ]
+    quantised = [name for name in known if name.startswith(lost[0].removesuffix("weight")) and name != lost[0]]
     if quantised:
         return SurgeryError(
-            f"{stored.path}: has no {lost[0]!r} but {quantised[0]!r}; a quantised layer cannot take a "
-            f"difference"
+            f"{stored.path}: has no {lost[0]!r} but {quantised[0]!r}; a quantised layer cannot take a difference"
         )
     return SurgeryError(
-        f"{stored.path}: has no {lost[0]!r} ({len(lost)} of {len(names)} tensors are missing) and no "
-        f"single change "
+        f"{stored.path}: has no {lost[0]!r} ({len(lost)} of {len(names)} tensors are missing) and no single change "
         "of prefix explains it; the delta belongs to another model"
     )
 
 
-def _elements(
-    delta: Differences, stored: Stored, target: str, sources: tuple[str, ...], vocabulary: Vocabulary
-) -> int:
+def _elements(delta: Differences, stored: Stored, target: str, sources: tuple[str, ...], vocabulary: Vocabulary) -> int:
     entry, where = stored.entry(target), stored.path / stored.places[target]
     require_float(entry.dtype, target, where)
     for name in sources:
@@ -209,21 +190,16 @@ def _elements(
             continue
         longer = is_vocabulary(name) and len(base) == len(entry.shape) and entry.shape[1:] == base[1:]
         if not longer or entry.shape[0] < base[0]:
-            raise SurgeryError(
-                f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}"
-            )
+            raise SurgeryError(f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}")
         if vocabulary == "refuse":
             raise SurgeryError(
                 f"{where}: {target!r} has {entry.shape[0]} rows (tokens), the delta's base {base[0]}; if the "
-                f"vocabulary was only extended, repeat with --vocabulary first to change the first "
-                f"{base[0]} rows"
+                f"vocabulary was only extended, repeat with --vocabulary first to change the first {base[0]} rows"
             )
         wanted = delta.metadata["tokenizer"]
         found = tokenizer_fingerprint(stored.path, base[0])
         if wanted is None or found != wanted:
-            problem = (
-                "cannot be compared (no tokenizer.json)" if wanted is None or found is None else "differ"
-            )
+            problem = "cannot be compared (no tokenizer.json)" if wanted is None or found is None else "differ"
             raise SurgeryError(
                 f"{where}: the first {base[0]} tokens of its tokenizer and of the delta's base {problem}; "
                 f"the rows of {target!r} would not mean the same tokens"
@@ -239,8 +215,7 @@ def _notes(delta: Differences, stored: Stored) -> list[str]:
     shadows = [
         name
         for name in stored.files
-        if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx"))
-        and name not in stored.shards
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")) and name not in stored.shards
     ]
     if shadows:
         notes.append(f"copied as they are, though they may hold the same weights: {', '.join(shadows[:5])}")

@@ -53,8 +53,7 @@ def next_record_name(stored: Stored) -> str:
 
 
 def shuffle(old: np.ndarray, new: np.ndarray) -> bytes:
-    """old XOR new, byte planes apart: all lowest bytes first. Both have the same 2- or 4-byte type, shape
-    [n]."""
+    """old XOR new, byte planes apart: all lowest bytes first. Both have the same 2- or 4-byte type, shape [n]."""
     size = old.dtype.itemsize
     mixed = old.view(f"<u{size}") ^ new.view(f"<u{size}")
     return mixed.view(np.uint8).reshape(-1, size).T.tobytes()
@@ -68,8 +67,7 @@ def unshuffle(mixed: bytes, new: np.ndarray) -> np.ndarray:
 
 
 class RecordWriter:
-    """Collects the original bytes while tensors are rewritten: begin, feed..., end per tensor, then
-    finish."""
+    """Collects the original bytes while tensors are rewritten: begin, feed..., end per tensor, then finish."""
 
     def __init__(self, path: Path, mode: str, source: Path, settings: dict[str, Any]) -> None:
         self._path = path
@@ -149,16 +147,12 @@ def read_record(stored: Stored, name: str) -> Record:
             raise SurgeryError(f"{path}: the undo record of {tensor[:80]!r} is incomplete; it is broken")
         place = stored.entry(tensor) if tensor in stored.places else None
         if place is None or place.dtype != entry["dtype"] or place.dtype not in STORED:
-            raise SurgeryError(
-                f"{stored.path}: {tensor[:80]!r} is gone or has another dtype; undo is impossible"
-            )
+            raise SurgeryError(f"{stored.path}: {tensor[:80]!r} is gone or has another dtype; undo is impossible")
         elements = entry["elements"]
         if type(elements) is not int or not 0 < elements <= place.elements:
             raise SurgeryError(f"{stored.path}: {tensor[:80]!r} has another shape than when it was edited")
         if mode == "record" and tensor not in header.tensors:
-            raise SurgeryError(
-                f"{path}: the original bytes of {tensor[:80]!r} are missing; the record is broken"
-            )
+            raise SurgeryError(f"{path}: the original bytes of {tensor[:80]!r} are missing; the record is broken")
     return Record(path, header, Path(str(source)) if reference else None, settings, tensors)
 
 
@@ -182,9 +176,7 @@ class Blob:
             try:
                 part = self._stream.decompress(self._input, count)
             except zlib.error as error:
-                raise SurgeryError(
-                    f"{self._path}: cannot be decompressed ({error}); the record is broken"
-                ) from None
+                raise SurgeryError(f"{self._path}: cannot be decompressed ({error}); the record is broken") from None
             self._input = self._stream.unconsumed_tail
             if not part and (self._stream.eof or (self._at >= self._end and not self._input)):
                 raise SurgeryError(f"{self._path}: ends early; the record is broken")

@@ -56,9 +56,7 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: Progress | None =
         if original is not None:
             fits = tensor in original.places and original.entry(tensor).dtype == place.dtype
             if not fits or _hash(original, tensor, entry["elements"]) != entry["before"]:
-                raise SurgeryError(
-                    f"{original.path}: {tensor!r} is not the original any more; undo needs its bytes"
-                )
+                raise SurgeryError(f"{original.path}: {tensor!r} is not the original any more; undo needs its bytes")
     try:
         with temporary(out, folder=True) as part:
             names = [file for file in stored.files if file != name]
@@ -73,9 +71,7 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: Progress | None =
             size = sum((part / file).stat().st_size for file in names)
             publish(part, out)
     except OSError as error:
-        raise SurgeryError(
-            f"{out}: writing failed ({error.strerror or error}); nothing was left behind"
-        ) from None
+        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
     return UndoReport(out, tuple(record.tensors), len(names), size, name, record.settings)
 
 
@@ -93,8 +89,7 @@ def _hash(stored: Stored, tensor: str, elements: int) -> str:
 
 
 def _restore(stored: Stored, original: Stored | None, record: Record, tensor: str, folder: Path) -> None:
-    """Put the original bytes of one tensor into its fresh copy below `folder`, and check them by their
-    hash."""
+    """Put the original bytes of one tensor into its fresh copy below `folder`, and check them by their hash."""
     entry, file = stored.entry(tensor), stored.places[tensor]
     elements, kind = record.tensors[tensor]["elements"], STORED[entry.dtype]
     blob = Blob(record.path, record.header.tensors[tensor]) if original is None else None

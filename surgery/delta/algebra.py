@@ -24,9 +24,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
     """
     weights = [1.0] * len(deltas) if weights is None else [float(weight) for weight in weights]
     if not deltas or len(weights) != len(deltas):
-        raise SurgeryError(
-            f"compose: {len(deltas)} deltas and {len(weights)} weights; give one weight per delta"
-        )
+        raise SurgeryError(f"compose: {len(deltas)} deltas and {len(weights)} weights; give one weight per delta")
     if not np.isfinite(weights).all():
         raise SurgeryError(f"compose: the weights {weights} are not all finite")
     first = deltas[0].metadata
@@ -77,6 +75,4 @@ def _same_base(name: str, left: dict[str, Any], right: dict[str, Any]) -> None:
         return
     gap = sketch.distance(unpack_sketch(right["sketch"]), unpack_sketch(left["sketch"]), float(left["norm"]))
     if gap > sketch.SAME:
-        raise SurgeryError(
-            f"compose: the bases of {name} lie {gap:.3f} apart; only deltas of the same base add up"
-        )
+        raise SurgeryError(f"compose: the bases of {name} lie {gap:.3f} apart; only deltas of the same base add up")

@@ -84,15 +84,11 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     missing = sorted(set(left.places) ^ set(right.places))
     if missing:
         where = right.path if missing[0] in left.places else left.path
-        raise SurgeryError(
-            f"{where}: has no {missing[0]!r} ({len(missing)} names differ); compare equal models"
-        )
+        raise SurgeryError(f"{where}: has no {missing[0]!r} ({len(missing)} names differ); compare equal models")
     tensors = {}
     for name in sorted(left.places):
         if left.entry(name).shape != right.entry(name).shape:
-            shapes = (
-                f"{list(left.entry(name).shape)} in the base, {list(right.entry(name).shape)} in the edited"
-            )
+            shapes = f"{list(left.entry(name).shape)} in the base, {list(right.entry(name).shape)} in the edited"
             raise SurgeryError(f"{name}: {shapes} checkpoint; a difference needs equal shapes")
         change = _difference(left, right, name)
         if change is not None:

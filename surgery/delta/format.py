@@ -35,8 +35,7 @@ class Differences(Protocol):
     @property
     def sha256(self) -> str: ...
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop -
-        start]."""
+        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop - start]."""
         ...
 
 
@@ -60,17 +59,14 @@ class Delta:
         return str(self.metadata["kind"])
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop -
-        start]."""
+        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop - start]."""
         if self.kind == "lora" and name not in self.tensors:
             left, right = self.tensors[name + ".lora_B"], self.tensors[name + ".lora_A"]
             return _product(lambda first, last: left[first:last], right, left.shape[0], start, stop)
         return self.tensors[name].reshape(-1)[start:stop]
 
     def _parts(self) -> Iterator[bytes | memoryview]:
-        check_metadata(
-            self.metadata, {name: array.shape for name, array in self.tensors.items()}, "this delta"
-        )
+        check_metadata(self.metadata, {name: array.shape for name, array in self.tensors.items()}, "this delta")
         spec = {name: ("F32", array.shape) for name, array in self.tensors.items()}
 
         def data(name: str) -> Iterator[bytes | memoryview]:
@@ -106,9 +102,7 @@ class Delta:
                     os.fsync(file.fileno())
                 publish(part_path, path, overwrite=overwrite)
         except OSError as error:
-            raise SurgeryError(
-                f"{path}: writing failed ({error.strerror or error}); nothing was left behind"
-            ) from None
+            raise SurgeryError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from None
         return digest.hexdigest()
 
     @staticmethod
@@ -150,8 +144,7 @@ class Delta:
         as_stored: bool = False,
         force: bool = False,
     ) -> Iterator["nn.Module"]:
-        """The edited model inside `with`; afterwards, after an exception too, its weights are bit for bit as
-        before."""
+        """The edited model inside `with`; afterwards, after an exception too, its weights are bit for bit as before."""
         from surgery.delta.live import restored
 
         guard: AbstractContextManager[None] = restored(self, model)
@@ -186,8 +179,7 @@ class DeltaFile:
         return self._elements(name, 0, entry.elements).reshape(entry.shape)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop -
-        start]."""
+        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop - start]."""
         if name in self.header.tensors:
             return self._elements(name, start, stop)
         left, right = self.header.tensors[name + ".lora_B"], self.array(name + ".lora_A")
@@ -213,12 +205,9 @@ def _product(left_rows: Any, right: np.ndarray, rows: int, start: int, stop: int
     step = max(1, PRODUCT_BLOCK // columns)
     first = start // columns // step * step
     blocks = [
-        (left_rows(row, min(row + step, rows)) @ right).reshape(-1)
-        for row in range(first, -(-stop // columns), step)
+        (left_rows(row, min(row + step, rows)) @ right).reshape(-1) for row in range(first, -(-stop // columns), step)
     ]
-    return np.concatenate(blocks or [np.empty(0, np.float32)])[
-        start - first * columns : stop - first * columns
-    ]
+    return np.concatenate(blocks or [np.empty(0, np.float32)])[start - first * columns : stop - first * columns]
 
 
 def open_delta(path: Path | str) -> DeltaFile:

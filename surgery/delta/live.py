@@ -20,20 +20,15 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
-    """{base tensor name: live parameter}. Raises: SurgeryError when a name, shape or the architecture does
-    not fit."""
+    """{base tensor name: live parameter}. Raises: SurgeryError when a name, shape or the architecture does not fit."""
     if delta.metadata["kind"] == "module":
-        raise SurgeryError(
-            "this delta is of kind 'module': new parts, no differences; attach it with its recipe"
-        )
+        raise SurgeryError("this delta is of kind 'module': new parts, no differences; attach it with its recipe")
     config = getattr(model, "config", None)
     if config is not None:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
         odd = differences(base, live)
         if odd:
-            raise SurgeryError(
-                f"the model is of another architecture than the delta's base: {'; '.join(odd)}"
-            )
+            raise SurgeryError(f"the model is of another architecture than the delta's base: {'; '.join(odd)}")
         matrices = [name for name in delta.shapes if is_vocabulary(name)]
         if matrices and bool(base.get("tied")) != bool(live.get("tied")):
             raise SurgeryError(
@@ -50,13 +45,10 @@ def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in found.items():
         if tuple(parameter.shape) != delta.shapes[name]:
             raise SurgeryError(
-                f"{name}: the model has shape {list(parameter.shape)}, the delta's base "
-                f"{list(delta.shapes[name])}"
+                f"{name}: the model has shape {list(parameter.shape)}, the delta's base {list(delta.shapes[name])}"
             )
         if parameter.dtype not in _DTYPES:
-            raise SurgeryError(
-                f"{name}: the model holds it as {parameter.dtype}; expected fp32, fp16 or bf16"
-            )
+            raise SurgeryError(f"{name}: the model holds it as {parameter.dtype}; expected fp32, fp16 or bf16")
     return found
 
 
@@ -96,9 +88,7 @@ def apply_live(
             `surgery.apply.apply` judges it), an overflow of the dtype, a scale that is not finite.
     """
     if rounding not in ROUNDINGS or not math.isfinite(scale):
-        raise SurgeryError(
-            f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite"
-        )
+        raise SurgeryError(f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite")
     parameters = touched(delta, model)
     _check_related(delta, parameters, force)
     edited = {}

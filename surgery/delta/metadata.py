@@ -42,9 +42,7 @@ def unpack_sketch(text: str) -> np.ndarray:
 def encode(metadata: Mapping[str, Any]) -> str:
     """Compact JSON with sorted keys. Raises: SurgeryError for NaN or a value that JSON cannot hold."""
     try:
-        return json.dumps(
-            metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SurgeryError(
             f"the delta's metadata cannot be written as JSON ({error}); use plain finite values"
@@ -73,11 +71,7 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
             f"{where}: delta format {str(metadata.get('format'))[:20]!r}, expected {FORMAT}; update this tool"
         )
     for field, kind in _FIELDS.items():
-        if (
-            field not in metadata
-            or not isinstance(metadata[field], kind)
-            or isinstance(metadata[field], bool)
-        ):
+        if field not in metadata or not isinstance(metadata[field], kind) or isinstance(metadata[field], bool):
             raise SurgeryError(f"{where}: its metadata has no proper {field!r}; not a delta, or broken")
     if metadata["kind"] not in KINDS:
         raise SurgeryError(f"{where}: kind {metadata['kind'][:40]!r}, expected one of {', '.join(KINDS)}")
@@ -109,18 +103,12 @@ def _depth(tree: Any) -> int:
 
 def _check_tensor(name: str, entry: Any, where: str) -> None:
     def bad(field: str) -> SurgeryError:
-        return SurgeryError(
-            f"{where}: the metadata of {name[:80]!r} has no proper {field!r}; broken, make it again"
-        )
+        return SurgeryError(f"{where}: the metadata of {name[:80]!r} has no proper {field!r}; broken, make it again")
 
     if not isinstance(entry, dict):
         raise bad("shape")
     shape, norm = entry.get("shape"), entry.get("norm")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > 32
-        or not all(type(n) is int and 0 < n < 2**62 for n in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and 0 < n < 2**62 for n in shape):
         raise bad("shape")
     if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 <= norm < 1e39:
         raise bad("norm")

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from hooks import anatomy
 from surgery.errors import SurgeryError
 from surgery.prefix import Batch, Prefix, pad, shortcut
-from surgery.training import Log, Plan, trainable, train
+from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
 PARTS = ("all", "attention", "mlp", "without_attention", "without_mlp")
@@ -52,6 +53,28 @@ def word_loss(
     raise SurgeryError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
 
 
+def choose(chosen: str | int | Sequence[int], count: int, seed: int) -> tuple[int, ...] | None:
+    """Block numbers for ``chosen`` in a model of ``count`` blocks; None stands for all parameters.
+
+    ``chosen``: last, first, middle, random (drawn by ``seed``), all, a number or numbers; negative ones count from
+    the end. "auto" stands for last until a ranking says otherwise. Raises ``SurgeryError`` for anything else.
+    """
+    places = {"first": 0, "middle": count // 2, "last": count - 1, "auto": count - 1}
+    if chosen == "all":
+        return None
+    if chosen == "random":
+        return (int(np.random.default_rng(seed).integers(count)),)
+    if isinstance(chosen, str) and chosen in places:
+        return (places[chosen],)
+    numbers = [chosen] if isinstance(chosen, int) else chosen
+    if isinstance(numbers, str) or not numbers or any(not -count <= number < count for number in numbers):
+        raise SurgeryError(
+            f"block: got {chosen!r}; the model has blocks 0 to {count - 1}; expected such numbers, or one of "
+            "last, auto, first, middle, random, all"
+        )
+    return tuple(sorted({number % count for number in numbers}))
+
+
 def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "all") -> list[str]:
     """Parameter names of ``part`` of ``blocks``; every parameter of the model for None.
 
@@ -81,7 +104,9 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
             "without_mlp": [name for name in whole if name not in mlp],
         }[part]
     if not chosen:
-        raise SurgeryError(f"{part} of blocks {list(blocks)}: no parameters found; see hooks.anatomy.find(model).table()")
+        raise SurgeryError(
+            f"{part} of blocks {list(blocks)}: no parameters found; see hooks.anatomy.find(model).table()"
+        )
     return chosen
 
 

@@ -68,9 +68,8 @@ def material(
         raise SurgeryError(f"suite: got {unknown[0] if unknown else 'none'}, expected some of {', '.join(SUITES)}")
     limit = getattr(model.config, "max_position_embeddings", None)
     rows = genbias.records(split, part, seed, prompts) if "genbias" in suites else []
-    hints = (
-        genhint.records(part, seed, prompts=prompts) if "genhint" in suites and prompts.hint_templates else []
-    )
+    hinted = "genhint" in suites and bool(prompts.hint_templates) and bool(prompts.words.hints)
+    hints = genhint.records(part, seed, prompts=prompts) if hinted else []
     chosen: dict[str, list[str]] = {
         "genbias": [preamble + row.text for row in rows],
         "genhint": [preamble + row.text for row in hints],

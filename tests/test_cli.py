@@ -1,0 +1,139 @@
+"""The commands as a user types them: results, exit codes, and one clear line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from surgery.cli import app
+
+COMMANDS = ("locate", "run", "eval", "apply", "undo", "inspect", "list")
+QUICK = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]", "--device", "cpu"]
+
+
+def surgery(*words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, in this process."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    code, stdout, stderr = surgery("run", "lftf", "--model", checkpoint, "--out", out, *QUICK)
+    assert code == 0, stderr
+    assert stdout.rstrip().endswith("report.html") and "relative gap" in stdout
+    assert "rank the blocks: 945 in" in stderr
+    return out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_ends_in_examples(name: str) -> None:
+    code, stdout, _ = surgery(name, "--help")
+    assert code == 0
+    assert f"surgery {name}" in stdout[stdout.index("Examples:") :]
+
+
+def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    code, stdout, _ = surgery("inspect", run / "delta.safetensors", "--against", checkpoint)
+    assert code == 0 and "model.layers.3" in stdout and "same" in stdout
+    code, stdout, _ = surgery("inspect", run / "delta.safetensors", "--json")
+    assert json.loads(stdout)["base"] == str(checkpoint)
+    edited = tmp_path / "edited"
+    code, stdout, _ = surgery(
+        "apply", run / "delta.safetensors", checkpoint, "--out", edited, "--rounding", "stochastic", "--quiet"
+    )
+    assert code == 0 and "entries changed" in stdout
+    code, stdout, _ = surgery("eval", edited, "--json", tmp_path / "e.json", "--quiet", "--device", "cpu")
+    assert code == 0 and "UB-Score" in stdout
+    measured = json.loads((tmp_path / "e.json").read_text())
+    after = json.loads((run / "run.json").read_text())["after"]
+    assert measured["genbias"]["afgb"]["all"]["value"] == pytest.approx(
+        after["genbias"]["afgb"]["all"]["value"], rel=1e-4
+    )
+    code, _, _ = surgery("undo", edited, "--out", tmp_path / "back")
+    assert code == 0
+    for file in checkpoint.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_eval_with_a_delta_in_memory(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["eval", checkpoint, "--suite", "genbias", "--quiet", "--device", "cpu", "--json"]
+    assert surgery(*arguments, tmp_path / "before.json")[0] == 0
+    assert surgery(*arguments, tmp_path / "after.json", "--delta", run / "delta.safetensors")[0] == 0
+    before, after = (json.loads((tmp_path / name).read_text()) for name in ("before.json", "after.json"))
+    assert before["genbias"]["afgb"]["all"]["value"] != after["genbias"]["afgb"]["all"]["value"]
+    assert set(before) == {"genbias", "model", "deltas"}
+
+
+def test_locate_writes_numbers_and_a_picture(checkpoint: Path, tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    code, stdout, _ = surgery("locate", checkpoint, *files, "--quiet", "--device", "cpu")
+    assert code == 0 and "final_norm" in stdout
+    assert len(json.loads((tmp_path / "r.json").read_text())["raw"]["scores"]) == 4
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_list_says_what_is_ready() -> None:
+    code, stdout, _ = surgery("list")
+    assert code == 0 and "lftf" in stdout and "genbias" in stdout and "demo" in stdout
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["run", "lfft"], "did you mean 'lftf'"),
+        (["run", "lftf", "--model", "./nowhere"], "./nowhere: no such directory, and not a hub name"),
+        (["run", "lftf", "--set", "epoch=3"], "did you mean 'epochs'"),
+        (["run", "lftf", "--set", "lr"], "expected key=value"),
+        (["run", "lftf", "--set", "data=", "--model", "CHECKPOINT"], "no prompt set ''"),
+        (["run", "lftf", "--model", "CHECKPOINT", "--resume"], "nothing to resume"),
+        (["eval", "CHECKPOINT", "--suite", "genbia"], "expected some of genbias, genhint, perplexity"),
+        (["eval", "nothing.gguf"], "no such GGUF file"),
+        (["locate", "CHECKPOINT", "--by", "magic"], "expected bmi"),
+        (["inspect", "nothing.safetensors"], "nothing.safetensors"),
+        (["apply", "nothing.safetensors", "CHECKPOINT", "--out", "OUT"], "nothing.safetensors"),
+        (["undo", "CHECKPOINT", "--out", "OUT"], "undo"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(
+    words: list[str], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = [str(checkpoint) if word == "CHECKPOINT" else word for word in words]
+    code, stdout, stderr = surgery(*told)
+    last = stderr.strip().splitlines()[-1]
+    assert code == 1 and stdout == ""
+    assert last.startswith("error: ") and message in last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["run"], ["fly"], ["apply", "x"], ["run", "lftf", "--sed", "1"]])
+def test_wrong_usage_is_exit_code_2(words: list[str]) -> None:
+    assert surgery(*words)[0] == 2
+
+
+def test_a_file_that_is_no_delta_and_a_destination_that_exists(checkpoint: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"not a safetensors file")
+    code, _, stderr = surgery("apply", tmp_path / "x.safetensors", checkpoint, "--out", tmp_path / "out")
+    assert code == 1 and "x.safetensors" in stderr and not (tmp_path / "out").exists()
+    broken = (run / "delta.safetensors").read_bytes()[:-100]
+    (tmp_path / "y.safetensors").write_bytes(broken)
+    code, _, stderr = surgery("apply", tmp_path / "y.safetensors", checkpoint, "--out", tmp_path / "out")
+    assert code == 1 and "y.safetensors" in stderr and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    code, _, stderr = surgery("apply", run / "delta.safetensors", checkpoint, "--out", tmp_path / "out")
+    assert code == 1 and "exists" in stderr
+
+
+def test_apply_and_inspect_never_import_torch() -> None:
+    code = (
+        "import sys; import surgery.apply, surgery.delta, surgery.cli; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'transformer_lens', 'nnsight')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

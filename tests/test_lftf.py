@@ -1,0 +1,222 @@
+"""The whole operation on a tiny checkpoint: the folder it leaves, what its numbers mean, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import state
+from safetensors import safe_open
+
+import surgery
+from recipes import lftf
+from surgery.errors import SurgeryError
+from surgery.metrics.metric import from_dict
+from surgery.metrics.suite import material, measure, plain
+
+QUICK = {"lr": 1e-2, "epochs": 1, "batch_size": 128, "controls": []}
+
+
+def operate(tiny: Any, checkpoint: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    model, tokenizer = tiny
+    ready = lftf.Settings(**({"model": str(checkpoint)} | QUICK | settings))
+    return lftf.run(model, tokenizer, ready, out=out).summary
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One run with everything on, shared by the tests that only look at it."""
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    before, out = state(model), tmp_path_factory.mktemp("runs") / "all"
+    more = {"ablations": True, "keep_checkpoint": True, "lr": 3e-2, "epochs": 3}
+    settings = lftf.Settings(model=str(checkpoint), **(QUICK | more))
+    summary = lftf.run(model, tokenizer, settings, out=out).summary
+    assert state(model) == before
+    return out, summary
+
+
+def test_the_folder_is_complete_and_nothing_else_is_left(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "run.json", "recipe.toml", "delta.safetensors", "report.html", "plots", "log.jsonl", "checkpoint"
+    }  # fmt: skip
+    assert not out.with_name("all.part").exists()
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(summary))
+    assert {path.name for path in (out / "plots").iterdir()} == {"ranking.png", "before_after.png", "controls.png"}
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sum(row.get("edit") == "lftf" for row in steps) == summary["edit"]["steps"] == 24
+
+
+def test_the_numbers_have_the_agreed_shape(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    for when in ("before", "after"):
+        for name in ("afgb", "mass", "relative_gap"):
+            assert set(summary[when]["genbias"][name]) == {"word", "phrase", "sentence", "all"}
+            for metric in summary[when]["genbias"][name].values():
+                assert metric["low"] <= metric["value"] <= metric["high"]
+        assert from_dict(summary[when]["genhint"]["ub"]).n == 315
+        assert from_dict(summary[when]["perplexity"]).n == 200
+    assert len(summary["ranking"]["raw"]) == len(summary["ranking"]["final_norm"]) == 4
+    assert summary["ranking"]["raw"][:-1] == summary["ranking"]["final_norm"][:-1]
+    assert summary["edit"]["blocks"] == [3] and summary["edit"]["parameters"] > 0
+    assert summary["delta"]["bytes"] > 4 * summary["edit"]["parameters"]
+    assert set(summary["controls"]) == {
+        "last", "random", "first", "middle", "fpft", "pb",
+        "without_attention", "without_mlp", "without_he", "without_she",
+    }  # fmt: skip
+    assert summary["controls"]["random"]["edit"]["blocks"] != [3]
+
+
+def test_after_is_the_checkpoint_as_saved(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Measured again without any cache, on the directory on disk, opened from nothing."""
+    out, summary = finished
+    model, tokenizer = surgery.load(out / "checkpoint", device="cpu")
+    prompts = lftf._prompt_set(lftf.Settings())
+    again = plain(measure(model, material(model, tokenizer, prompts)).scores)
+    for path in (("genbias", "relative_gap", "all"), ("genbias", "afgb", "word"), ("genhint", "ub"), ("perplexity",)):
+        one, two = again, summary["after"]
+        for key in path:
+            one, two = one[key], two[key]
+        assert one["value"] == pytest.approx(two["value"], rel=1e-4), path
+    with safe_open(out / "checkpoint" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
+
+
+def test_training_the_last_block_balances_and_one_sided_losses_do_not(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    _, summary = finished
+    gap = summary["after"]["genbias"]["relative_gap"]["all"]["value"]
+    assert gap < 0.5 * summary["before"]["genbias"]["relative_gap"]["all"]["value"]
+    for name in ("without_he", "without_she"):
+        assert summary["controls"][name]["after"]["genbias"]["relative_gap"]["all"]["value"] > 0.9
+
+
+def test_the_delta_says_where_it_comes_from(finished: tuple[Path, dict[str, Any]], checkpoint: Path) -> None:
+    out, summary = finished
+    delta = surgery.Delta.load(out / "delta.safetensors")
+    assert delta.sha256 == summary["delta"]["sha256"]
+    assert delta.metadata["recipe"] == (out / "recipe.toml").read_text()
+    assert all(name.startswith("model.layers.3.") for name in delta.tensors)
+    assert delta.metadata["base"] == str(checkpoint)
+
+
+def test_the_report_stands_alone(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    for text in ("without_mlp", "relative gap", "final_norm", "surgery run recipe.toml"):
+        assert text in page
+
+
+def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    first = operate(tiny, checkpoint, tmp_path / "a", block=2)
+    values = surgery.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    assert values.pop("recipe") == "lftf"
+    again = lftf.run(*tiny, surgery.settings.build(lftf.Settings, values, "recipe"), out=tmp_path / "b").summary
+    assert first["delta"]["sha256"] == again["delta"]["sha256"]
+    assert (tmp_path / "a" / "delta.safetensors").read_bytes() == (tmp_path / "b" / "delta.safetensors").read_bytes()
+
+
+def test_the_prefix_cache_changes_nothing_but_time(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    fast = operate(tiny, checkpoint, tmp_path / "fast", block=2)
+    slow = operate(tiny, checkpoint, tmp_path / "slow", block=2, prefix_cache=False)
+    assert fast["edit"]["loss_last"] == pytest.approx(slow["edit"]["loss_last"], abs=1e-5)
+    key = ("genbias", "relative_gap", "all", "value")
+    assert _dig(fast["after"], key) == pytest.approx(_dig(slow["after"], key), abs=1e-3)
+
+
+def test_auto_takes_the_top_of_the_chosen_ranking(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    for column in ("raw", "final_norm"):
+        summary = operate(tiny, checkpoint, tmp_path / column, block="auto", rank_by=column)
+        assert summary["edit"]["blocks"] == summary["ranking"]["order"][column][:1]
+
+
+def test_all_positions_and_sums(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    last = operate(tiny, checkpoint, tmp_path / "last")["ranking"]
+    every = operate(tiny, checkpoint, tmp_path / "all", positions="all", aggregate="sum")["ranking"]
+    assert last["raw"] != every["raw"] and min(every["raw"]) > max(last["raw"])
+
+
+def test_other_words_are_a_setting(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    summary = operate(tiny, checkpoint, tmp_path / "they", words=["he", "she", "they"])
+    assert summary["words"] == ["he", "she", "they"]
+    assert len(summary["cases"][0]["before"]) == 3
+
+
+def test_an_interrupted_run_continues_to_the_same_delta(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = operate(tiny, checkpoint, tmp_path / "whole", epochs=2)
+    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    write, taken = lftf.Folder.log, []
+
+    def interrupt(folder: Any, row: dict[str, Any]) -> None:
+        taken.append(row)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        write(folder, row)
+
+    monkeypatch.setattr("surgery.runs.Folder.log", interrupt)
+    before = state(tiny[0])
+    with pytest.raises(KeyboardInterrupt):
+        operate(tiny, checkpoint, tmp_path / "cut", epochs=2)
+    assert state(tiny[0]) == before
+    assert (tmp_path / "cut.part").is_dir() and not (tmp_path / "cut").exists()
+    settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"epochs": 2}))
+    with pytest.raises(SurgeryError, match="--resume"):
+        lftf.run(*tiny, settings, out=tmp_path / "cut")
+    with pytest.raises(SurgeryError, match="another recipe"):
+        lftf.run(*tiny, settings.model_copy(update={"lr": 1.0}), out=tmp_path / "cut", resume=True)
+    rest = lftf.run(*tiny, settings, out=tmp_path / "cut", resume=True).summary
+    assert rest["delta"]["sha256"] == whole["delta"]["sha256"]
+    assert not (tmp_path / "cut.part").exists() and not (tmp_path / "cut" / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"block": 9}, "blocks 0 to 3"),
+        ({"block": "lst"}, "expected such numbers, or one of last"),
+        ({"controls": ["rndom"]}, "expected some of last, random"),
+        ({"words": ["he", "xylograph"]}, "'xylograph'"),
+        ({"trained_words": ["they"]}, "expected some of he, she"),
+        ({"data": "nonsense"}, "no prompt set 'nonsense'"),
+        ({"neutral": "nowhere.txt"}, "nowhere.txt"),
+        ({"lr": 1e30}, "learning rate 1e\\+30"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_left(
+    tiny: Any, checkpoint: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        operate(tiny, checkpoint, tmp_path / "x", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("recipes.lftf.write_json", full)
+    with pytest.raises(SurgeryError, match="No space left on device"):
+        operate(tiny, checkpoint, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_that_exists_is_kept(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SurgeryError, match="exists"):
+        operate(tiny, checkpoint, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def _dig(scores: Any, path: tuple[str, ...]) -> float:
+    for key in path:
+        scores = scores[key]
+    return float(scores)
