@@ -69,9 +69,7 @@ class Patching:
         }
         unit = "block" if self.unit == "stream" else self.unit
         errors = self.errors if self.count > 1 else None
-        return Ranking(
-            self.method, unit, np.abs(self.effects), self.data, self.count, errors, settings=settings
-        )
+        return Ranking(self.method, unit, np.abs(self.effects), self.data, self.count, errors, settings=settings)
 
 
 def patch(
@@ -147,7 +145,8 @@ def counterfactual_pairs(
     Raises HookError for a template without exactly one "{}", and for a pair of different token counts,
     showing both tokenisations (or leaves that pair out with unaligned="skip").
     """
-    clean, corrupted = [], []
+    clean: list[str] = []
+    corrupted: list[str] = []
     for template in [templates] if isinstance(templates, str) else templates:
         if template.count("{}") != 1:
             raise HookError(f"template {template!r} has {template.count('{}')} places '{{}}'; expected one")
@@ -168,13 +167,8 @@ def counterfactual_pairs(
 
 def _aligned(tokenizer: Any, clean: Text, corrupted: Text, place: int) -> tuple[list[int], list[int]]:
     """Token ids of both, position by position. Raises HookError where that cannot be."""
-    ids = [
-        list(tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text)
-        for text in (clean, corrupted)
-    ]
-    shown = [
-        " ".join(tokenizer.convert_ids_to_tokens(row) if tokenizer else map(str, row)) for row in ids
-    ]
+    ids = [list(tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text) for text in (clean, corrupted)]
+    shown = [" ".join(tokenizer.convert_ids_to_tokens(row) if tokenizer else map(str, row)) for row in ids]
     if len(ids[0]) != len(ids[1]):
         raise HookError(
             f"pair {place} cannot be aligned: {len(ids[0])} tokens [{shown[0]}] against {len(ids[1])} "
@@ -243,7 +237,7 @@ def _measure(
             f"{method}: clean and corrupted prompts give the same contrast {contrast} "
             f"({sums['clean'] / done:+.4f} on average), so there is nothing to restore; choose other pairs"
         )
-    slope = sums["de"] / sums["dd"]
+    slope = np.asarray(sums["de"] / sums["dd"])
     # sandwich error of a slope through the origin: it allows the noise to grow with the difference
     noise = np.maximum(sums["ddee"] - 2 * slope * sums["dde"] + slope**2 * sums["dddd"], 0.0)
     errors = np.sqrt(noise * (done / (done - 1) if done > 1 else np.nan)) / sums["dd"]
@@ -266,13 +260,16 @@ def _batches(
             ids[row, : len(pairs[place][1])] = torch.tensor(pairs[place][1], device=ids.device)
         mask = first.inputs["attention_mask"]
         inputs = model_inputs(model, {"input_ids": ids, "attention_mask": mask})
-        second = Prompts(first.places, inputs, first.at, first.ends)
-        yield first, second
+        rows = torch.arange(len(ids), device=ids.device)
+        if not probe.pretrained(model).config.is_encoder_decoder:
+            moved = (ids[rows, first.at] != first.inputs["input_ids"][rows, first.at]) & (first.at != first.ends)
+            if moved.any():
+                place = first.places[int(moved.int().argmax())]
+                raise HookError(f"pair {place}: the mask tokens are at different places; expected the same")
+        yield first, Prompts(first.places, inputs, first.at, first.ends)
 
 
-def _places(
-    first: Prompts, second: Prompts, positions: Positions
-) -> list[Bool[Tensor, "batch pos"]]:
+def _places(first: Prompts, second: Prompts, positions: Positions) -> list[Bool[Tensor, "batch pos"]]:
     """The positions to patch: one mask, or with "each" one mask a position."""
     mask = first.inputs["attention_mask"].bool()
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -375,7 +372,8 @@ def _attributed(
     columns = []
     for gradient, (site, activation) in zip(gradients, clean.items(), strict=True):
         corrupted = at_hand[site] - entering[site] if unit == "block" else at_hand[site]
-        product = (gradient.float() * (activation - corrupted).float()).sum(-1)  # (batch pos [head])
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        product = (gradient.to(wide) * (activation - corrupted)).sum(-1)  # (batch pos [head])
         chosen = [place.reshape(*place.shape, *[1] * (product.ndim - 2)) for place in places]
         columns.append(torch.stack([(product * c.to(product.device)).sum(1) for c in chosen], -1))
     moved = torch.stack([c.to(columns[0].device) for c in columns], 1)  # (batch block [head] place)

@@ -5,16 +5,26 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; hatching
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hooks.errors import HookError
 from hooks.ranking import Ranking
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from hooks.lens import Lens
+    from hooks.patching import Patching
+    from hooks.sensitivity import CrossWeights
+
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8C8C8C"
+LIGHTNESS = "cividis"  # even in lightness, so that it reads the same in grey and to colour-blind eyes
+SIGNED = "PuOr"  # purple and orange stay apart for colour-blind eyes
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -53,3 +63,208 @@ def block_bars(raw: Ranking, other: Ranking | None = None, *, edited: list[int] 
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def head_map(ranking: Ranking, *, mark: int = 3) -> Figure:
+    """Blocks x heads as a map, lighter is more; the `mark` best heads are framed. Takes a ranking of heads."""
+    if ranking.unit != "head":
+        raise HookError(f"head_map: the ranking is of unit {ranking.unit!r}; expected 'head'")
+    blocks, heads = ranking.scores.shape
+    figure = new_figure(2.2 + 0.32 * max(heads, 6), 1.3 + 0.19 * max(blocks, 8))
+    axes = figure.subplots()
+    signed = bool((ranking.scores < 0).any())
+    _map(figure, axes, ranking.scores, signed=signed, label=_name(ranking.method))
+    for block, head in ranking.top(mark):
+        corner = (head - 0.5, block - 0.5)
+        axes.add_patch(_rectangle(corner, edgecolor="black", linewidth=3))
+        axes.add_patch(_rectangle(corner, edgecolor="white", linewidth=1.2))
+    axes.set_xlabel(f"head (framed: the {mark} highest)" if mark else "head")
+    axes.set_ylabel("block")
+    _whole_ticks(axes, heads, blocks)
+    axes.set_title(f"{_name(ranking.method)}, {ranking.data}, n = {ranking.count}", fontsize=10)
+    return figure
+
+
+def attention_pattern(
+    pattern: Any, tokens: Sequence[str], *, heads: Sequence[int] | None = None, title: str = ""
+) -> Figure:
+    """Attention weights over tokens, one panel a head: rows ask, columns are looked at, lighter is more.
+
+    pattern: (head query key) or (query key), as `hooks.capture` gives at `blocks.I.attn.hook_pattern` for one
+    row of the batch; heads: their numbers for the titles (all from 0 on if left out).
+    """
+    values = _array(pattern)
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[1:] != (len(tokens), len(tokens)):
+        raise HookError(
+            f"attention_pattern: weights of shape {values.shape} for {len(tokens)} tokens; expected "
+            "(head, tokens, tokens): take one row of the batch, without its padding"
+        )
+    names = list(range(len(values))) if heads is None else list(heads)
+    if len(names) != len(values):
+        raise HookError(f"attention_pattern: {len(names)} head numbers for {len(values)} heads")
+    columns = min(4, len(values))
+    rows = -(-len(values) // columns)
+    size = 1.2 + 0.24 * len(tokens)
+    figure = new_figure(columns * size + 0.8, rows * size + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(values) :]:
+        axes.set_visible(False)
+    for number, (axes, weights) in enumerate(zip(panels.flat, values, strict=False)):
+        image = axes.imshow(weights, cmap=LIGHTNESS, vmin=0, vmax=1, aspect="auto")
+        axes.set_title(f"head {names[number]}", fontsize=9)
+        _token_ticks(axes.xaxis, tokens, rotation=90)
+        _token_ticks(axes.yaxis, tokens if number % columns == 0 else [""] * len(tokens))
+    figure.colorbar(image, ax=panels, label="attention weight", shrink=0.8)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def lens_curve(result: Lens) -> Figure:
+    """The logit difference along the stream with its 95 % band; below, what each attention and MLP adds."""
+    first, second = result.contrast
+    parts = [n for n in ("attention", "mlp", "cross_attention") if n in result.values]
+    figure = new_figure(8.5, 5.4 if parts else 3.2)
+    panels = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
+    places = np.arange(len(result.cumulative)) - 1  # -1 is the embedding
+    curve, band = result.cumulative, 1.96 * np.nan_to_num(result.errors["cumulative"])
+    panels[0].fill_between(places, curve - band, curve + band, color=BLUE, alpha=0.25, lw=0)
+    panels[0].plot(places, curve, color=BLUE, marker="o", ms=3.5, lw=1.6)
+    panels[0].set_ylabel(f"logit {first} - {second}\nif the stream ended here")
+    panels[0].set_title(f"lens, {result.data}, n = {result.count}, 95 % intervals", fontsize=10)
+    width = 0.8 / max(1, len(parts))
+    styles = [(BLUE, ""), (ORANGE, "///"), (GREEN, "...")]
+    for number, (name, (colour, hatch)) in enumerate(zip(parts, styles, strict=False)):
+        panels[1].bar(
+            places[1:] + (number - (len(parts) - 1) / 2) * width,
+            result.values[name],
+            width,
+            yerr=1.96 * np.nan_to_num(result.errors[name]),
+            error_kw={"lw": 0.8, "ecolor": "black"},
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=name.replace("_", "-"),
+        )
+    if parts:
+        panels[1].set_ylabel(f"written directly\n(logit {first} - {second})")
+        panels[1].legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 0.98))
+    for axes in panels:
+        axes.axhline(0, color="black", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("block (E: embedding)")
+    step = max(1, len(places) // 15)
+    panels[-1].set_xticks([-1, *places[1::step]], ["E", *map(str, places[1::step])])
+    return figure
+
+
+def patching_grid(result: Patching) -> Figure:
+    """Interchange effects: a grid of blocks by positions or heads, else one bar a block; minus marks harm."""
+    name = f"{result.method} by {result.unit}"
+    label = f"effect on {result.contrast[0]} - {result.contrast[1]} (0 corrupted, 1 clean)"
+    title = f"{name}, {result.data}, n = {result.count}"
+    if result.effects.ndim == 3:
+        raise HookError("patching_grid: heads by position are three axes; take positions='all' or 'last'")
+    if result.effects.ndim == 1:
+        figure = new_figure(8.5, 3.2)
+        axes = figure.subplots()
+        blocks = np.arange(len(result.effects))
+        error = 1.96 * np.nan_to_num(result.errors)
+        axes.bar(blocks, result.effects, 0.8, yerr=error, color=BLUE, error_kw={"lw": 0.8})
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(blocks[:: max(1, len(blocks) // 15)])
+        axes.set_xlabel("block")
+        axes.set_ylabel(label.replace(" (", "\n("))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{title}, 95 % intervals", fontsize=10)
+        return figure
+    blocks_count, columns = result.effects.shape
+    figure = new_figure(3.0 + 0.38 * max(columns, 6), 1.6 + 0.2 * max(blocks_count, 8))
+    axes = figure.subplots()
+    _map(figure, axes, result.effects, signed=True, label=label)
+    _whole_ticks(axes, columns, blocks_count)
+    if result.tokens is not None:
+        _token_ticks(axes.xaxis, result.tokens, rotation=60)
+    axes.set_xlabel("head" if result.tokens is None else "position (tokens of the first clean prompt)")
+    axes.set_ylabel("block")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def cross_attention_map(weights: CrossWeights, *, block: int | None = None, head: int | None = None) -> Figure:
+    """CrAWD's beta of one text: its tokens by the reference words, lighter is more; means where none is named.
+
+    block, head: of which to show the weights; left out, the mean over blocks or heads.
+    """
+    values = _array(weights.weights)
+    for name, number, size in (("block", block, values.shape[0]), ("head", head, values.shape[1])):
+        if number is not None and not 0 <= number < size:
+            raise HookError(f"cross_attention_map: {name} is {number}; the model has 0 to {size - 1}")
+    values = values.mean(0) if block is None else values[block]
+    values = values.mean(0) if head is None else values[head]
+    figure = new_figure(2.2 + 0.5 * len(weights.words), 1.2 + 0.24 * len(weights.tokens))
+    axes = figure.subplots()
+    _map(figure, axes, values, signed=False, label="beta", top=1.0)
+    _token_ticks(axes.xaxis, weights.words, rotation=60)
+    _token_ticks(axes.yaxis, weights.tokens)
+    where = ", ".join(f"{n} {v}" if v is not None else f"all {n}s" for n, v in (("block", block), ("head", head)))
+    axes.set_title(f"cross-attention, {where}", fontsize=9)
+    return figure
+
+
+def _map(
+    figure: Figure,
+    axes: Axes,
+    values: NDArray[np.float64],
+    *,
+    signed: bool,
+    label: str,
+    top: float | None = None,
+) -> None:
+    """A map with its scale. Signed maps are the same at +x and -x in grey, so a minus marks the negative."""
+    high = float(np.abs(values).max()) or 1.0
+    image = axes.imshow(
+        values,
+        cmap=SIGNED if signed else LIGHTNESS,
+        vmin=-high if signed else 0.0,
+        vmax=high if top is None else top,
+        aspect="auto",
+    )
+    if signed:
+        for row, column in np.argwhere(values < -0.1 * high):
+            dark = values[row, column] < -0.6 * high
+            axes.text(
+                column, row, "\N{MINUS SIGN}", ha="center", va="center", fontsize=12, weight="bold",
+                color="white" if dark else "black",
+            )  # fmt: skip
+    figure.colorbar(image, ax=axes, label=label)
+
+
+def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 1, 1, fill=False, clip_on=False, **style)
+
+
+def _whole_ticks(axes: Axes, columns: int, rows: int) -> None:
+    axes.set_xticks(range(0, columns, max(1, columns // 12)))
+    axes.set_yticks(range(0, rows, max(1, rows // 15)))
+
+
+def _token_ticks(axis: Any, tokens: Sequence[str], rotation: int = 0) -> None:
+    """Tokens as labels, a space shown as such: the marks of byte-level BPE and SentencePiece become one."""
+    names = [token.replace("Ġ", "·").replace("▁", "·").replace("Ċ", "\\n") for token in tokens]
+    axis.set_ticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+    axis.set_tick_params(labelrotation=rotation, labelsize=8)
+
+
+def _name(method: str) -> str:
+    return method.replace("_", "-")
+
+
+def _array(values: Any) -> NDArray[np.float64]:
+    """A tensor on any device and of any dtype, or an array, as float64."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)

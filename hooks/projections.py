@@ -29,9 +29,7 @@ class Projection:
     pos_axis: int
     channels: Int[Tensor, "head d_head"]
 
-    def split(
-        self, output: Tensor, batch_pos: tuple[int, int]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def split(self, output: Tensor, batch_pos: tuple[int, int]) -> Float[Tensor, "batch pos head d_head"]:
         """What each head gets of the module's output."""
         return _rows(output, self.pos_axis, batch_pos)[:, :, self.channels.to(output.device)]
 
@@ -106,9 +104,7 @@ def _rows(output: Tensor, pos_axis: int, batch_pos: tuple[int, int]) -> Float[Te
     return output.reshape(*batch_pos, -1)
 
 
-def _of_block(
-    block: Block, outputs: dict[str, Tensor], pattern: Tensor, length: int
-) -> tuple[Projection, Projection]:
+def _of_block(block: Block, outputs: dict[str, Tensor], pattern: Tensor, length: int) -> tuple[Projection, Projection]:
     names = [name for name in outputs if name.startswith(f"{block.attention}.")]
     axes = {name: _axis(outputs[name], length) or 1 for name in names}
     found: dict[str, list[tuple[str, Tensor]]] = {"query": [], "key": []}

@@ -58,12 +58,12 @@ def word_tokens(tokenizer: Any, words: Sequence[str | int]) -> list[int]:
 
 
 def prompts_in_batches(
-    model: nn.Module, tokenizer: Any, prompts: Iterable[Text], *, batch_tokens: int
+    model: nn.Module, tokenizer: Any, prompts: Iterable[Text], *, batch_tokens: int, reads: bool = True
 ) -> Iterator[Prompts]:
-    """Token-budget batches with what the model needs to run them.
+    """Token-budget batches with what the model needs to run them; `reads`: a word is read from the output.
 
     Raises HookError for a prompt longer than a learned position table, and for a prompt to a masked model
-    without exactly one mask token.
+    without exactly one mask token, if it `reads`.
     """
     core = probe.pretrained(model)
     limit = _positions_limit(model)
@@ -74,14 +74,12 @@ def prompts_in_batches(
                 f"prompt {batch.places[0]} has {batch.input_ids.shape[1]} tokens; the model has learned "
                 f"positions for {limit}: shorten it"
             )
-        inputs = model_inputs(
-            model, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        )
+        inputs = model_inputs(model, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
         ends = last_token(inputs["attention_mask"].bool())
         at = ends
         if core.config.is_encoder_decoder:
             at = torch.full_like(ends, inputs["decoder_input_ids"].shape[1] - 1)
-        elif "MaskedLM" in type(core).__name__ and mask_token is not None:
+        elif reads and "MaskedLM" in type(core).__name__ and mask_token is not None:
             masks = inputs["input_ids"] == mask_token
             wrong = (masks.sum(1) != 1).nonzero().flatten().tolist()
             if wrong:
@@ -100,7 +98,7 @@ def head_logits(
     *,
     frozen_norm: bool = False,
 ) -> Float[Tensor, "rows words"]:
-    """Logits of `tokens` for streams leaving the last block, as the model itself computes them, in float32.
+    """Logits of `tokens` for streams leaving the last block, as the model itself computes them; at least float32.
 
     The model's own forward pass runs over one position with its blocks handing on `stream`, so everything
     behind the last block is the real thing: norm, projection, transform, scaling and soft cap. Only the rows
@@ -116,7 +114,7 @@ def head_logits(
             f"{type(core).__name__} has no language-model head; a contrast of two words needs one: load the "
             "checkpoint with AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
         )
-    head = model.get_submodule(anatomy.head)
+    head: Any = model.get_submodule(anatomy.head)
     final = anatomy.blocks[-1].name
 
     def on(*args: Any, **kwargs: Any) -> Tensor:
@@ -143,10 +141,13 @@ def head_logits(
             accepted = probe.forward_arguments(core)
             cache = {"use_cache": False} if "use_cache" in accepted else {}
             logits = core(**model_inputs(model, one), **cache).logits[:, -1]
-        return (logits if rows else logits[:, list(tokens)]).float()
+        logits = logits if rows else logits[:, list(tokens)]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    if type(head) is nn.Linear and head.weight.device.type != "meta" and "final_logits_bias" not in dict(
-        core.named_buffers()
+    if (
+        type(head) is nn.Linear
+        and head.weight.device.type != "meta"
+        and "final_logits_bias" not in dict(core.named_buffers())
     ):  # BART adds a bias over the whole vocabulary to what its head returns
         return run(rows=True)
     return run(rows=False)

@@ -48,10 +48,8 @@ class Sensitivity:
         """Heads, or blocks by the mean of their heads."""
         if unit not in ("head", "block"):
             raise HookError(f"sensitivity: unit is {unit!r}; expected 'head' or 'block'")
-        scores, errors = (
-            (self.scores, self.errors) if unit == "head" else (self.scores.mean(1), self.block_errors)
-        )
-        settings = {"words": list(self.words), "neutral": list(self.neutral)}
+        scores, errors = (self.scores, self.errors) if unit == "head" else (self.scores.mean(1), self.block_errors)
+        settings: dict[str, Any] = {"words": list(self.words), "neutral": list(self.neutral)}
         settings |= {"notes": list(self.notes), "skipped": self.skipped}
         known = errors if self.count > 1 else None
         return Ranking(self.method, unit, scores, self.data, self.count, known, settings=settings)
@@ -88,7 +86,9 @@ def attention_to(
 
     The weights on all tokens of all occurrences are summed (whole words, any case; a word of several tokens
     is noted), then averaged over the queries: all real tokens that are no part of such a word and, in causal
-    models, come after one; or the "last" token alone. Prompts without such tokens are counted as skipped.
+    models, come after one; or the "last" token alone. In causal models a word at a text's very first place is
+    not counted, since what stands there draws attention whatever it is (Xiao et al. 2024, attention sinks);
+    this is noted. Prompts with nothing left are counted as skipped.
     Of T5 and BART the encoder is read. Evaluation mode, eager attention inside, memory of one batch.
 
     Raises HookError for no words, a tokenizer without offsets (not "fast"), and prompts that all lack the
@@ -99,13 +99,17 @@ def attention_to(
     stack = find(model).stacks[0]
     causal = _causal(model, stack)
     flags: dict[int, list[bool]] = {}
-    skipped = 0
+    skipped = sinks = 0
     finder = _finder(words)
 
     def encoded() -> Iterator[list[int]]:
-        nonlocal skipped
+        nonlocal skipped, sinks
         for text in prompts:
             ids, word = _locate(tokenizer, text, finder)
+            if causal and word and word[0]:
+                sinks += 1
+                first = word.index(False) if False in word else len(word)
+                word[:first] = [False] * first
             seen = [not w and (any(word[:i]) or not causal) for i, w in enumerate(word)]
             if any(word) and (any(seen) if queries == "all" else seen[-1]):
                 flags[len(flags)] = word
@@ -117,7 +121,7 @@ def attention_to(
     number = {f"{block.site}.attn.hook_pattern": i for i, block in enumerate(stack.blocks)}
     with probe.unchanged(model):
         try:
-            for batch in prompts_in_batches(model, tokenizer, encoded(), batch_tokens=batch_tokens):
+            for batch in prompts_in_batches(model, tokenizer, encoded(), batch_tokens=batch_tokens, reads=False):
                 word, query = _masks(batch, flags, causal, queries)
                 found: dict[int, Tensor] = {}
 
@@ -136,7 +140,8 @@ def attention_to(
                     "check the words"
                 ) from error
             raise
-    return tally.result("attention", words, (), data, skipped)
+    notes = [f"{sinks} words at the very first place of a text are not counted"] if sinks else []
+    return tally.result("attention", words, (), notes, data, skipped)
 
 
 def cross_attention(
@@ -153,8 +158,9 @@ def cross_attention(
     """CrAWD 4.3 in every head: attention of the texts' states to the states of reference words.
 
     beta = softmax(Q K^T / sqrt(d_head)) over the reference tokens, with Q from the texts and K from the
-    reference sequence (`words`, then `neutral`, run through the model as one text), both by the layer's own
-    projections and before any rotation by position; CrAWD trains one such layer after the last.
+    reference sequence (`words`, then `neutral`, run through the model as one text behind the start token, or
+    the first word would be the attention sink), both by the layer's own projections and before any rotation
+    by position; CrAWD trains one such layer after the last.
 
     A token's score: with `neutral` words the share of beta on `words`; without, where shares always sum to 1,
     the largest beta on one word (the weights that CrAWD's top-K picks), from 1 / len(words) to 1. Averaged
@@ -167,28 +173,24 @@ def cross_attention(
     special = torch.tensor(sorted(set(getattr(tokenizer, "all_special_ids", ()))), dtype=torch.long)
     tally = _Tally(stack, tokenizer, progress, len(prompts) if isinstance(prompts, (list, tuple)) else None)
     with probe.unchanged(model):
-        for batch in prompts_in_batches(model, tokenizer, prompts, batch_tokens=batch_tokens):
+        for batch in prompts_in_batches(model, tokenizer, prompts, batch_tokens=batch_tokens, reads=False):
             beta = _beta(model, batch, own, keys, len(words) + len(neutral))
-            scores = [
-                weights[..., : len(words)].sum(-1) if neutral else weights.amax(-1) for weights in beta
-            ]
+            scores = [weights[..., : len(words)].sum(-1) if neutral else weights.amax(-1) for weights in beta]
             ids = batch.inputs["input_ids"]
             real = batch.inputs["attention_mask"].bool() & ~torch.isin(ids, special.to(ids.device))
             empty = (~real.any(1)).nonzero().flatten().tolist()
             if empty:
                 raise HookError(f"prompt {batch.places[empty[0]]} has special tokens only; leave it out")
             tally.add(batch, scores, real)
-    return tally.result("cross_attention", words, neutral, data, 0)
+    return tally.result("cross_attention", words, neutral, [], data, 0)
 
 
-def cross_attention_weights(
-    model: nn.Module, tokenizer: Any, text: str, words: Sequence[str]
-) -> CrossWeights:
+def cross_attention_weights(model: nn.Module, tokenizer: Any, text: str, words: Sequence[str]) -> CrossWeights:
     """The whole matrix of `cross_attention` for one text, for `hooks.plots.cross_attention_map`."""
     stack = find(model).stacks[0]
     own, keys = _reference(model, tokenizer, stack, words, ())
     with probe.unchanged(model):
-        (batch,) = prompts_in_batches(model, tokenizer, [text], batch_tokens=1)
+        (batch,) = prompts_in_batches(model, tokenizer, [text], batch_tokens=1, reads=False)
         beta = torch.stack([b[0].cpu() for b in _beta(model, batch, own, keys, len(words))])
     tokens = tokenizer.convert_ids_to_tokens(batch.inputs["input_ids"][0].tolist())
     return CrossWeights(beta, tuple(tokens), tuple(words))
@@ -220,14 +222,19 @@ class _Tally:
             self._progress(self._done, self._total)
 
     def result(
-        self, method: Any, words: Sequence[str], neutral: Sequence[str], data: str, skipped: int
+        self,
+        method: Any,
+        words: Sequence[str],
+        neutral: Sequence[str],
+        notes: list[str],
+        data: str,
+        skipped: int,
     ) -> Sensitivity:
         errors = {n: (self._mean.variance(n).double() / self._done).sqrt().numpy() for n in ("head", "block")}
         names = self._tokenizer.convert_ids_to_tokens(list(self._by_token))
         entries = self._by_token.values()
         tokens = {name: (s / n, int(n)) for name, (s, n) in zip(names, entries, strict=True)}
         scores = self._mean.mean("head").double().numpy().reshape(self._shape)
-        notes = []
         for word in (*words, *neutral):
             pieces = self._tokenizer.encode(" " + word, add_special_tokens=False)
             if len(pieces) > 1:
@@ -285,7 +292,7 @@ def _causal(model: nn.Module, stack: Stack) -> bool:
         upper.append(pattern.triu(1).abs().sum())
 
     with probe.unchanged(model):
-        (batch,) = prompts_in_batches(model, None, [[3, 4, 5, 6, 7]], batch_tokens=5)
+        (batch,) = prompts_in_batches(model, None, [[3, 4, 5, 6, 7]], batch_tokens=5, reads=False)
         with capture(model, f"{stack.blocks[0].site}.attn.hook_pattern", reducer=take):
             run_base(model, batch.inputs)
     return bool(upper[0] == 0)
@@ -306,13 +313,17 @@ def _reference(
     columns: list[int] = []
     ids: list[int] = []
     for number, span in enumerate(spans):
-        ids, held = _locate(tokenizer, text, lambda _, span=span: [span])
+        ids, held = _locate(tokenizer, text, lambda _: [span])  # noqa: B023
         columns += [place for place, own in enumerate(held) if own]
         owner += [number] * sum(held)
+    candidates = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos")]
+    start = [token for token in candidates if token is not None]
+    if start and ids[0] not in tokenizer.all_special_ids:
+        ids, columns = [start[0], *ids], [column + 1 for column in columns]
     projections = find_projections(model, stack)
     shape: list[tuple[int, int]] = [(1, len(ids))]
     with probe.unchanged(model), reading(model, [key for _, key in projections], shape) as store:
-        (batch,) = prompts_in_batches(model, tokenizer, [ids], batch_tokens=1)
+        (batch,) = prompts_in_batches(model, tokenizer, [ids], batch_tokens=1, reads=False)
         run_base(model, batch.inputs)
         keys = [(store[i][0, columns], torch.tensor(owner)) for i in range(len(projections))]
     return [query for query, _ in projections], keys

@@ -114,6 +114,11 @@ def verdict(summary: Summary) -> list[str]:
             f"{gap['after']['value']:.3f} ({gap['change']:+.0f} %) on {gap['after']['n']} prompts of "
             f"{gap['after']['data'].removesuffix(', all')}."
         )
+    if (afgb := by.get("AFGB, all")) and mass:
+        lines.append(
+            f"AFGB went from {afgb['before']['value']:.3f} to {afgb['after']['value']:.3f} ({afgb['change']:+.0f} %), "
+            f"while the words' probability mass went from {mass['before']['value']:.3f} to {mass['after']['value']:.3f}."
+        )
     if mass and mass["after"]["value"] < 0.5 * mass["before"]["value"]:
         lines.append(
             f"Warning: the words' probability mass collapsed from {mass['before']['value']:.3g} to "
@@ -129,6 +134,15 @@ def verdict(summary: Summary) -> list[str]:
         lines.append(
             f"Perplexity on neutral text went from {cost['before']['value']:.2f} to {cost['after']['value']:.2f} "
             f"({cost['change']:+.1f} %)."
+        )
+    random = find(summary["controls"], ("random", "after", "genbias", "relative_gap", "all"))
+    if gap and random:
+        blocks = ", ".join(map(str, summary["controls"]["random"]["edit"]["blocks"]))
+        apart = gap["after"]["high"] < random["low"]
+        lines.append(
+            f"Control: the same training on a random block ({blocks}) reaches a relative gap of {random['value']:.3f} "
+            f"[{random['low']:.3f}, {random['high']:.3f}]; "
+            + ("the edited block does better." if apart else "the edited block is not clearly better at this.")
         )
     ranking = summary["ranking"]
     raw, normed = ranking["order"]["raw"][0], ranking["order"]["final_norm"][0]
@@ -171,7 +185,9 @@ def before_after(summary: Summary) -> "Figure":
     figure = new_figure(11, 3.1)
     axes = figure.subplots(1, len(panels) + len(single), width_ratios=[3] * len(panels) + [1.3] * len(single))
     for place, (label, name) in enumerate(panels):
-        scales = list(summary["before"]["genbias"][name])
+        scales = [
+            scale for scale in ("word", "phrase", "sentence", "all") if scale in summary["before"]["genbias"][name]
+        ]
         _pair(axes[place], label, scales, [[s["genbias"][name][k] for k in scales] for s in _both(summary)])
     for place, (label, path) in enumerate(single, len(panels)):
         _pair(axes[place], label, [""], [[find(scores, path)] for scores in _both(summary)])
@@ -208,27 +224,30 @@ def _pair(axes: Any, label: str, names: list[str], series: list[list[Any]]) -> N
 
 
 def controls(summary: Summary) -> "Figure":
-    """Each edit as a point: what it cost (perplexity) against what is left of the bias (relative gap)."""
-    figure = new_figure(6.5, 3.8)
-    axes = figure.subplots()
-    for row in comparison(summary):
-        gap, cost = row["cells"][0], row["cells"][-1] or summary["before"].get("perplexity")
-        if not gap or not cost:
-            continue
-        main = row["name"].endswith("(as saved)")
-        colour = BLUE if main else GREY if row["name"] == "before" else ORANGE
-        axes.errorbar(
-            cost["value"],
-            gap["value"],
-            yerr=[[gap["value"] - gap["low"]], [gap["high"] - gap["value"]]],
-            fmt="o" if main else "s" if row["name"] == "before" else "^",
-            color=colour,
-            capsize=2,
-        )
-        axes.annotate(row["name"], (cost["value"], gap["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.25)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("perplexity on neutral text (left is better)")
-    axes.set_ylabel("relative gap (down is better)")
-    axes.spines[["top", "right"]].set_visible(False)
+    """One line for each case, three columns: what is left of the bias, hint following, and what it cost."""
+    table = comparison(summary)
+    columns = [("relative gap (ideal 0)", 0), ("UB-Score (ideal 1)", 3), ("perplexity (lower is better)", 4)]
+    columns = [(label, place) for label, place in columns if any(row["cells"][place] for row in table)]
+    figure = new_figure(3.2 * len(columns) + 1.2, 0.9 + 0.27 * len(table))
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, (label, place) in zip(axes, columns, strict=True):
+        before = table[0]["cells"][place]
+        if before:
+            axis.axvline(before["value"], color=GREY, lw=1, ls=":")
+        for line, row in enumerate(table):
+            if cell := row["cells"][place]:
+                main = row["name"].endswith("(as saved)")
+                axis.errorbar(
+                    cell["value"],
+                    line,
+                    xerr=[[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]],
+                    fmt="o" if main else "s" if line == 0 else "^",
+                    color=BLUE if main else GREY if line == 0 else ORANGE,
+                    capsize=2,
+                )
+        axis.set_title(label, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(table)), [row["name"].replace("_", " ") for row in table])
+    axes[0].invert_yaxis()
     return figure

@@ -18,7 +18,7 @@ from surgery.rounding import hash64
 BUCKETS = 64
 BLOCK = 2**16  # elements that share one table of signs and buckets; a block as a whole is signed and rotated anew
 
-# Distances ||target - base|| / ||base||, judged on the largest over the delta's matrices.
+# Distances as `distance` defines them, judged on the largest over the delta's matrices.
 SAME = 0.005
 RELATED = 0.5
 DISTANT = 1.0
@@ -66,12 +66,16 @@ class Sketcher:
         return self._sums.astype(np.float32), math.sqrt(self._square)
 
 
-def distance(target: np.ndarray, base: np.ndarray, base_norm: float) -> float:
-    """Estimate of ||target - base|| / ||base|| from two sketches [64]; infinite when only the base is zero."""
+def distance(target: np.ndarray, target_norm: float, base: np.ndarray, base_norm: float) -> float:
+    """Estimate of ||target - base|| / sqrt((||target||^2 + ||base||^2) / 2) from two sketches [64] and the norms.
+
+    A child has nearly its base's norm, where this is ||target - base|| / ||base||. Unrelated tensors lie at
+    sqrt(2) whatever their norms; divided by ||base|| alone, freshly initialised weights, which are small, would
+    lie at 1, no farther than a very distant child.
+    """
     gap = float(np.linalg.norm(target.astype(np.float64) - base.astype(np.float64)))
-    if base_norm == 0.0:
-        return math.inf if gap > 0.0 else 0.0
-    return gap / base_norm
+    size = math.hypot(target_norm, base_norm) / math.sqrt(2)
+    return gap / size if size else 0.0
 
 
 def verdict(value: float) -> str:

@@ -1,7 +1,9 @@
 """Apply to a checkpoint on disk: every row of the table of targets, what is preserved, and what is
 reported."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -299,8 +301,10 @@ def test_same_architecture_in_other_words(base, tmp_path):
 # ---- relatedness
 
 
-def test_unrelated_weights_are_refused_even_with_force(base, tmp_path):
-    target = kit.save(tmp_path / "t", kit.weights(seed=9))
+@pytest.mark.parametrize("size", [1.0, 0.05, 20.0])
+def test_unrelated_weights_are_refused_even_with_force(base, tmp_path, size):
+    """Freshly initialised weights are smaller than trained ones; that must not bring them nearer."""
+    target = kit.save(tmp_path / "t", {name: size * value for name, value in kit.weights(seed=9).items()})
     for force in (False, True):
         refused(tmp_path, kit.edit(base), target, "of its norm away.*these are other weights", force=force)
     view = kit.edit(base).save(tmp_path / "d.safetensors") and inspect(tmp_path / "d.safetensors", target)
@@ -384,6 +388,19 @@ def test_link_shares_only_the_untouched_shards(base, tmp_path):
         shared = path.stat().st_ino == (tmp_path / "out" / path.name).stat().st_ino
         assert shared == (path.name != report.tensors[0].file)
     assert (tmp_path / "out" / "config.json").stat().st_ino != (target / "config.json").stat().st_ino
+
+
+def test_copying_where_the_kernel_cannot(base, tmp_path, monkeypatch):
+    """Between file systems copy_file_range fails with EXDEV; then the bytes are read and written."""
+
+    def impossible(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    delta = kit.edit(base)
+    apply(delta, base, tmp_path / "kernel")
+    monkeypatch.setattr(os, "copy_file_range", impossible)
+    apply(delta, base, tmp_path / "plain")
+    assert kit.hashes(tmp_path / "plain") == kit.hashes(tmp_path / "kernel")
 
 
 def test_hub_cache_layout_of_links(base, tmp_path):

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from surgery.cli import app
 
-COMMANDS = ("locate", "run", "eval", "apply", "undo", "inspect", "list")
+COMMANDS = (
+    "locate", "run", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export", "import", "card"
+)  # fmt: skip
 QUICK = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]", "--device", "cpu"]
 
 
@@ -137,3 +139,22 @@ def test_apply_and_inspect_never_import_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'transformer_lens', 'nnsight')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_diff_compose_export_import_and_card(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    delta, edited = run / "delta.safetensors", tmp_path / "edited"
+    assert surgery("apply", delta, checkpoint, "--out", edited)[0] == 0
+    assert surgery("diff", checkpoint, edited, "--out", tmp_path / "d.safetensors")[0] == 0
+    weights = ["--weights", "1", "--weights", "-1"]
+    code, _, stderr = surgery(
+        "compose", tmp_path / "d.safetensors", tmp_path / "d.safetensors", "--out", tmp_path / "zero.safetensors", *weights
+    )
+    assert code == 0, stderr
+    code, stdout, _ = surgery("apply", tmp_path / "zero.safetensors", checkpoint, "--out", tmp_path / "same")
+    assert code == 0 and " 0 of " in stdout
+    code, stdout, stderr = surgery("export", delta, "--peft", tmp_path / "adapter", "--rank", "4", "--drop-vectors")
+    assert code == 0 and "rank 4" in stdout and "left out" in stdout, stderr
+    code, _, stderr = surgery("import", tmp_path / "adapter", checkpoint, "--out", tmp_path / "l.safetensors")
+    assert code == 0, stderr
+    code, stdout, _ = surgery("card", delta)
+    assert code == 0 and "relative_gap" in stdout and "surgery apply" in stdout

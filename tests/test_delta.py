@@ -238,7 +238,7 @@ def test_sketch_estimates_the_distance_it_cannot_see(shape):
                 sketcher.feed(part)
             pair.append(sketcher.finish())
         assert pair[0][1] == pytest.approx(np.linalg.norm(base), rel=1e-5)
-        assert sketch.distance(pair[1][0], pair[0][0], pair[0][1]) == pytest.approx(exact, rel=0.4)
+        assert sketch.distance(*pair[1], *pair[0]) == pytest.approx(exact, rel=0.4)
 
 
 def test_sketch_of_a_change_that_repeats_from_block_to_block():
@@ -339,11 +339,8 @@ def test_delta_files_are_torch_free_to_read(base, tmp_path):
     view = disk.inspect(tmp_path / "d.safetensors", base)
     assert view.verdict == "same" and view.distance == 0.0 and view.refusal is None
     assert view.parameters == 16 * 24 + 16
-    table = view.table()
-    assert f"{base}: same, 0.0000 of its norm from the base" in table
-    assert any(line.split()[:2] == [kit.DOWN, "16x24"] for line in table.splitlines())
     stranger = disk.inspect(tmp_path / "d.safetensors", kit.save(tmp_path / "x", kit.weights(), rope_theta=5e5))
-    assert stranger.verdict == "refused" and "rope" in stranger.refusal and "refused: " in stranger.table()
+    assert stranger.verdict == "refused" and "rope" in stranger.refusal
 
 
 @pytest.mark.parametrize("value", [3.3 * 2.0**-24, -3.3 * 2.0**-24, 2.0**-14 - 0.3 * 2.0**-24, -1.0 - 0.7 * 2.0**-10])

@@ -154,6 +154,8 @@ METADATA = {
     "kind of a list": (lambda m: m.update(kind=[]), "no proper 'kind'"),
     "no recipe": (lambda m: m.pop("recipe"), "no proper 'recipe'"),
     "tower of maps": (lambda m: m.update(measured=nested(900)), "nested too deeply"),
+    "terminal commands": (lambda m: m.update(recipe="\x1b[2J"), "control characters"),
+    "terminal commands in a name": (lambda m: m.update(measured={"a": [{"\x9b": 1}]}), "control characters"),
     "seed true": (lambda m: m.update(seed=True), "no proper 'seed'"),
     "parents of numbers": (lambda m: m.update(parents=[1]), "no proper 'parents'"),
     "tensor missing": (lambda m: m["tensors"].pop(kit.DOWN), "but not in both"),

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -99,6 +100,8 @@ def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
 
 
 def _clone(fd_in: int, fd_out: int) -> bool:
+    if sys.platform != "linux":
+        return False
     try:
         fcntl.ioctl(fd_out, FICLONE, fd_in)
     except OSError as error:
@@ -109,7 +112,7 @@ def _clone(fd_in: int, fd_out: int) -> bool:
 
 
 def _copy(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None]) -> None:
-    done, in_kernel = 0, True
+    done, in_kernel = 0, sys.platform == "linux"
     while done < size:
         count = min(PIECE, size - done)
         if in_kernel:
@@ -126,7 +129,8 @@ def _copy(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None]) -> No
             raise SurgeryError(f"a source file became shorter while it was copied (at byte {done} of {size})")
         # Begin to write this piece to the disk now, not at the fsync: Linux starts the write-back of dirty
         # pages that it is told will not be needed, and keeps them until they are written.
-        os.posix_fadvise(fd_out, done, moved, os.POSIX_FADV_DONTNEED)
+        if sys.platform == "linux":
+            os.posix_fadvise(fd_out, done, moved, os.POSIX_FADV_DONTNEED)
         done += moved
         seen(moved)
 

@@ -28,7 +28,7 @@ class TensorChange:
     """What happened to one stored tensor.
 
     changed: entries whose stored bits differ now. lost: entries with a difference that rounding threw away.
-    distance: estimate of ||target - base|| / ||base|| before the edit.
+    distance: estimate of how far the tensor was from the delta's base (`surgery.sketch.distance`).
     """
 
     name: str

@@ -53,31 +53,6 @@ class Inspection:
     refusal: str | None
     notes: tuple[str, ...]
 
-    def table(self) -> str:
-        """What `surgery inspect` prints: the facts, one line per tensor, and the verdict on `against`."""
-        lines = [
-            f"{self.path}: {self.bytes:,} bytes, sha256 {self.sha256}",
-            f"kind {self.kind}, {self.parameters:,} parameters in {len(self.tensors)} tensors; made by {self.tool}, "
-            f"seed {self.seed}",
-            f"base {self.base}: " + ", ".join(f"{key} {value}" for key, value in sorted(self.architecture.items())),
-        ]
-        lines += [f"part: weight {part.get('weight')}, sha256 {part.get('sha256')}" for part in self.parents]
-        width = max(len(view.name) for view in self.tensors)
-        title = f"{'tensor':{width}} {'shape':>16} {'norm':>10} {'of base':>9} {'changed':>9}"
-        lines.append(title + (f" {'distance':>9}" if self.against else ""))
-        for view in self.tensors:
-            shape = "x".join(map(str, view.shape)) or "scalar"
-            part = f"{100 * view.relative:.3g} %" if math.isfinite(view.relative) else "-"
-            changed = f"{100 * view.nonzero / math.prod(view.shape):.1f} %"
-            away = "" if view.distance is None else f" {view.distance:9.4f}"
-            lines.append(f"{view.name:{width}} {shape:>16} {view.norm:10.4g} {part:>9} {changed:>9}{away}")
-        lines += [*self.notes]
-        if self.refusal is not None:
-            lines.append(f"refused: {self.refusal}")
-        elif self.distance is not None:
-            lines.append(f"{self.against}: {self.verdict}, {self.distance:.4f} of its norm from the base")
-        return "\n".join(lines)
-
 
 def inspect(
     path: Path | str,

@@ -28,7 +28,7 @@ class Edit:
     sources: tuple[str, ...]
     elements: int  # the first so many of the tensor; all of them but for an extended vocabulary
     sha256: str  # of those elements' bytes as they were when they were checked
-    distance: float  # from the delta's base, as a part of the base's norm
+    distance: float  # from the delta's base; see surgery/sketch.py
 
     @property
     def bytes(self) -> int:
@@ -87,7 +87,7 @@ def make_plan(
         found = measure(stored, target, sizes[target], known=base["sha256"])
         gap = 0.0
         if found is not None:
-            gap = sketch.distance(found.sketch, unpack_sketch(base["sketch"]), float(base["norm"]))
+            gap = sketch.distance(found.sketch, found.norm, unpack_sketch(base["sketch"]), base["norm"])
         sha = base["sha256"] if found is None else found.sha256
         entry = stored.entry(target)
         edits.append(Edit(target, stored.places[target], entry, sources, sizes[target], sha, gap))

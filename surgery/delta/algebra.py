@@ -73,6 +73,7 @@ def _same_base(name: str, left: dict[str, Any], right: dict[str, Any]) -> None:
         raise SurgeryError(f"compose: {name} is {left['shape']} in one delta and {right['shape']} in another")
     if left["sha256"] == right["sha256"]:
         return
-    gap = sketch.distance(unpack_sketch(right["sketch"]), unpack_sketch(left["sketch"]), float(left["norm"]))
+    sketches = [unpack_sketch(entry["sketch"]) for entry in (left, right)]
+    gap = sketch.distance(sketches[1], right["norm"], sketches[0], left["norm"])
     if gap > sketch.SAME:
         raise SurgeryError(f"compose: the bases of {name} lie {gap:.3f} apart; only deltas of the same base add up")

@@ -121,8 +121,8 @@ def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], forc
         entry = delta.metadata["tensors"][name]
         sketcher = sketch.Sketcher()
         sketcher.feed(widen(to_stored(parameter), _DTYPES[parameter.dtype]))
-        sums, _ = sketcher.finish()
-        distances[name] = sketch.distance(sums, unpack_sketch(entry["sketch"]), float(entry["norm"]))
+        sums, norm = sketcher.finish()
+        distances[name] = sketch.distance(sums, norm, unpack_sketch(entry["sketch"]), entry["norm"])
     sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
 
 

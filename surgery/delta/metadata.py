@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ FORMAT = 1
 KINDS = ("dense", "lora", "module")
 KEY = "surgery"
 MAX_DEPTH = 32  # of the metadata's maps and lists
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends
 
 
 def base_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -64,8 +66,7 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
     """
     if not isinstance(metadata, dict):
         raise SurgeryError(f"{where}: its metadata is no JSON object; not a delta")
-    if _depth(metadata) > MAX_DEPTH:
-        raise SurgeryError(f"{where}: its metadata is nested too deeply; not a delta, or broken")
+    _check_tree(metadata, where)
     if metadata.get("format") != FORMAT:
         raise SurgeryError(
             f"{where}: delta format {str(metadata.get('format'))[:20]!r}, expected {FORMAT}; update this tool"
@@ -87,18 +88,19 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
         raise SurgeryError(f"{where}: {odd[:80]!r} stands in the metadata or in the file, but not in both")
 
 
-def _depth(tree: Any) -> int:
-    """Levels of maps and lists, without recursion."""
-    level, depth = [tree], 0
-    while level:
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-        depth += 1
-    return depth
+def _check_tree(tree: Any, where: str) -> None:
+    """Refuse depth that could exhaust the stack, and characters that could command a terminal. No recursion."""
+    level: list[Any] = [tree]
+    for _ in range(MAX_DEPTH):
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        bad = next((text for text in texts if _CONTROL.search(text)), None)
+        if bad is not None:
+            raise SurgeryError(f"{where}: its metadata holds control characters ({bad[:40]!r}); not a delta, or broken")
+        maps = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for children in maps for child in children]
+    if level:
+        raise SurgeryError(f"{where}: its metadata is nested too deeply; not a delta, or broken")
 
 
 def _check_tensor(name: str, entry: Any, where: str) -> None:

@@ -1,67 +1,15 @@
-"""The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
+"""Commands that open a model: locate, run, eval, list."""
 
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, command, examples
 from surgery.errors import SurgeryError
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Find where a language model holds a bias, cut there and nowhere else, prove what changed, carry it over.",
-)
-MODEL_HELP = "A checkpoint directory, a hub name, a .gguf file, or demo."
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
-
-
-def main() -> None:
-    """The console script."""
-    app()
-
-
-def command(**kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose failures are one line on standard error and exit code 1."""
-
-    def wrap(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def guarded(*args: Any, **options: Any) -> None:
-            from hooks.errors import HookError
-
-            try:
-                function(*args, **options)
-            except (SurgeryError, HookError) as error:
-                if options.get("debug"):
-                    raise
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-                raise typer.Exit(1) from None
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                raise typer.Exit(1) from None
-
-        return app.command(**kwargs)(guarded)
-
-    return wrap
-
-
-def examples(*lines: str) -> str:
-    """The end of a help text."""
-    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
 
 @command(epilog=examples("surgery locate demo", "surgery locate ./checkpoint --json ranking.json --plot ranking.png"))
@@ -214,83 +162,6 @@ def evaluate(
             )
 
 
-@command(
-    epilog=examples(
-        "surgery apply delta.safetensors ./checkpoint --out ./edited",
-        "surgery apply delta.safetensors ./checkpoint --out ./half --scale 0.5 --rounding stochastic --seed 7",
-    )
-)
-def apply(
-    delta: Annotated[Path, typer.Argument(help="The delta file.")],
-    checkpoint: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option("--out", help="The new checkpoint directory; must not exist.")],
-    scale: Annotated[float, typer.Option("--scale", help="Multiply the difference; -1 subtracts it.")] = 1.0,
-    rounding: Annotated[str, typer.Option("--rounding", help="nearest, stochastic, or auto.")] = "nearest",
-    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
-    link: Annotated[bool, typer.Option("--link", help="Hard-link the shards that do not change.")] = False,
-    undo_kind: Annotated[str, typer.Option("--undo", help="record, reference or none.")] = "record",
-    tied: Annotated[str | None, typer.Option("--tied", help="embed, head or both, if tying differs.")] = None,
-    vocabulary: Annotated[str, typer.Option("--vocabulary", help="refuse, or first rows only.")] = "refuse",
-    rename: Annotated[str | None, typer.Option("--rename", help="OLD=NEW prefix of tensor names.")] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Write a new checkpoint with the delta added: all checks first, streaming, without torch."""
-    from surgery.apply import apply as apply_to
-    from surgery.progress import Talk
-
-    if rename is not None and "=" not in rename:
-        raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
-    pair = tuple(rename.split("=", 1)) if rename is not None else None
-    options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
-    options |= {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "link": link}
-    report = apply_to(delta, _local(checkpoint), out, **options)
-    talk = Talk(quiet)
-    for note in report.notes:
-        talk.say(note)
-    print(
-        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} lost to "
-        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} "
-        f"({report.verdict})"
-    )
-
-
-@command(epilog=examples("surgery undo ./edited --out ./original"))
-def undo(
-    checkpoint: Annotated[Path, typer.Argument(help="A directory that surgery apply wrote.")],
-    out: Annotated[Path, typer.Option("--out", help="The new directory; must not exist.")],
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Give back the original checkpoint, byte for byte."""
-    from surgery.apply import undo as undo_to
-
-    report = undo_to(checkpoint, out)
-    print(f"{report.out}: restored")
-
-
-@command(
-    epilog=examples("surgery inspect delta.safetensors", "surgery inspect delta.safetensors --against ./checkpoint")
-)
-def inspect(
-    delta: Annotated[Path, typer.Argument(help="The delta file.")],
-    against: Annotated[str | None, typer.Option("--against", help="Print the distance to this checkpoint.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Show what a delta file holds, without torch."""
-    from dataclasses import asdict
-
-    from surgery.apply import inspect as look
-
-    found = look(delta, against=_local(against) if against else None)
-    if as_json:
-        print(json.dumps(asdict(found), indent=1, sort_keys=True, default=str))
-    else:
-        _print_inspection(found)
-
-
 @command(name="list", epilog=examples("surgery list"))
 def list_(debug: Debug = False) -> None:
     """Show the recipes, metrics and data sets, and which of them are ready here."""
@@ -314,25 +185,6 @@ def list_(debug: Debug = False) -> None:
             print(f"  {name:12} {text}")
 
 
-def _print_inspection(found: Any) -> None:
-    print(f"{found.path}: kind {found.kind}, base {found.base}, {found.bytes:,} bytes, sha256 {found.sha256}")
-    print(f"{len(found.tensors)} tensors, {found.parameters:,} entries; seed {found.seed}, written by {found.tool}")
-    for view in found.tensors:
-        far = "" if view.distance is None else f", distance {view.distance:.4f}"
-        print(
-            f"  {view.name}  {list(view.shape)} {view.dtype}  changed by {view.relative:.2e} of its norm, "
-            f"{view.nonzero:,} entries{far}"
-        )
-    if found.against:
-        distance = "" if found.distance is None else f" (largest distance {found.distance:.4f})"
-        print(f"against {found.against}: {found.verdict}{distance}" + (f"; {found.refusal}" if found.refusal else ""))
-    for note in found.notes:
-        print(note)
-    if found.recipe:
-        print("recipe:")
-        print("  " + found.recipe.strip().replace("\n", "\n  "))
-
-
 def _open(spec: str, quiet: bool, **options: Any) -> Any:
     """``surgery.load``; the libraries' own bars are for terminals."""
     from transformers.utils import logging
@@ -342,15 +194,6 @@ def _open(spec: str, quiet: bool, **options: Any) -> Any:
     from surgery.checkpoints import load
 
     return load(spec, **options)
-
-
-def _local(spec: str) -> Path:
-    """The checkpoint directory of ``spec``; torch is needed only when it is not a directory yet."""
-    if Path(spec).expanduser().is_dir():
-        return Path(spec).expanduser()
-    from surgery.checkpoints import checkpoint_dir
-
-    return checkpoint_dir(spec)
 
 
 def _recipes() -> dict[str, Path]:
@@ -380,7 +223,3 @@ def _recipe_file(recipe: str) -> Path:
 
 def _first_comment(path: Path) -> str:
     return path.read_text("utf-8").splitlines()[0].lstrip("# ")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,98 @@
+"""Block fine-tuning: the cached step against the plain one, and the whole operation against one forward pass."""
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import surgery
+from hooks import anatomy
+from recipes import lftf
+from surgery.data import genbias
+from surgery.edits.block import names_of, word_loss
+from surgery.observe import next_words
+from surgery.prefix import Batch, encode, pad, shortcut, word_ids
+from surgery.training import trainable
+
+BATCH, PLAIN, CACHED = 32, 5, 25
+
+
+def main(arguments: Sequence[str] = ("demo",)) -> None:
+    """Medians of steps on the same batches of 32 training prompts; ratios are what counts."""
+    (spec,) = arguments
+    device = os.environ.get("BENCH_DEVICE", "cpu")
+    model, tokenizer = surgery.load(spec, device=device)
+    train = encode(tokenizer, [row.text for row in genbias.records("profession", "train")])
+    test = encode(tokenizer, [row.text for row in genbias.records("profession", "test")])
+    words = word_ids(tokenizer, ["he", "she"])
+    count = len(anatomy.find(model).blocks)
+    print(f"{spec}, {model.dtype}, {device}, {torch.get_num_threads()} threads, {platform.processor() or 'cpu'}")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [order[i * BATCH : (i + 1) * BATCH] for i in range(max(PLAIN, CACHED) + 1)]
+    prefixes = next_words(model, train, words, keep=[count // 2, count - 1]).prefixes
+    for label, block in (("last block", count - 1), ("middle block", count // 2)):
+        prefix = prefixes[block]
+
+        def cached(rows: list[int], prefix=prefix) -> Tensor:  # type: ignore[no-untyped-def]
+            with shortcut(model, start=prefix.block) as run:
+                return word_loss(run(prefix.batch(rows)), words)
+
+        def plain(rows: list[int]) -> Tensor:
+            batch: Batch = pad(train, rows, model.device)
+            return word_loss(model(**batch.inputs(), use_cache=False).logits[:, -1], words)
+
+        slow, fast = step_time(model, block, plain, batches[: PLAIN + 1]), step_time(model, block, cached, batches)
+        print(f"{label:13} plain {slow * 1e3:8.1f} ms/step   cached {fast * 1e3:7.1f} ms/step   {slow / fast:5.1f} x")
+    both = (*train, *test)
+    forward = median_of(lambda: next_words(model, both, words, shortcuts=False), 2, model)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = lftf.Settings(model=spec, lr=1e-4, controls=[], block="last")
+        places = iter(range(100))
+        whole = median_of(lambda: lftf.run(model, tokenizer, settings, out=Path(folder) / str(next(places))), 2, model)
+    print(f"one plain forward pass over {len(both)} train and test prompts: {forward:.1f} s")
+    print(
+        "whole operation (rank, measure before, train, delta, apply on disk, measure after on test, hints and neutral "
+        f"text, report): {whole:.1f} s   {whole / forward:.2f} x"
+    )
+
+
+def step_time(
+    model: torch.nn.Module, block: int, loss: Callable[[list[int]], Tensor], batches: list[list[int]]
+) -> float:
+    """Median seconds of an optimiser step on one block, everything else frozen; the first step is not counted."""
+    with trainable(model, names_of(model, [block])) as parameters:  # type: ignore[arg-type]
+        optimizer = torch.optim.Adam(parameters.values(), lr=1e-5, fused=True)
+        times = []
+        for rows in batches:
+            synchronize(model)
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss(rows).mean().backward()
+            optimizer.step()
+            synchronize(model)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def median_of(work: Callable[[], object], repeats: int, model: torch.nn.Module) -> float:
+    """Median seconds of ``work``."""
+    times = []
+    for _ in range(repeats):
+        synchronize(model)
+        start = time.perf_counter()
+        work()
+        synchronize(model)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize(model: torch.nn.Module) -> None:
+    """Wait for the accelerator, whose work is asynchronous."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,65 @@
+"""What the commands share: the application, the options, and one clear line for every failure."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.errors import SurgeryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find where a language model holds a bias, cut there and nowhere else, prove what changed, carry it over.",
+)
+MODEL_HELP = "A checkpoint directory, a hub name, a .gguf file, or demo."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
+
+
+def command(**kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose failures are one line on standard error and exit code 1."""
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def guarded(*args: Any, **options: Any) -> None:
+            from hooks.errors import HookError
+
+            try:
+                function(*args, **options)
+            except (SurgeryError, HookError) as error:
+                if options.get("debug"):
+                    raise
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise typer.Exit(1) from None
+
+        return app.command(**kwargs)(guarded)
+
+    return wrap
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text."""
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+def local(spec: str) -> Path:
+    """The checkpoint directory of ``spec``; torch is needed only when it is not a directory yet."""
+    if Path(spec).expanduser().is_dir():
+        return Path(spec).expanduser()
+    from surgery.checkpoints import checkpoint_dir
+
+    return checkpoint_dir(spec)

@@ -1,0 +1,193 @@
+"""Commands on delta files and checkpoints on disk; all but export and card of an adapter work without torch."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, local
+from surgery.errors import SurgeryError
+
+
+@command(
+    epilog=examples(
+        "surgery apply delta.safetensors ./checkpoint --out ./edited",
+        "surgery apply delta.safetensors ./checkpoint --out ./half --scale 0.5 --rounding stochastic --seed 7",
+    )
+)
+def apply(
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    checkpoint: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", help="The new checkpoint directory; must not exist.")],
+    scale: Annotated[float, typer.Option("--scale", help="Multiply the difference; -1 subtracts it.")] = 1.0,
+    rounding: Annotated[str, typer.Option("--rounding", help="nearest, stochastic, or auto.")] = "nearest",
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the shards that do not change.")] = False,
+    undo_kind: Annotated[str, typer.Option("--undo", help="record, reference or none.")] = "record",
+    tied: Annotated[str | None, typer.Option("--tied", help="embed, head or both, if tying differs.")] = None,
+    vocabulary: Annotated[str, typer.Option("--vocabulary", help="refuse, or first rows only.")] = "refuse",
+    rename: Annotated[str | None, typer.Option("--rename", help="OLD=NEW prefix of tensor names.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a new checkpoint with the delta added: all checks first, streaming, without torch."""
+    from surgery.apply import apply as apply_to
+    from surgery.progress import Talk
+
+    if rename is not None and "=" not in rename:
+        raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
+    pair = tuple(rename.split("=", 1)) if rename is not None else None
+    options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
+    options |= {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "link": link}
+    report = apply_to(delta, local(checkpoint), out, **options)
+    talk = Talk(quiet)
+    for note in report.notes:
+        talk.say(note)
+    print(
+        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} unchanged by "
+        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} "
+        f"({report.verdict})"
+    )
+
+
+@command(epilog=examples("surgery undo ./edited --out ./original"))
+def undo(
+    checkpoint: Annotated[Path, typer.Argument(help="A directory that surgery apply wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The new directory; must not exist.")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Give back the original checkpoint, byte for byte."""
+    from surgery.apply import undo as undo_to
+
+    report = undo_to(checkpoint, out)
+    print(f"{report.out}: restored")
+
+
+@command(
+    epilog=examples("surgery inspect delta.safetensors", "surgery inspect delta.safetensors --against ./checkpoint")
+)
+def inspect(
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    against: Annotated[str | None, typer.Option("--against", help="Print the distance to this checkpoint.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a delta file holds, without torch."""
+    from dataclasses import asdict
+
+    from surgery.apply import inspect as look
+
+    found = look(delta, against=local(against) if against else None)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1, sort_keys=True, default=str))
+    else:
+        _print_inspection(found)
+
+
+def _print_inspection(found: Any) -> None:
+    print(f"{found.path}: kind {found.kind}, base {found.base}, {found.bytes:,} bytes, sha256 {found.sha256}")
+    print(f"{len(found.tensors)} tensors, {found.parameters:,} entries; seed {found.seed}, written by {found.tool}")
+    for view in found.tensors:
+        far = "" if view.distance is None else f", distance {view.distance:.4f}"
+        print(
+            f"  {view.name}  {list(view.shape)} {view.dtype}  changed by {view.relative:.2e} of its norm, "
+            f"{view.nonzero:,} entries{far}"
+        )
+    if found.against:
+        distance = "" if found.distance is None else f" (largest distance {found.distance:.4f})"
+        print(f"against {found.against}: {found.verdict}{distance}" + (f"; {found.refusal}" if found.refusal else ""))
+    for note in found.notes:
+        print(note)
+    if found.recipe:
+        print("recipe:")
+        print("  " + found.recipe.strip().replace("\n", "\n  "))
+
+
+@command(epilog=examples("surgery diff ./base ./finetuned --out finetuned.safetensors"))
+def diff(
+    base: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    edited: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
+    debug: Debug = False,
+) -> None:
+    """Write the difference between two checkpoints as a delta."""
+    from surgery.delta import diff as difference
+
+    found = difference(local(base), local(edited), base=base)
+    print(f"{out}: {len(found.shapes)} tensors differ, sha256 {found.save(out)}")
+
+
+@command(
+    epilog=examples("surgery compose a.safetensors b.safetensors --out both.safetensors --weights 1 --weights 0.5")
+)
+def compose(
+    deltas: Annotated[list[Path], typer.Argument(help="Delta files of the same base.")],
+    out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
+    weights: Annotated[list[float] | None, typer.Option("--weights", help="One for each delta, in order.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the weighted sum of deltas, summed in float32, as one delta."""
+    from surgery.delta import Delta
+    from surgery.delta import compose as total
+
+    found = total([Delta.load(path) for path in deltas], weights)
+    print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")
+
+
+@command(epilog=examples("surgery export delta.safetensors --peft ./adapter --rank 64"))
+def export(
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    peft: Annotated[Path, typer.Option("--peft", help="The PEFT LoRA adapter directory to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; default: exact.")] = None,
+    drop_vectors: Annotated[bool, typer.Option("--drop-vectors", help="Leave norms and biases out.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a delta as a PEFT adapter, and print what cutting its rank lost."""
+    from surgery.delta import Delta
+    from surgery.peft_io import export_peft
+
+    report = export_peft(Delta.load(delta), peft, rank=rank, drop_vectors=drop_vectors)
+    for name, error in report.errors.items():
+        print(f"  {name}  relative error {error:.4f}")
+    for name, share in report.dropped.items():
+        print(f"  {name}  left out, {100 * share:.2f} % of the delta's squared norm")
+    print(f"{report.out}: rank {report.rank}, largest relative error {max(report.errors.values(), default=0.0):.4f}")
+
+
+@command(name="import", epilog=examples("surgery import ./adapter ./checkpoint --out adapter.safetensors"))
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA adapter directory.")],
+    checkpoint: Annotated[str, typer.Argument(help=f"What it was trained on. {MODEL_HELP}")],
+    out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
+    kind: Annotated[str, typer.Option("--kind", help="lora keeps the factors, dense multiplies them out.")] = "lora",
+    debug: Debug = False,
+) -> None:
+    """Write a PEFT LoRA adapter as a delta."""
+    from surgery.peft_io import import_peft
+
+    found = import_peft(adapter, local(checkpoint), base=checkpoint, kind=kind)
+    print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")
+
+
+@command(epilog=examples("surgery card runs/first/delta.safetensors > README.md"))
+def card(
+    delta: Annotated[Path, typer.Argument(help="The delta file; a run.json beside it gives the measured effects.")],
+    debug: Debug = False,
+) -> None:
+    """Print the Markdown model card that goes beside a delta on a hub."""
+    from dataclasses import replace
+
+    from surgery.card import card as text
+    from surgery.delta import Delta
+
+    found = Delta.load(delta)
+    beside = delta.parent / "run.json"
+    if beside.is_file() and not found.metadata.get("measured"):
+        summary = json.loads(beside.read_text("utf-8"))
+        if summary.get("delta", {}).get("sha256") == found.sha256:
+            measured = {when: summary[when] for when in ("before", "after")}
+            found = replace(found, metadata=found.metadata | {"measured": measured})
+    print(text(found, file=delta.name))

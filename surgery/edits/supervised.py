@@ -1,0 +1,222 @@
+"""Supervised fine-tuning: the cross-entropy of given tokens, for all parameters or for LoRA factors.
+
+Of a prompt with its answer only the answer's tokens are learnt, of a text all tokens but the first. The model is
+left as it was; what training found is handed over as differences.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from hooks import anatomy
+from surgery.data.texts import Example
+from surgery.edits.block import Trained
+from surgery.errors import SurgeryError
+from surgery.prefix import by_length, pad
+from surgery.progress import Advance
+from surgery.training import Log, Plan, train, trainable
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of one example; those from ``start`` on (at least 1) are learnt."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows that can be learnt, how many were cut to the length, and how many had nothing left to learn."""
+
+    rows: tuple[Row, ...]
+    cut: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank factors (Hu et al. 2021) beside the linear layers whose names end in one of ``targets``.
+
+    No targets: every linear layer of the blocks.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    targets: tuple[str, ...] = ()
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, given: Sequence[Example], *, max_length: int, end: bool = False
+) -> Encoded:
+    """Token ids of each example, cut after ``max_length`` tokens; with ``end`` the end token is learnt, too.
+
+    The boundary of prompt and answer is one of tokens: the prompt's are those that the tokenizer gives for the
+    prompt alone, which is what stands before the answer when the model is used; no token holds a piece of both.
+
+    Raises ``SurgeryError`` when no row has a token to learn, or ``end`` is wanted and the tokenizer has none.
+    """
+    if end and tokenizer.eos_token_id is None:
+        raise SurgeryError("end: this tokenizer has no end token; train without it")
+    first = _first_tokens(tokenizer)
+    last = [tokenizer.eos_token_id] if end else []
+    rows, cut, left_out = [], 0, 0
+    for example in given:
+        prompt = first + _plain(tokenizer, example.prompt) if example.prompt else first
+        # Encoded together where that leaves the prompt's tokens alone: some tokenizers begin each text anew.
+        whole = first + _plain(tokenizer, example.prompt + example.answer)
+        ids = whole if whole[: len(prompt)] == prompt else prompt + _plain(tokenizer, example.answer)
+        ids = [*ids, *last]
+        # Nothing stands before the first token, so it cannot be predicted.
+        start = max(1, len(prompt)) if example.prompt else 1
+        cut += len(ids) > max_length
+        ids = ids[:max_length]
+        if start < len(ids):
+            rows.append(Row(tuple(ids), start))
+        else:
+            left_out += 1
+    if not rows:
+        raise SurgeryError(
+            f"none of {len(given)} rows has a token to learn in its first {max_length}; raise max_length"
+        )
+    return Encoded(tuple(rows), cut, left_out)
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text; what it puts behind one would end the text before its answer."""
+    alone, whole = _plain(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(alone)] == alone), [])
+
+
+def token_losses(
+    logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"], learnt: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, " batch"]:
+    """The mean of -log P(token | tokens before) in nats over each row's learnt tokens (not none, nor the first)."""
+    scored = learnt[:, 1:]
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * scored).sum(1) / scored.sum(1)
+
+
+def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: Any) -> Float[Tensor, " chosen"]:
+    """``token_losses`` of the rows numbered ``chosen``, by one call of ``module`` (the model, or a wrapper)."""
+    batch = pad([row.ids for row in rows], chosen, device)
+    width = batch.ids.shape[1]
+    # Padding stands on the left, so a row's tokens are counted from the right.
+    first = torch.tensor([width - len(rows[row].ids) + rows[row].start for row in chosen], device=device)
+    learnt = torch.arange(width, device=device)[None] >= first[:, None]
+    return token_losses(module(**batch.inputs(), use_cache=False).logits, batch.ids, learnt)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, rows: Sequence[Row], step: Advance | None = None) -> Float[np.ndarray, " rows"]:
+    """The loss of each row (nats, the mean over its learnt tokens) without training."""
+    found = np.empty(len(rows))
+    # All positions go through the head, so the batch is bounded by its logits (256 MB in float32).
+    budget = max(1, 2**26 // model.get_output_embeddings().weight.shape[0])
+    for chosen in by_length([row.ids for row in rows], tokens=budget):
+        found[chosen] = row_losses(model, rows, chosen, model.device).double().cpu().numpy()
+        if step:
+            step(len(chosen))
+    return found
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    plan: Plan,
+    *,
+    seed: int,
+    lora: Lora | None = None,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Advance | None = None,
+) -> Trained:
+    """Train all parameters, or the factors of ``lora``, on ``rows``; the model is left as it was.
+
+    The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
+    as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns].
+
+    Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
+    """
+
+    def losses(module: nn.Module, chosen: Sequence[int]) -> Tensor:
+        return row_losses(module, rows, chosen, model.device)
+
+    def run(parameters: dict[str, nn.Parameter]) -> list[float]:
+        return train(model, parameters, losses, len(rows), plan, seed=seed, state=state, log=log, step_done=step_done)
+
+    with ExitStack() as stack:
+        if lora is not None:
+            layers = stack.enter_context(adapters(model, lora, seed))
+            names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+            done = run(stack.enter_context(trainable(model, names)))
+            return Trained({key: value for name, layer in layers.items() for key, value in _factors(name, layer)}, done)
+        base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        parameters = stack.enter_context(trainable(model, list(base)))
+        done = run(parameters)
+        with torch.no_grad():
+            return Trained({name: (p.detach() - base[name].float()).cpu() for name, p in parameters.items()}, done)
+
+
+@contextmanager
+def adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[dict[str, Any]]:
+    """Inside, PEFT's LoRA layers stand in place of the targets: {module name: layer}. Then all is as it was."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = target_names(model, lora.targets)
+    attributes, children = set(model.__dict__), [(module, dict(module._modules)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, fan_in_fan_out=transposed)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+        yield {name: model.get_submodule(name) for name in targets}
+    finally:
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for name in set(model.__dict__) - attributes:
+            del model.__dict__[name]
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of the blocks, or of those of the model that end in one of ``targets``.
+
+    Raises ``SurgeryError`` for a target that no linear layer's name ends in.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    blocks = [block.name + "." for block in anatomy.find(model).blocks]
+    inside = [name for name in linear if name.startswith(tuple(blocks))]
+    chosen = [name for name in linear if ("." + name).endswith(tuple("." + target for target in targets))]
+    for target in targets:
+        if not any(("." + name).endswith("." + target) for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in inside})
+            raise SurgeryError(f"target_modules: got {target!r}, expected linear layers such as {', '.join(known)}")
+    if not (chosen or inside):
+        raise SurgeryError(f"target_modules: {type(model).__name__} has no linear layer in its blocks; train all of it")
+    return chosen if targets else inside
+
+
+def _factors(name: str, layer: Any) -> list[tuple[str, Tensor]]:
+    a, b = (getattr(layer, side)["default"].weight.detach().float().cpu() for side in ("lora_A", "lora_B"))
+    b = b * layer.scaling["default"]
+    # Conv1D stores [in, out], the transpose of nn.Linear, so its difference is (B A)^T = A^T B^T.
+    left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    return [(f"{name}.weight.lora_B", left.clone()), (f"{name}.weight.lora_A", right.clone())]
