@@ -85,11 +85,20 @@ class BmiReducer:
         stream_out: Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch d_model"],
         mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> None:
-        """Add one batch of one block. Streams without `pos` are taken as the last tokens; without mask all
-        count.
+        """Add one batch of one block. Streams without `pos` are taken as the last tokens; without mask all count.
 
         Raises HookError for a block that does not exist, other shapes, and a row without a real token.
         """
+        self.score(block, stream_in, stream_out, mask)  # returns nothing: a hook that returns replaces the output
+
+    def score(
+        self,
+        block: int,
+        stream_in: Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch d_model"],
+        stream_out: Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch d_model"],
+        mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """As `update`, and gives each prompt's own BMI (the mean over its positions), raw and final_norm."""
         if not 0 <= block < self.blocks:
             raise HookError(f"BMI: block is {block}; expected 0 to {self.blocks - 1}")
         if stream_in.shape != stream_out.shape or stream_in.ndim not in (2, 3):
@@ -111,13 +120,14 @@ class BmiReducer:
             rows, last = torch.arange(len(mask), device=mask.device), last_token(mask)
             stream_in, stream_out = stream_in[rows, last][:, None], stream_out[rows, last][:, None]
             mask = mask[rows, last][:, None]
-        self._add(block, stream_in, stream_out, mask)
-        if block == self.blocks - 1 and self._norm is not None:
-            with torch.no_grad():
-                normed = self._norm(stream_out)
-            self._add(self.blocks, stream_in, normed.to(stream_in.device), mask)
+        raw = self._add(block, stream_in, stream_out, mask)
+        if block < self.blocks - 1 or self._norm is None:
+            return raw, raw
+        with torch.no_grad():
+            normed = self._norm(stream_out)
+        return raw, self._add(self.blocks, stream_in, normed.to(stream_in.device), mask)
 
-    def _add(self, row: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+    def _add(self, row: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> Float[Tensor, " batch"]:
         # LFTF Eq. 4: 1 - cos(H_i, H_i+1), in float32 whatever the model computes in
         turn = 1.0 - torch.cosine_similarity(entering.float(), leaving.float(), dim=-1)
         wide = torch.float32 if turn.device.type == "mps" else torch.float64
@@ -127,6 +137,7 @@ class BmiReducer:
         sums = torch.stack([mean.sum(), mean.square().sum(), total.sum(), total.square().sum()])
         self._sums[row] = self._sums[row] + sums if row in self._sums else sums
         self._counts[row] = self._counts.get(row, 0) + len(total)
+        return mean
 
     def result(self, *, aggregate: Aggregate = "mean", data: str = "prompts") -> BlockImportance:
         """The ranking so far. aggregate: "mean" over prompts of the mean over their positions, or "sum" over

@@ -1,12 +1,13 @@
 """Open a checkpoint (directory, hub name, GGUF file or the packaged demo model) as a plain model and tokenizer."""
 
 import hashlib
+import io
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -188,7 +189,10 @@ def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
 
 def _convert_gguf(path: Path, out: Path) -> None:
     """Write the GGUF file ``path`` as a bf16 Hugging Face checkpoint into ``out``."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with (
+        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    ):  # the libraries' bar is for terminals
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers refuses to save a model that still carries the mark of its quantised source.
     if hasattr(model.config, "quantization_config"):

@@ -17,9 +17,16 @@ from surgery.errors import SurgeryError
 from surgery.prefix import Batch, Prefix, by_length, pad, shortcut
 
 Ids = Sequence[Sequence[int]]
-# A running statistic: the sites it looks at, and what it does with (rows of the batch, site, tensor, mask).
-Watch = tuple[Sequence[str], Callable[[Sequence[int], str, Tensor, Tensor], None]]
 Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A running statistic: its sites, what it does with (rows of the batch, site, tensor, mask), which positions."""
+
+    sites: tuple[str, ...]
+    feed: Callable[[Sequence[int], str, Tensor, Tensor], None]
+    positions: Literal["last", "all"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,15 @@ def next_words(
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
         kept.attach(model, stack)
         if watch is not None:
-            sites, statistic = watch
-            stack.enter_context(capture(model, sites, reducer=lambda *seen: statistic(kept.batch.rows, *seen)))
+            feed = watch.feed
+            stack.enter_context(
+                capture(
+                    model,
+                    watch.sites,
+                    reducer=lambda *seen: feed(kept.batch.rows, *seen),
+                    positions=watch.positions,
+                )
+            )
         for rows in by_length(ids):
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             kept.batch = batch
@@ -137,36 +151,37 @@ def rank_blocks(
 ) -> Located:
     """BMI of every block (LFTF Eq. 4) in the same pass that keeps streams, with its robustness (LFTF A.1).
 
-    The paper draws 100 of the training prompts with seeds 1 to 5 and averages each block's variance over them;
-    here the five draws ride along in the one pass.
+    The paper draws 100 of the training prompts with seeds 1 to 5 and averages each block's variance (of the mean)
+    over them; here the five draws are taken from the one pass.
     """
-    size = min(100, len(ids))
-    draws = [
-        set(np.random.default_rng(seed).choice(len(ids), size=size, replace=False).tolist()) for seed in range(1, 6)
-    ]
-    reducers = [BmiReducer.of(model, positions=positions) for _ in range(6)]
+    reducer = BmiReducer.of(model, positions=positions)
     entering: list[Tensor] = []
+    own: dict[tuple[str, int], list[Tensor]] = {}  # each prompt's BMI, by ranking and block, in the order of the pass
+    order: list[int] = []
 
     def feed(rows: Sequence[int], site: str, stream: Tensor, mask: Tensor) -> None:
+        block = int(site.split(".")[1])
         if site.endswith("hook_resid_pre"):
-            entering[:] = [stream.clone()]
+            entering[:] = [stream if positions == "last" else stream.clone()]
             return
-        block, before = int(site.split(".")[1]), entering.pop()
-        reducers[0].update(block, before, stream, mask)
-        for reducer, draw in zip(reducers[1:], draws, strict=True):
-            chosen = [place for place, row in enumerate(rows) if row in draw]
-            if chosen:
-                reducer.update(block, before[chosen], stream[chosen], mask[chosen])
+        each = reducer.score(block, entering.pop(), stream, mask if positions == "all" else None)
+        for column, values in zip(("raw", "final_norm"), each, strict=True):
+            own.setdefault((column, block), []).append(values)
+        if block == 0:
+            order.extend(rows)
 
-    sites = ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"]
     # The shortcut cuts the last block to the last position, where nothing else is looked at.
-    seen = next_words(model, ids, words, keep=keep, watch=(sites, feed), step=step, shortcuts=positions == "last")
-    results = [reducer.result(aggregate=aggregate, data="training prompts") for reducer in reducers]
-    variances = {
-        column: float(np.var([getattr(r, column).scores for r in results[1:]], axis=0, ddof=1).mean())
-        for column in ("raw", "final_norm")
-    }
-    return Located(results[0], seen.prefixes, variances)
+    watch = Watch(("blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"), feed, positions)
+    seen = next_words(model, ids, words, keep=keep, watch=watch, step=step, shortcuts=positions == "last")
+    size = min(100, len(ids))
+    draws = [np.random.default_rng(seed).choice(len(ids), size=size, replace=False) for seed in range(1, 6)]
+    variances = {}
+    for column in ("raw", "final_norm"):
+        table = np.empty((len(ids), reducer.blocks))
+        for block in range(reducer.blocks):
+            table[order, block] = torch.cat(own[column, block]).double().cpu().numpy()
+        variances[column] = float(np.var([table[draw].mean(axis=0) for draw in draws], axis=0, ddof=1).mean())
+    return Located(reducer.result(aggregate=aggregate, data="training prompts"), seen.prefixes, variances)
 
 
 class _Kept:

@@ -117,7 +117,7 @@ def verdict(summary: Summary) -> list[str]:
     if (afgb := by.get("AFGB, all")) and mass:
         lines.append(
             f"AFGB went from {afgb['before']['value']:.3f} to {afgb['after']['value']:.3f} ({afgb['change']:+.0f} %), "
-            f"while the words' probability mass went from {mass['before']['value']:.3f} to {mass['after']['value']:.3f}."
+            f"while the words' mass went from {mass['before']['value']:.3f} to {mass['after']['value']:.3f}."
         )
     if mass and mass["after"]["value"] < 0.5 * mass["before"]["value"]:
         lines.append(

@@ -25,6 +25,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
+torch.set_num_threads(1)  # tiny models; the suite runs in two processes
+
 MakeCheckpoint = Callable[..., Path]
 
 

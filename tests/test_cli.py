@@ -147,7 +147,12 @@ def test_diff_compose_export_import_and_card(run: Path, checkpoint: Path, tmp_pa
     assert surgery("diff", checkpoint, edited, "--out", tmp_path / "d.safetensors")[0] == 0
     weights = ["--weights", "1", "--weights", "-1"]
     code, _, stderr = surgery(
-        "compose", tmp_path / "d.safetensors", tmp_path / "d.safetensors", "--out", tmp_path / "zero.safetensors", *weights
+        "compose",
+        tmp_path / "d.safetensors",
+        tmp_path / "d.safetensors",
+        "--out",
+        tmp_path / "zero.safetensors",
+        *weights,
     )
     assert code == 0, stderr
     code, stdout, _ = surgery("apply", tmp_path / "zero.safetensors", checkpoint, "--out", tmp_path / "same")

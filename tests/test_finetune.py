@@ -55,10 +55,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_columns_have_the_names_that_the_user_gives(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text("text,question,reply\nx,Who?,Me.\n")
+    (tmp_path / "q.csv").write_text("text,question,reply\nx\u2028y,Who?,Me.\n")
     columns = Columns(text="", prompt="question", answer="reply")
     assert examples(tmp_path / "q.csv", columns=columns) == [Example("Who?", "Me.")]
-    assert examples(tmp_path / "q.csv") == [Example("", "x")]
+    assert examples(tmp_path / "q.csv") == [Example("", "x\u2028y")]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_the_prompt_ends_at_a_token() -> None:
 
 def test_long_rows_are_cut_and_counted_and_empty_ones_left_out() -> None:
     tokenizer: Any = Pieces()
-    given = [Example("", "abcdefgh"), Example("abcdefgh", "ij"), Example("", "ab")]
+    given = [Example("", "abcdefgh"), Example("abcdefgh", "ij"), Example("", "abcd")]
     encoded = encode_rows(tokenizer, given, max_length=3)
-    assert [len(row.ids) for row in encoded.rows] == [3, 2]
+    assert [len(row.ids) for row in encoded.rows] == [3, 3]
     assert (encoded.cut, encoded.left_out) == (2, 1)
     with pytest.raises(SurgeryError, match="none of 1 rows"):
         encode_rows(tokenizer, given[1:2], max_length=3)

@@ -30,4 +30,5 @@ def test_heavy_libraries_are_imported_when_called() -> None:
 
 def test_every_file_starts_with_a_sentence() -> None:
     for file in (path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")):
-        assert (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0].rstrip().endswith((".", ":")), file
+        opening = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
+        assert opening.rstrip().endswith((".", ":")), file

@@ -12,15 +12,41 @@ from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, c
 from surgery.errors import SurgeryError
 
 
-@command(epilog=examples("surgery locate demo", "surgery locate ./checkpoint --json ranking.json --plot ranking.png"))
+@command(
+    epilog=examples(
+        "surgery locate demo",
+        "surgery locate ./checkpoint --json ranking.json --plot ranking.png",
+        "surgery locate demo --by all --compare --limit 32",
+    )
+)
 def locate(
     model: Model,
-    by: Annotated[str, typer.Option("--by", help="bmi: how far each block turns the stream (LFTF Eq. 4).")] = "bmi",
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="bmi: how far each block turns the stream (LFTF Eq. 4); lens: what it adds to the logit difference "
+            "of the set's first two words; patching: what it restores between prompts of opposite stereotype; "
+            "attribution: the same to first order; sensitivity: attention to the subject, cross-attention to the "
+            "words; all.",
+        ),
+    ] = "bmi",
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Correlate the rankings, repeat them on two halves of the prompts, and ablate each first block.",
+        ),
+    ] = False,
     data: Annotated[
         str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
     ] = "genbias",
-    positions: Annotated[str, typer.Option("--positions", help="last or all prompt tokens.")] = "last",
-    aggregate: Annotated[str, typer.Option("--aggregate", help="mean or sum.")] = "mean",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="How many prompts; default 32, and all for bmi alone.")
+    ] = None,
+    positions: Annotated[str, typer.Option("--positions", help="Of bmi: last or all prompt tokens.")] = "last",
+    aggregate: Annotated[str, typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",
+    seed: Annotated[int, typer.Option("--seed", help="Draws the counterparts, the halves, the random blocks.")] = 0,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture to this PNG file.")] = None,
     device: Device = None,
@@ -28,40 +54,37 @@ def locate(
     debug: Debug = False,
 ) -> None:
     """Rank the blocks of a model by what they do to the prompts of a data set."""
-    if by != "bmi":
-        raise SurgeryError(f"--by {by}: expected bmi")
-    from hooks.bmi import bmi
     from surgery.data import genbias
     from surgery.data.prompts import load_prompt_set
+    from surgery.locate import LIMIT, check, key, methods, picture, rank, tables
     from surgery.progress import Talk
     from surgery.runs import write_json
 
-    prompts = genbias.records("profession", "train", prompts=load_prompt_set(data))
+    chosen, talk = methods(by), Talk(quiet)
+    prompts = load_prompt_set(data)
+    every = genbias.records("profession", "train", prompts=prompts)
+    alone = by == "bmi" and not compare
+    rows = every[: limit or (None if alone else LIMIT)]
     opened, tokenizer = _open(model, quiet, device=device)
-    with Talk(quiet).work("rank the blocks", len(prompts)) as step:
-        done = 0
-
-        def advance(now: int, _: int | None) -> None:
-            nonlocal done
-            step(now - done)
-            done = now
-
-        found = bmi(
-            opened,
-            tokenizer,
-            [prompt.text for prompt in prompts],
-            positions=positions,  # type: ignore[arg-type]  # checked there
-            aggregate=aggregate,  # type: ignore[arg-type]
-            data=f"{data} train",
-            progress=advance,
-        )
-    print(found.table())
+    options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
+    found = []
+    for method in chosen:
+        with talk.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
+            found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
+    if not alone:
+        print(f"the first {len(rows)} of {len(every)} training prompts of {prompts.name} (--limit)\n")
+    print(tables(found))
+    numbers: dict[str, Any] = {key(ranking): ranking.to_dict() for ranking in found}
+    if compare:
+        with talk.work("two halves and mean-ablation", len(rows)) as step:
+            checked = check(opened, tokenizer, prompts, rows, chosen, found, **options)
+            step(len(rows))
+        print(f"\n{checked.table()}")
+        numbers |= checked.to_dict()
     if json_file:
-        write_json(json_file, {"raw": found.raw.to_dict(), "final_norm": found.final_norm.to_dict()})
+        write_json(json_file, numbers)
     if plot:
-        from hooks.plots import block_bars
-
-        block_bars(found.raw, found.final_norm).savefig(plot, dpi=130)
+        picture(found).savefig(plot, dpi=130)
 
 
 @command(

@@ -81,9 +81,7 @@ def shuffled(names: Sequence[str], seed: int) -> list[str]:
 def part_of(order: Sequence[str], part: str, where: str) -> Sequence[str]:
     """The slice of ``order`` that is ``part``, 2:1:2: 943/471/944 of 2,358 and 105/52/105 of 262."""
     if part not in PARTS:
-        raise SurgeryError(
-            f"unknown part of {where}: got {part!r}, expected one of {', '.join(PARTS)}; take one"
-        )
+        raise SurgeryError(f"unknown part of {where}: got {part!r}, expected one of {', '.join(PARTS)}; take one")
     # Rounding the first part to nearest and the second down is what gives the sizes of LFTF Table 1.
     train, dev = (4 * len(order) + 5) // 10, len(order) // 5
     start, stop = {"train": (0, train), "dev": (train, train + dev), "test": (train + dev, len(order))}.get(

@@ -1,0 +1,349 @@
+"""Does a location hold? Rankings against each other, against repeats, and against ablation of the named block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hooks import probe
+from hooks.anatomy import find
+from hooks.errors import HookError
+from hooks.patching import Changes, _contrast
+from hooks.ranking import Ranking
+from hooks.readout import prompts_in_batches, word_tokens
+from hooks.stream import Mean, Progress, Text, stream
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation, -1 to 1, with the bounds of its 95 % bootstrap interval over the units.
+
+    NaN where a ranking gives every unit the same score, which has no order.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return (
+            "none: all scores equal"
+            if np.isnan(self.value)
+            else f"{self.value:+.2f}  [{self.low:+.2f}, {self.high:+.2f}]"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rank correlations of every pair of rankings; `stability` is that of each method with itself on other data.
+
+    The interval resamples the units (blocks). Neighbouring blocks are alike, so it is rather too narrow.
+    names: in the order given; target: the name of what the others are to predict; tops: name -> first unit.
+    """
+
+    names: tuple[str, ...]
+    pairs: Mapping[tuple[str, str], Correlation]
+    stability: Mapping[str, Correlation]
+    tops: Mapping[str, Any]
+    target: str | None
+    unit: str
+    units: int
+
+    def get(self, first: str, second: str) -> Correlation:
+        """The correlation of two rankings by name, in either order. Raises HookError for an unknown name."""
+        found = self.pairs.get((first, second)) or self.pairs.get((second, first))
+        if found is None:
+            raise HookError(f"comparison: no pair {first!r}, {second!r}; expected two of {', '.join(self.names)}")
+        return found
+
+    def table(self) -> str:
+        """Plain text: pairs (with the target first), then stability; each with its interval."""
+        wide = max(map(len, self.names))
+        lines = [f"rank correlations (Spearman), {self.units} {self.unit}s, 95 % intervals over {self.unit}s"]
+        first = [pair for pair in self.pairs if self.target in pair]
+        for a, b in first + [pair for pair in self.pairs if pair not in first]:
+            lines.append(f"  {a:{wide}}  {b:{wide}}  {self.pairs[a, b]}")
+        if self.stability:
+            lines.append("stability: each method on other prompts, mean over pairs of repeats")
+            lines += [f"  {name:{wide}}  {value}" for name, value in self.stability.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers for JSON; an undefined correlation is null."""
+
+        def plain(c: Correlation) -> dict[str, float | None]:
+            return {k: None if np.isnan(v) else v for k, v in vars(c).items()}
+
+        return {
+            "unit": self.unit,
+            "units": self.units,
+            "target": self.target,
+            "tops": dict(self.tops),
+            "pairs": [{"first": a, "second": b} | plain(c) for (a, b), c in self.pairs.items()],
+            "stability": {name: plain(c) for name, c in self.stability.items()},
+        }
+
+
+def compare(
+    rankings: Sequence[Ranking],
+    target: Ranking | None = None,
+    *,
+    repeats: Sequence[Sequence[Ranking]] = (),
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Spearman correlations between rankings of the same units, with percentile bootstrap intervals (Efron 1979).
+
+        compare([bmi.raw, lens.ranking()], target=after_fine_tuning, repeats=[[half_1, half_2]]).table()
+
+    target: what the others should predict, such as the bias reduction of each block. repeats: for some methods,
+    the rankings of each on halves of the data or by other seeds.
+
+    Raises HookError for fewer than two rankings (and no repeats), fewer than three units, other units or shapes,
+    and two rankings of the same name (`name`).
+    """
+    every = [*rankings, *([target] if target is not None else [])]
+    names = [name(ranking) for ranking in every]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise HookError(f"compare: {sorted(twice)[0]!r} is there twice; give rankings of one method as repeats")
+    if not every or (len(every) < 2 and not repeats):
+        raise HookError(f"compare: got {len(every)} rankings; expected at least two, or repeats of one")
+    draws = _draws(every, resamples, seed)
+    pairs = {(names[i], names[j]): _interval(draws[:, i, j]) for i, j in combinations(range(len(every)), 2)}
+    stable = {}
+    for runs in repeats:
+        if len({name(run) for run in runs}) != 1 or len(runs) < 2:
+            raise HookError(
+                f"compare: repeats of {sorted({name(run) for run in runs})}, {len(runs)} in all; "
+                "expected at least two of one method"
+            )
+        own = _draws([*runs, every[0]], resamples, seed)  # the first ranking checks that the units are the same
+        among = [own[:, i, j] for i, j in combinations(range(len(runs)), 2)]
+        stable[name(runs[0])] = _interval(np.mean(among, axis=0))
+    tops = {n: ranking.top()[0] for n, ranking in zip(names, every, strict=True)}
+    goal = None if target is None else name(target)
+    return Comparison(tuple(names), pairs, stable, tops, goal, every[0].unit, every[0].scores.size)
+
+
+def name(ranking: Ranking) -> str:
+    """The method, and for BMI which of the two streams the last block's is."""
+    return " ".join([ranking.method, *([str(ranking.settings["stream"])] if "stream" in ranking.settings else [])])
+
+
+def ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank of each score, 1 for the lowest; equal scores share the mean of their ranks."""
+    _, place, count = np.unique(scores.ravel(), return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _draws(rankings: Sequence[Ranking], resamples: int, seed: int) -> Float[np.ndarray, "draw ranking ranking"]:
+    """Correlation matrices: first that of all units, then those of the bootstrap samples."""
+    first = rankings[0]
+    for ranking in rankings:
+        if ranking.unit != first.unit or ranking.scores.shape != first.scores.shape:
+            raise HookError(
+                f"compare: {name(ranking)} ranks {ranking.scores.shape} {ranking.unit}s, {name(first)} "
+                f"{first.scores.shape} {first.unit}s; expected the same units"
+            )
+    size = first.scores.size
+    if size < 3:
+        raise HookError(f"compare: {size} {first.unit}s; an order needs at least three")
+    table = np.stack([ranking.scores.ravel() for ranking in rankings])
+    places = np.random.default_rng(seed).integers(size, size=(resamples, size))
+    found = []
+    for chosen in [np.arange(size), *places]:
+        centred = np.stack([ranks(row[chosen]) for row in table]) - (size + 1) / 2
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        unit = np.divide(centred, length, out=np.full_like(centred, np.nan), where=length > 0)
+        found.append(unit @ unit.T)
+    return np.stack(found)
+
+
+def _interval(draws: NDArray[np.float64]) -> Correlation:
+    value, known = float(draws[0]), draws[1:][~np.isnan(draws[1:])]  # a sample of one unit only has no order
+    if np.isnan(value) or not known.size:
+        return Correlation(value, np.nan, np.nan)
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Correlation(value, float(low), float(high))
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What replacing one block's contribution by its mean does to logit(first word) - logit(second).
+
+    effects, errors: mean over prompts of the absolute change in logits, and its standard error (NaN for one
+    prompt), in the order of `blocks`. gaps: relative gap |P1 - P2| / (P1 + P2), mean over prompts, of the ablated
+    models; gap: of the model itself.
+    """
+
+    contrast: tuple[str, str]
+    blocks: tuple[int, ...]
+    effects: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    gaps: NDArray[np.float64]
+    gap: float
+    data: str
+    count: int
+
+    def effect(self, block: int) -> float:
+        """The effect of one block. Raises HookError for a block that was not ablated."""
+        if block not in self.blocks:
+            raise HookError(f"mean-ablation: block {block} was not ablated; expected one of {list(self.blocks)}")
+        return float(self.effects[self.blocks.index(block)])
+
+    def ranking(self) -> Ranking:
+        """Blocks by effect. Raises HookError unless every block from 0 on was ablated."""
+        if self.blocks != tuple(range(len(self.blocks))):
+            raise HookError(f"mean-ablation: only blocks {list(self.blocks)}; for a ranking ablate all of them")
+        errors = self.errors if self.count > 1 else None
+        settings = {"contrast": list(self.contrast)}
+        return Ranking("mean_ablation", "block", self.effects, self.data, self.count, errors, settings=settings)
+
+    def against(self, named: Mapping[str, int], others: Sequence[int]) -> str:
+        """Plain text: each named block's effect against those of `others`, such as random blocks."""
+        lines = [
+            f"mean-ablation, effect on {self.contrast[0]} - {self.contrast[1]}, {self.data}, n = {self.count}; "
+            f"relative gap of the model {self.gap:.4f}"
+        ]
+        wide = max([len("random"), *map(len, named)])
+        rows = [(label, block) for label, block in named.items()] + [("random", block) for block in others]
+        for label, block in rows:
+            effect, place = self.effect(block), self.blocks.index(block)
+            line = f"  {label:{wide}}  block {block:>3}  {effect:7.3f} ± {self.errors[place]:.3f} logits"
+            line += f"  gap {self.gaps[place]:.4f}"
+            if label != "random" and others:
+                above = sum(effect > self.effect(other) for other in others)
+                line += f"  more than {above} of {len(others)} random blocks"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers for JSON; the errors of a single prompt are null."""
+        arrays = {"effects": self.effects, "errors": self.errors, "gaps": self.gaps}
+        lists = {n: [None if np.isnan(v) else float(v) for v in array] for n, array in arrays.items()}
+        plain = {"contrast": list(self.contrast), "blocks": list(self.blocks), "gap": self.gap}
+        return plain | lists | {"data": self.data, "count": self.count}
+
+
+def mean_ablation(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    blocks: Sequence[int] | None = None,
+    contrast: tuple[str | int, str | int] = ("he", "she"),
+    *,
+    batch_tokens: int = 4096,
+    data: str = "prompts",
+    progress: Progress | None = None,
+) -> Ablation:
+    """Replace what a block adds to the stream by its mean over the prompts, one block at a time (Wang et al. 2023).
+
+        hooks.compare.mean_ablation(model, tokenizer, prompts, [25, 3, 11]).against({"lens": 25}, [3, 11])
+
+    The mean is over all real tokens but the first of each prompt, and put in at all of those: at the first place
+    stands an attention sink (Xiao et al. 2024), whose outliers would be the mean. blocks: numbers, None for all.
+    Of T5 and BART the encoder's blocks are taken. Evaluation mode; the model is left as it was.
+
+    Raises HookError for a block that does not exist, a prompt of one token, and as `hooks.lens` does.
+    """
+    if len(contrast) != 2:
+        raise HookError(f"contrast is {contrast!r}; expected two words such as ('he', 'she')")
+    tokens = word_tokens(tokenizer, contrast)
+    sites = [block.site for block in find(model).stacks[0].blocks]
+    chosen = list(range(len(sites))) if blocks is None else list(dict.fromkeys(blocks))
+    wrong = [block for block in chosen if not 0 <= block < len(sites)]
+    if wrong or not chosen:
+        raise HookError(f"mean-ablation: block {wrong[0] if wrong else 'none'}; the model has 0 to {len(sites) - 1}")
+    mean = _means(model, tokenizer, prompts, [sites[block] for block in chosen], batch_tokens)
+    before, after = [], []
+    with probe.unchanged(model):
+        for batch in prompts_in_batches(model, tokenizer, prompts, batch_tokens=batch_tokens):
+            mask = batch.inputs["attention_mask"].bool()
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) > 0)
+            before.append(_contrast(model, batch, tokens, {}).double().cpu())
+            rows = [_contrast(model, batch, tokens, _flat(sites[b], mean[sites[b]], mask)) for b in chosen]
+            after.append(torch.stack([row.double().cpu() for row in rows]))
+            if progress is not None:
+                progress(sum(map(len, before)), len(prompts))
+    base, ablated = torch.cat(before).numpy(), torch.cat(after, 1).numpy()  # (prompt), (block prompt)
+    for block, row in zip([None, *chosen], [base, *ablated], strict=True):
+        if not np.isfinite(row).all():
+            where = "of the model" if block is None else f"without block {block}"
+            raise HookError(f"mean-ablation: the contrast {where} is NaN or infinite; check the weights and the dtype")
+    change = np.abs(ablated - base)
+    count = len(base)
+    errors = change.std(1, ddof=1) / count**0.5 if count > 1 else np.full(len(chosen), np.nan)
+    # (P1 - P2) / (P1 + P2) = tanh(d / 2) for the logit difference d
+    gaps = np.abs(np.tanh(ablated / 2)).mean(1)
+    words = (str(contrast[0]), str(contrast[1]))
+    gap = float(np.abs(np.tanh(base / 2)).mean())
+    return Ablation(words, tuple(chosen), change.mean(1), errors, gaps, gap, data, count)
+
+
+def _means(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Text], sites: Sequence[str], batch_tokens: int
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """Block site -> mean of what it adds, over all tokens but the first of each prompt (padded on the right)."""
+    mean = Mean()
+    entering: list[Tensor] = []
+
+    def add(site: str, tensor: Tensor, mask: Tensor) -> None:
+        block, _, kind = site.rpartition(".")
+        if kind == "hook_resid_pre":
+            entering[:] = [tensor.float().clone()]
+            return
+        if int(mask.sum(1).min()) < 2:
+            raise HookError("mean-ablation: a prompt has one token, which is left as it is; expected at least two")
+        later = mask.clone()
+        later[:, 0] = False
+        mean(block, tensor.float() - entering.pop().to(tensor.device), later)
+
+    wanted = [f"{site}.{kind}" for site in sites for kind in ("hook_resid_pre", "hook_resid_post")]
+    stream(model, tokenizer, prompts, [(wanted, add)], batch_tokens=batch_tokens)
+    return {site: mean.mean(site) for site in sites}
+
+
+def _flat(site: str, mean: Tensor, mask: Tensor) -> Changes:
+    entering: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        entering[:] = [tensor.clone()]
+        return tensor
+
+    def change(tensor: Tensor) -> Tensor:
+        flat = entering[0].to(tensor.device) + mean.to(tensor.device)
+        return torch.where(mask.to(tensor.device)[..., None], flat.to(tensor.dtype), tensor)
+
+    return {f"{site}.hook_resid_pre": note, f"{site}.hook_resid_post": change}
+
+
+def rank_map(rankings: Sequence[Ranking]) -> Figure:
+    """Methods x blocks: lighter ranks higher, and the first three of each method carry their rank."""
+    from hooks.plots import LIGHTNESS, new_figure
+
+    table = np.stack([ranks(ranking.scores) for ranking in rankings])
+    methods, blocks = table.shape
+    figure = new_figure(3.0 + 0.28 * max(blocks, 10), 1.2 + 0.36 * methods)
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap=LIGHTNESS, vmin=1, vmax=blocks, aspect="auto")
+    for row, ranking in enumerate(rankings):
+        for rank, block in enumerate(ranking.top(3), 1):
+            axes.text(block, row, str(rank), ha="center", va="center", fontsize=9, weight="bold")
+    axes.set_xticks(range(0, blocks, max(1, blocks // 15)))
+    axes.set_yticks(range(methods), [name(ranking).replace("_", "-") for ranking in rankings])
+    axes.set_xlabel("block (1, 2, 3: the method's first three)")
+    figure.colorbar(image, ax=axes, label="rank", ticks=[1, blocks]).ax.set_yticklabels(["last", "first"])
+    axes.set_title(f"{rankings[0].data}, n = {rankings[0].count}", fontsize=10)
+    return figure

@@ -1,0 +1,206 @@
+"""Rank the blocks of a model by each localisation method, all on the same prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks import attention_to, attribute, bmi, counterfactual_pairs, cross_attention, lens, patch
+from hooks.bmi import BlockImportance
+from hooks.compare import Ablation, Comparison, compare, mean_ablation, rank_map
+from hooks.plots import block_bars
+from hooks.ranking import Ranking
+from surgery.data.genbias import Prompt, records
+from surgery.data.prompts import PromptSet
+from surgery.errors import SurgeryError
+from surgery.progress import Advance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METHODS = ("bmi", "lens", "patching", "attribution", "sensitivity")
+LIMIT = 32
+"""How many prompts by default: patching runs the model once a block and pair."""
+RANDOM = 5
+"""How many random blocks the named ones are held against."""
+
+
+def methods(by: str) -> tuple[str, ...]:
+    """The methods that ``by`` names: one of them, or all. Raises ``SurgeryError`` for anything else."""
+    if by not in (*METHODS, "all"):
+        raise SurgeryError(f"--by {by}: expected {', '.join(METHODS)} or all")
+    return METHODS if by == "all" else (by,)
+
+
+def rank(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    rows: Sequence[Prompt],
+    method: str,
+    *,
+    seed: int = 0,
+    positions: Literal["last", "all"] = "last",
+    aggregate: Literal["mean", "sum"] = "mean",
+    step: Advance | None = None,
+) -> list[Ranking]:
+    """Block rankings by one of ``METHODS`` on ``rows``; the contrast is the set's first two words.
+
+    bmi: raw and final_norm. lens: direct contribution to the contrast. patching, attribution: interchange effects
+    of what a block adds, on the ``pairs`` of the rows. sensitivity: attention of the last token to the subject, and
+    cross-attention to the set's words. ``positions`` and ``aggregate`` are options of bmi; ``step`` is told of finished
+    prompts.
+
+    Raises ``SurgeryError`` for an unknown method and where there are no pairs, ``HookError`` as the method does.
+    """
+    texts = [row.text for row in rows]
+    contrast = prompts.words.words[:2]
+    data = f"{prompts.name} train"
+    done = 0
+
+    def advance(now: int, _: int | None) -> None:
+        nonlocal done
+        if step is not None:
+            step(now - done)
+        done = now
+
+    if method == "bmi":
+        found = bmi(model, tokenizer, texts, positions=positions, aggregate=aggregate, data=data, progress=advance)
+        return [found.raw, found.final_norm]
+    if method == "lens":
+        rankings = [lens(model, tokenizer, texts, contrast, data=data).ranking("block")]
+    elif method in ("patching", "attribution"):
+        measure = patch if method == "patching" else attribute
+        clean, corrupted = pairs(tokenizer, prompts, rows, seed=seed)
+        rankings = [measure(model, tokenizer, clean, corrupted, contrast, data=f"{data} pairs").ranking()]
+    elif method == "sensitivity":
+        subjects = sorted({row.profession for row in rows})
+        seen = attention_to(model, tokenizer, texts, subjects, queries="last", data=data)
+        crossed = cross_attention(model, tokenizer, texts, prompts.words.words, data=data)
+        rankings = [seen.ranking("block"), crossed.ranking("block")]
+    else:
+        raise SurgeryError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    advance(len(rows), None)
+    return rankings
+
+
+def pairs(
+    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, rows: Sequence[Prompt], *, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Clean and corrupted prompts: each row's subject swapped for one of opposite stereotype score, both ways.
+
+    The other subject is drawn by ``seed`` from those of the training part that give as many tokens in the same
+    template. A row without such a partner, or with a score of 0, is left out.
+
+    Raises ``SurgeryError`` if no row is left, as with subjects that have no scores.
+    """
+    scores = {row.profession: row.stereotype_score for row in records("profession", "train", prompts=prompts)}
+    scores |= {row.profession: row.stereotype_score for row in rows}
+    templates = {template.name: template for template in prompts.templates}
+    draw = np.random.default_rng(seed)
+
+    @cache
+    def length(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    clean: list[str] = []
+    corrupted: list[str] = []
+    for row in rows:
+        template = templates[row.template]
+        others = [
+            subject
+            for subject, score in scores.items()
+            if (score or 0.0) * (row.stereotype_score or 0.0) < 0 and length(template.fill(subject)) == length(row.text)
+        ]
+        if others:
+            partner = others[int(draw.integers(len(others)))]
+            made = counterfactual_pairs(tokenizer, template.fill("{}"), [(row.profession, partner)])
+            clean += made[0]
+            corrupted += made[1]
+    if not clean:
+        raise SurgeryError(
+            f"{prompts.name}: none of {len(rows)} prompts has a counterpart of as many tokens and the opposite "
+            "stereotype_score; give the subjects such scores, or choose bmi, lens or sensitivity"
+        )
+    return clean, corrupted
+
+
+def halves(rows: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Two random halves. Raises ``SurgeryError`` for fewer than four rows."""
+    if len(rows) < 4:
+        raise SurgeryError(f"{len(rows)} prompts: two halves need at least 4; give a higher --limit")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in order[::2]], [rows[i] for i in order[1::2]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether locations hold: the rankings' comparison, and their first blocks' ablation against ``others``."""
+
+    comparison: Comparison
+    ablation: Ablation
+    others: tuple[int, ...]
+
+    def table(self) -> str:
+        """Plain text: correlations, stability, mean-ablation."""
+        return f"{self.comparison.table()}\n\n{self.ablation.against(self.comparison.tops, self.others)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """``comparison`` and ``ablation`` for JSON, with the random blocks among the latter."""
+        ablation = self.ablation.to_dict() | {"random": list(self.others)}
+        return {"comparison": self.comparison.to_dict(), "ablation": ablation}
+
+
+def check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    rows: Sequence[Prompt],
+    chosen: Sequence[str],
+    rankings: Sequence[Ranking],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Check:
+    """Compare ``rankings``, which the methods ``chosen`` gave on ``rows``; rank again on two random halves; ablate.
+
+    The first block of each ranking is held against ``RANDOM`` blocks (fewer in a small model), drawn by ``seed``
+    among those that no ranking puts first. ``options`` are those of ``rank``.
+
+    Raises ``SurgeryError`` for fewer than four rows, ``HookError`` as ``hooks.compare.compare`` does.
+    """
+    runs = [
+        [found for method in chosen for found in rank(model, tokenizer, prompts, half, method, seed=seed, **options)]
+        for half in halves(rows, seed)
+    ]
+    compared = compare(rankings, repeats=list(zip(*runs, strict=True)), seed=seed)
+    tops = list(compared.tops.values())
+    free = [block for block in range(compared.units) if block not in tops]
+    drawn = np.random.default_rng(seed).permutation(free)[:RANDOM]
+    others = tuple(sorted(int(block) for block in drawn))
+    texts = [row.text for row in rows]
+    data = f"{prompts.name} train"
+    ablated = mean_ablation(model, tokenizer, texts, [*tops, *others], prompts.words.words[:2], data=data)
+    return Check(compared, ablated, others)
+
+
+def key(ranking: Ranking) -> str:
+    """A ranking's key in the JSON file: raw and final_norm for BMI, else the method."""
+    return str(ranking.settings.get("stream", ranking.method))
+
+
+def tables(rankings: Sequence[Ranking]) -> str:
+    """Plain text of all rankings; BMI's two stand side by side."""
+    own = [ranking for ranking in rankings if ranking.method == "bmi"]
+    shown = [BlockImportance(*own).table()] if own else []
+    return "\n\n".join(shown + [ranking.table() for ranking in rankings if ranking.method != "bmi"])
+
+
+def picture(rankings: Sequence[Ranking]) -> "Figure":
+    """Bars for one ranking or for BMI's two, a map of ranks for more."""
+    if len(rankings) == 1 or {ranking.method for ranking in rankings} == {"bmi"}:
+        return block_bars(*rankings)
+    return rank_map(rankings)
