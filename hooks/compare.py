@@ -160,15 +160,17 @@ def _draws(rankings: Sequence[Ranking], resamples: int, seed: int) -> Float[np.n
     size = first.scores.size
     if size < 3:
         raise HookError(f"compare: {size} {first.unit}s; an order needs at least three")
-    table = np.stack([ranking.scores.ravel() for ranking in rankings])
-    places = np.random.default_rng(seed).integers(size, size=(resamples, size))
-    found = []
-    for chosen in [np.arange(size), *places]:
-        centred = np.stack([ranks(row[chosen]) for row in table]) - (size + 1) / 2
-        length = np.linalg.norm(centred, axis=1, keepdims=True)
-        unit = np.divide(centred, length, out=np.full_like(centred, np.nan), where=length > 0)
-        found.append(unit @ unit.T)
-    return np.stack(found)
+    draw = np.random.default_rng(seed)
+    times = np.concatenate([np.ones((1, size)), draw.multinomial(size, np.full(size, 1 / size), size=resamples)])
+    centred = []  # (draw, unit): mid-rank of each unit among those drawn, as often as they were, less the mean rank
+    for ranking in rankings:
+        x = ranking.scores.ravel()
+        below = (x[:, None] < x) + 0.5 * (x[:, None] == x)  # [other, own]
+        centred.append(times @ below - size / 2)
+    products = np.einsum("du,idu,jdu->dij", times, centred, centred, optimize=True)
+    length = np.sqrt(np.einsum("dii->di", products))
+    product = length[:, :, None] * length[:, None]
+    return np.divide(products, product, out=np.full_like(products, np.nan), where=product > 0)
 
 
 def _interval(draws: NDArray[np.float64]) -> Correlation:
@@ -250,7 +252,7 @@ def mean_ablation(
 ) -> Ablation:
     """Replace what a block adds to the stream by its mean over the prompts, one block at a time (Wang et al. 2023).
 
-        hooks.compare.mean_ablation(model, tokenizer, prompts, [25, 3, 11]).against({"lens": 25}, [3, 11])
+        mean_ablation(model, tokenizer, prompts, [25, 3, 11]).against({"lens": 25}, [3, 11])
 
     The mean is over all real tokens but the first of each prompt, and put in at all of those: at the first place
     stands an attention sink (Xiao et al. 2024), whose outliers would be the mean. blocks: numbers, None for all.

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks import attention_to, attribute, bmi, counterfactual_pairs, cross_attention, lens, patch
-from hooks.bmi import BlockImportance
+from hooks.bmi import BlockImportance, bmi
 from hooks.compare import Ablation, Comparison, compare, mean_ablation, rank_map
+from hooks.lens import lens
+from hooks.patching import attribute, counterfactual_pairs, patch
 from hooks.plots import block_bars
 from hooks.ranking import Ranking
+from hooks.sensitivity import attention_to, cross_attention
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
@@ -57,7 +59,7 @@ def rank(
     Raises ``SurgeryError`` for an unknown method and where there are no pairs, ``HookError`` as the method does.
     """
     texts = [row.text for row in rows]
-    contrast = prompts.words.words[:2]
+    contrast = _contrast(prompts)
     data = f"{prompts.name} train"
     done = 0
 
@@ -183,8 +185,12 @@ def check(
     others = tuple(sorted(int(block) for block in drawn))
     texts = [row.text for row in rows]
     data = f"{prompts.name} train"
-    ablated = mean_ablation(model, tokenizer, texts, [*tops, *others], prompts.words.words[:2], data=data)
+    ablated = mean_ablation(model, tokenizer, texts, [*tops, *others], _contrast(prompts), data=data)
     return Check(compared, ablated, others)
+
+
+def _contrast(prompts: PromptSet) -> tuple[str, str]:
+    return prompts.words.words[0], prompts.words.words[1]
 
 
 def key(ranking: Ranking) -> str:

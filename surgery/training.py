@@ -95,7 +95,9 @@ def train(
     Raises ``SurgeryError`` at the first loss or gradient that is not finite, with the step and the learning rate.
     """
     device = next(iter(parameters.values())).device
-    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
+    # The flag chooses how processes talk; alone it would only forbid a later training on another device.
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(cpu=together and device.type == "cpu", device_placement=False)
     model.train(plan.dropout)
     # Alone there is nothing to prepare, and preparing would leave a mark on the user's model.
     module = accelerator.prepare_model(model, device_placement=False) if accelerator.num_processes > 1 else model

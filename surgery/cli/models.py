@@ -136,8 +136,11 @@ def run(
     try:
         finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, talk=Talk(quiet))
     except KeyboardInterrupt:
-        again = f"surgery run {recipe} --out {folder} --resume"
-        print(f"interrupted; continue with the same settings and: {again}", file=sys.stderr)
+        again = f"surgery run {folder}.part/recipe.toml --out {folder} --resume"
+        print(
+            f"interrupted; continue with: {again}" if Path(f"{folder}.part").exists() else "interrupted",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     for line in verdict(finished.summary):
         print(line)

@@ -1,0 +1,80 @@
+"""Looking costs little: BMI over a data set against a plain forward pass and run_with_cache, time and memory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+PROMPTS, REPEATS = 1000, 3
+WAYS = ("plain", "bmi", "bmi_10x", "run_with_cache")
+
+WORKER = """
+import json, os, resource, sys, threading, time
+import torch
+import surgery
+from surgery.data import genbias
+from surgery.prefix import encode, pad, by_length
+
+spec, way, count, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+model, tokenizer = surgery.load(spec, device="cpu")
+texts = [row.text for row in genbias.records("pairs", "all")]
+texts = (texts * 10)[: count * (10 if way == "bmi_10x" else 1)]
+ids = encode(tokenizer, texts)
+
+if way == "run_with_cache":
+    from transformer_lens.model_bridge import TransformerBridge
+    bridge = TransformerBridge.boot_transformers(spec, device="cpu", dtype=torch.float32)
+
+def work():
+    if way.startswith("bmi"):
+        import hooks
+        return hooks.bmi(model, None, ids)
+    with torch.no_grad():
+        for rows in by_length(ids, tokens=4096):
+            batch = pad(ids, rows, "cpu")
+            if way == "plain":
+                model(**batch.inputs())
+            else:
+                bridge.run_with_cache(batch.ids, attention_mask=batch.mask)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+base, peak, stop = resident(), [0], []
+def watch():
+    while not stop:
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch)
+thread.start()
+times = []
+for _ in range(repeats):
+    start = time.perf_counter()
+    work()
+    times.append(time.perf_counter() - start)
+stop.append(1)
+thread.join()
+print(json.dumps({"seconds": sorted(times)[len(times) // 2], "bytes": peak[0] - base, "prompts": len(ids)}))
+"""
+
+
+def main(arguments: Sequence[str] = ("demo",)) -> None:
+    """Each way in a process of its own, one after the other, so that memory is its own."""
+    (spec,) = arguments
+    results = {}
+    for way in WAYS:
+        repeats = 1 if way in ("bmi_10x", "run_with_cache") else REPEATS
+        command = [sys.executable, "-c", WORKER, spec, way, str(PROMPTS), str(repeats)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{way:15} failed (exit code {done.returncode}); its message is above")
+            continue
+        results[way] = json.loads(done.stdout.splitlines()[-1])
+        plain = results["plain"]
+        row = results[way]
+        per_prompt = row["seconds"] / row["prompts"] / (plain["seconds"] / plain["prompts"])
+        print(
+            f"{way:15} {row['prompts']:6} prompts {row['seconds']:8.1f} s  {per_prompt:5.2f} x a plain forward pass   "
+            f"peak above weights {row['bytes'] / 1e6:7.0f} MB  {row['bytes'] / plain['bytes']:5.2f} x",
+            flush=True,
+        )
