@@ -144,6 +144,8 @@ def verdict(summary: Summary) -> list[str]:
             f"[{random['low']:.3f}, {random['high']:.3f}]; "
             + ("the edited block does better." if apart else "the edited block is not clearly better at this.")
         )
+    if "ranking" not in summary:  # a recipe that locates nothing
+        return lines
     ranking = summary["ranking"]
     raw, normed = ranking["order"]["raw"][0], ranking["order"]["final_norm"][0]
     if raw != normed:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.errors import SurgeryError
 
-SAVE_EVERY = 20.0  # seconds between saved states; the state decides nothing, so this changes no result
+SAVE_EVERY = 20.0  # seconds between saved states, more where saving is slow; this changes no result
 
 # Losses of the examples ``rows``, computed by calling ``module`` (the model, or a distributed wrapper around it).
 Losses = Callable[[nn.Module, Sequence[int]], Float[Tensor, " rows"]]
@@ -111,9 +111,9 @@ def train(
     if state is not None and state.is_file():
         done = _take_up(state, parameters, optimizer, plan, seed)
     saved = time.monotonic()
-    half = {p.dtype for p in model.parameters()} - {torch.float32}
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     try:
-        with _deterministic(device):
+        with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
             for step, rows in enumerate(_portions(count, plan, seed)):
                 if step < len(done):
                     continue
@@ -121,7 +121,7 @@ def train(
                     # A process without a row of the last small batch still takes part, with weight 0.
                     weight = len(mine) * accelerator.num_processes / len(rows)
                     torch.manual_seed(seed * 1_000_003 + step) if plan.dropout else None
-                    with torch.autocast(device.type, dtype=min(half, key=str, default=None), enabled=bool(half)):
+                    with torch.autocast(device.type, dtype=half, enabled=half is not None):
                         loss = losses(module, mine or rows[:1]).float().mean() * weight
                 optimizer.zero_grad()
                 accelerator.backward(loss)
@@ -138,8 +138,11 @@ def train(
                 if step_done:
                     step_done(1)
                 if state is not None and time.monotonic() - saved > SAVE_EVERY and accelerator.is_main_process:
+                    began = time.monotonic()
                     _keep(state, parameters, optimizer, plan, seed, done)
                     saved = time.monotonic()
+                    if saved - began > 1.0:  # a large state: at most a twentieth of the time goes into saving it
+                        saved += 19 * (saved - began)
         _check_finite(parameters, plan, len(done))
     finally:
         accelerator.free_memory()

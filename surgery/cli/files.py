@@ -46,8 +46,8 @@ def apply(
     for note in report.notes:
         talk.say(note)
     print(
-        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} unchanged by "
-        f"{report.rounding} rounding; distance to the base {report.distance:.4f} at {report.farthest} "
+        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} left as they were "
+        f"by rounding ({report.rounding}); distance to the base {report.distance:.4f} at {report.farthest} "
         f"({report.verdict})"
     )
 
