@@ -70,12 +70,12 @@ class Comparison:
     def table(self) -> str:
         """Plain text: pairs (with the target first), then stability; each with its interval."""
         wide = max(map(len, self.names))
-        lines = [f"rank correlations (Spearman), {self.units} {self.unit}s, 95 % intervals over {self.unit}s"]
+        lines = [f"Spearman's rank correlations, {self.units} {self.unit}s, 95 % intervals over {self.unit}s"]
         first = [pair for pair in self.pairs if self.target in pair]
         for a, b in first + [pair for pair in self.pairs if pair not in first]:
             lines.append(f"  {a:{wide}}  {b:{wide}}  {self.pairs[a, b]}")
         if self.stability:
-            lines.append("stability: each method on other prompts, mean over pairs of repeats")
+            lines.append("stability: each method with itself on other prompts, mean over pairs of repeats")
             lines += [f"  {name:{wide}}  {value}" for name, value in self.stability.items()]
         return "\n".join(lines)
 

@@ -115,8 +115,7 @@ def run(
     names = _control_names(settings, prompts.words)
     with run_folder(Path(out), text, resume=resume) as folder:
         case = _case(settings, prompts.words, count)
-        controls = [c for c in (_control(name, settings, prompts.words, count, case) for name in names) if c]
-        keep = sorted({min(c.blocks) for c in (case, *controls) if c and c.blocks}) if settings.prefix_cache else []
+        keep = [] if settings.block == "auto" else _starts(case, names, settings, prompts.words, count)
         with talk.work("rank the blocks", len(ids)) as step:
             located = rank_blocks(
                 model,
@@ -127,12 +126,13 @@ def run(
                 keep=keep,
                 step=step,
             )
-        streams = dict(located.prefixes)
+        streams = located.prefixes
         if settings.block == "auto":
             case = replace(case, blocks=(getattr(located.importance, settings.rank_by).top()[0],))
-            if settings.prefix_cache and min(case.blocks or ()) not in keep:
-                keep = [*keep, *(case.blocks or ())]
-                streams |= next_words(model, ids, given.words, keep=case.blocks or ()).prefixes
+            keep = _starts(case, names, settings, prompts.words, count)
+            streams = next_words(model, ids, given.words, keep=keep).prefixes
+        if settings.ablations:  # the edit is not its own control
+            names = [name for name in names if _differs(_control(name, settings, prompts.words, count, case), case)]
         before = measure(model, given, keep=keep, talk=talk, label="measure before")
         operation = _Operation(
             model, tokenizer, settings, directory, folder, talk, text, ids, prompts, given, streams, before
@@ -208,6 +208,16 @@ def _control(name: str, settings: Settings, words: WordSet, count: int, case: Ca
         return replace(case, name=name, part=name)
     left = tuple(word for word in case.words if f"without_{word}" != name)
     return replace(case, name=name, words=left)
+
+
+def _starts(case: Case, names: Sequence[str], settings: Settings, words: WordSet, count: int) -> list[int]:
+    """The blocks that the edit and its controls start from, whose entering stream is worth keeping."""
+    cases = [case, *(_control(name, settings, words, count, case) for name in names)]
+    return sorted({min(each.blocks) for each in cases if each and each.blocks}) if settings.prefix_cache else []
+
+
+def _differs(control: Case | None, case: Case) -> bool:
+    return control is None or replace(control, name=case.name) != case
 
 
 def _ranking(located: Located, settings: Settings) -> dict[str, Any]:
