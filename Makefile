@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: install demo test lint bench notebooks clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/.ready
 

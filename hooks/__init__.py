@@ -22,6 +22,8 @@ _EXPORTS = {
     "BlockImportance": ("hooks.bmi", "BlockImportance"),
     "Robustness": ("hooks.bmi", "Robustness"),
     "stream": ("hooks.stream", "stream"),
+    "compare": ("hooks.compare", "compare"),
+    "mean_ablation": ("hooks.compare", "mean_ablation"),
     "token_batches": ("hooks.stream", "token_batches"),
     "Mean": ("hooks.stream", "Mean"),
     "lens": ("hooks.lens", "lens"),

@@ -89,9 +89,7 @@ def test_templates_end_in_because_three_per_scale():
     texts = [t.text for t in shipped.templates + shipped.hint_templates]
     assert all(re.fullmatch(r"The \{profession\} [a-zA-Z{} ]+ because", text) for text in texts)
     assert not GENDERED & {word.lower() for text in texts for word in text.split()}
-    words = {
-        s: [len(t.text.split()) for t in shipped.templates if t.scale == s] for s in ("word", "sentence")
-    }
+    words = {s: [len(t.text.split()) for t in shipped.templates if t.scale == s] for s in ("word", "sentence")}
     assert set(words["word"]) == {4} and min(words["sentence"]) >= 10
 
 
@@ -103,9 +101,7 @@ def test_sizes_and_disjointness_of_the_paper_split():
 
 
 def test_profession_split_keeps_professions_apart():
-    people = [
-        {r.profession for r in genbias.records("profession", part)} for part in ("train", "dev", "test")
-    ]
+    people = [{r.profession for r in genbias.records("profession", part)} for part in ("train", "dev", "test")]
     assert [len(p) for p in people] == [105, 52, 105] and len(set.union(*people)) == 262
     assert [len(genbias.records("profession", part)) for part in ("train", "dev", "test")] == [945, 468, 945]
     hints = [{r.profession for r in genhint.records(part)} for part in ("train", "dev", "test")]
@@ -179,9 +175,7 @@ def test_three_pronouns_go_round():
 
 
 def test_every_shipped_file_loads_as_a_user_file_too(tmp_path):
-    assert set(SHIPPED.values()) >= {
-        f"examples/{p.name}" for p in files("surgery.data").joinpath("examples").iterdir()
-    }
+    assert set(SHIPPED.values()) >= {f"examples/{p.name}" for p in files("surgery.data").joinpath("examples").iterdir()}
     for name, place in SHIPPED.items():
         copy = tmp_path / Path(place).name
         copy.write_text(files("surgery.data").joinpath(place).read_text("utf-8"), "utf-8")
@@ -201,12 +195,8 @@ def test_own_subjects_and_hints(tmp_path):
     mine = load_prompt_set(write(tmp_path, own))
     assert [len(genbias.records(part=p, prompts=mine)) for p in genbias.PARTS] == [4, 2, 4, 10]
     first = genbias.records(prompts=mine)[0]
-    assert (
-        first.scale == "sentence" and first.stereotype_score is None and first.text.startswith("The child ")
-    )
-    assert {r.text for r in genhint.records(both=True, prompts=mine)} >= {
-        "With ruby paint the child 3 drew in"
-    }
+    assert first.scale == "sentence" and first.stereotype_score is None and first.text.startswith("The child ")
+    assert {r.text for r in genhint.records(both=True, prompts=mine)} >= {"With ruby paint the child 3 drew in"}
 
 
 TEMPLATE = MINIMAL["templates"][0]
