@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny random language model that knows the words of the prompts, and its checkpoint on disk."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
-torch.set_num_threads(1)  # tiny models; the suite runs in two processes
+# The suite runs in two processes; more threads than cores would wait for each other, in child processes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 MakeCheckpoint = Callable[..., Path]
 
