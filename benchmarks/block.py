@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     forward = median_of(lambda: next_words(model, both, words, shortcuts=False), 2, model)
     with tempfile.TemporaryDirectory() as folder:
         settings = lftf.Settings(model=spec, lr=1e-4, controls=[], block="last")
-        places = iter(range(100))
-        whole = median_of(lambda: lftf.run(model, tokenizer, settings, out=Path(folder) / str(next(places))), 2, model)
+        whole = median_of(lambda: lftf.run(model, tokenizer, settings, out=Path(folder) / "run"), 1, model)
     print(f"one plain forward pass over {len(both)} train and test prompts: {forward:.1f} s")
     print(
         "whole operation (rank, measure before, train, delta, apply on disk, measure after on test, hints and neutral "

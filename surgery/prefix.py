@@ -11,6 +11,7 @@ input through, and with three inputs cut to the last position. ``why_not`` compa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +148,9 @@ def shortcut(
                 )
             # A contiguous 2-D input to the head: a 3-D slice takes a slow matrix product, 8 x slower on a CPU.
             stack.callback(_cut(model, parts.head, lambda stream: stream[:, -1]).remove)
+            head = model.get_submodule(parts.head)
+            if type(head) is nn.Linear and head.weight.device.type == "cpu":
+                stack.enter_context(_forward(head, partial(_few_rows, head), as_tuple=False))
             for name in _last_only(parts):
                 stack.callback(_cut(model, name, lambda stream: stream[:, -1:]).remove)
         for index in range(start):
@@ -165,6 +169,12 @@ def shortcut(
                 handed.clear()
 
         yield run
+
+
+def _few_rows(head: nn.Linear, stream: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+    """The head's own product the other way round: for a batch of rows a CPU does it, and its gradient, 1.4 x faster."""
+    logits = (head.weight @ stream.T).T
+    return logits if head.bias is None else logits + head.bias
 
 
 def _last_only(parts: anatomy.Anatomy) -> list[str]:
