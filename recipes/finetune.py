@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +25,8 @@ from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, 
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import Material, material, measure, plain
+from surgery.page import compared, write_page
 from surgery.progress import Talk
-from surgery.report import ROWS, find
 from surgery.runs import Run, run_folder, write_json
 from surgery.training import Plan, steps_of
 
@@ -186,7 +185,21 @@ def run(
             "cases": [],
         }
         write_json(folder.path / "run.json", summary)
-        (folder.path / "report.html").write_text(page(summary, note, text), "utf-8")
+        applied = summary["applied"]
+        lines = [
+            f"{note}. {trained.parameters:,} numbers trained in {len(trained.losses)} steps, seed {settings.seed}.",
+            f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
+            f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding.",
+        ]
+        write_page(
+            folder.path,
+            title=f"finetune on {settings.model}",
+            lines=lines,
+            tables=[compared({"before": before, "after": after})],
+            figures={},
+            recipe=text,
+            delta=summary["delta"],
+        )
     return Run(Path(out), summary)
 
 
@@ -224,31 +237,3 @@ def _measure(
         )
     scores = measure(model, asked, talk=talk, label=f"measure {when}").scores
     return {"held_out_loss": loss.to_dict(), **plain(scores)}
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ s.recipe }} on {{ s.model }}</title>
-<style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eee; } pre { background: #f5f5f5; }
-</style></head><body>
-<h1>{{ s.recipe }} on {{ s.model }}</h1>
-<p>{{ note }}. {{ "{:,}".format(s.edit.parameters) }} numbers trained in {{ s.edit.steps }} steps, seed {{ s.seed }}.
-Everything under "after" was measured on the checkpoint as saved.</p>
-<table><thead><tr><th>metric</th><th>before [95 % interval]</th><th>after [95 % interval]</th><th>rows</th></tr></thead>
-{% for label, one, two in rows %}<tr title="{{ one.scorer }}; {{ one.data }}"><td>{{ label }}</td>
-{% for m in (one, two) %}<td>{{ "%.4f [%.4f, %.4f]" | format(m.value, m.low, m.high) }}</td>{% endfor %}
-<td>{{ one.n }}</td></tr>
-{% endfor %}</table>
-<p>{{ s.delta.file }} ({{ s.delta.kind }}), {{ "{:,}".format(s.delta.bytes) }} bytes, sha256 {{ s.delta.sha256 }}.
-Applied with {{ s.applied.rounding }} rounding: {{ "{:,}".format(s.applied.changed) }} of
-{{ "{:,}".format(s.applied.entries) }} entries changed, {{ "{:,}".format(s.applied.lost) }} lost to rounding.</p>
-<pre>{{ recipe }}</pre></body></html>
-"""
-
-
-def page(summary: dict[str, Any], note: str, recipe: str) -> str:
-    """The run as one small HTML page; there is no ranking and no control to draw."""
-    labels = (("held-out loss", ("held_out_loss",)), *ROWS)
-    found = [(label, find(summary["before"], path), find(summary["after"], path)) for label, path in labels]
-    rows = [row for row in found if row[1] and row[2]]
-    return jinja2.Environment(autoescape=True).from_string(PAGE).render(s=summary, note=note, rows=rows, recipe=recipe)

@@ -26,6 +26,9 @@ SAVE_EVERY = 20.0  # seconds between saved states, more where saving is slow; th
 # Losses of the examples ``rows``, computed by calling ``module`` (the model, or a distributed wrapper around it).
 Losses = Callable[[nn.Module, Sequence[int]], Float[Tensor, " rows"]]
 Log = Callable[[dict[str, Any]], None]
+# Called after each step with the number of steps done and the optimizer; True ends the training there. For the steps
+# that a continued run takes up it is called again, with None, so that what it decided then can be decided again.
+After = Callable[[int, torch.optim.Optimizer | None], bool]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Plan:
     weight_decay: float = 0.0
     dropout: bool = False
     """Train with the model's own dropout on."""
+    schedule: str = "constant"  # "constant" | "linear": down to 0 at the last step
+    warmup: float = 0.0
+    """The share of the steps in which the learning rate rises linearly from 0."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step ``step`` (from 0) of ``steps``."""
+        rising = math.ceil(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        return self.lr * (steps - step) / max(1, steps - rising) if self.schedule == "linear" else self.lr
 
 
 @contextmanager
@@ -86,8 +99,11 @@ def train(
     state: Path | None = None,
     log: Log | None = None,
     step_done: Callable[[int], None] | None = None,
+    after: After | None = None,
 ) -> list[float]:
     """Minimise the mean loss over ``count`` examples; returns the loss of each step (before its update).
+
+    ``after`` may evaluate the model between steps, and ends the training when it returns True.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
     every 20 seconds and taken up from there, to the same result; the file is removed at the end.
@@ -104,12 +120,16 @@ def train(
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if plan.optimizer not in kinds:
         raise SurgeryError(f"optimizer: got {plan.optimizer!r}, expected one of {', '.join(kinds)}")
+    if plan.schedule not in ("constant", "linear"):
+        raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
     optimizer = kinds[plan.optimizer](
         list(parameters.values()), lr=plan.lr, weight_decay=plan.weight_decay, fused=device.type in ("cpu", "cuda")
     )
     done: list[float] = []
     if state is not None and state.is_file():
         done = _take_up(state, parameters, optimizer, plan, seed)
+    steps = steps_of(count, plan)
+    ended = [after(step + 1, None) for step in range(len(done))] if after else []
     saved = time.monotonic()
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     try:
@@ -117,6 +137,11 @@ def train(
             for step, rows in enumerate(_portions(count, plan, seed)):
                 if step < len(done):
                     continue
+                if any(ended):
+                    break
+                rate = plan.rate(step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 with accelerator.split_between_processes(rows) as mine:
                     # A process without a row of the last small batch still takes part, with weight 0.
                     weight = len(mine) * accelerator.num_processes / len(rows)
@@ -134,9 +159,12 @@ def train(
                 optimizer.step()
                 done.append(value)
                 if log:
-                    log({"step": step + 1, "loss": value, "lr": plan.lr})
+                    log({"step": step + 1, "loss": value, "lr": rate})
                 if step_done:
                     step_done(1)
+                if after:
+                    ended.append(after(step + 1, optimizer))
+                    model.train(plan.dropout)
                 if state is not None and time.monotonic() - saved > SAVE_EVERY and accelerator.is_main_process:
                     began = time.monotonic()
                     _keep(state, parameters, optimizer, plan, seed, done)

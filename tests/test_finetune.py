@@ -251,7 +251,7 @@ def test_the_whole_run_and_its_child(tiny: Any, checkpoint: Path, file: Path, tm
     delta = surgery.Delta.load(tmp_path / "run" / "delta.safetensors")
     assert delta.metadata["recipe"] == (tmp_path / "run" / "recipe.toml").read_text()
     assert delta.kind == "dense" and "model.embed_tokens.weight" in delta.tensors
-    assert "held-out loss" in (tmp_path / "run" / "report.html").read_text()
+    assert "held out loss" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_held_out_loss_is_that_of_the_saved_child(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class Lora:
     rank: int = 16
     alpha: float = 32
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    """Of the factors' input; on only where the plan trains with dropout."""
 
 
 def encode_rows(
@@ -180,7 +182,13 @@ def adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[dict[str
     attributes, children = set(model.__dict__), [(module, dict(module._modules)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, fan_in_fan_out=transposed)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+    )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
