@@ -47,7 +47,8 @@ def compared(
     """A row for every metric of any column (``{"before": scores, "after": scores}``), a column for every case."""
     found = {name: dict(leaves(scores)) for name, scores in columns.items()}
     paths = list(dict.fromkeys(path for scores in found.values() for path in scores))
-    rows, scorers = [], {}
+    rows: list[list[str]] = []
+    scorers: dict[tuple[str, str], None] = {}
     for path in paths:
         metrics = [found[name].get(path) for name in columns]
         one = next(metric for metric in metrics if metric)
