@@ -90,7 +90,14 @@ class Anatomy:
         return "\n".join(line.rstrip() for line in (f"{facts}; final norm {norms}", *lines))
 
 
-_cache: WeakKeyDictionary[nn.Module, tuple[int, Anatomy]] = WeakKeyDictionary()
+class _Cache(WeakKeyDictionary):
+    """What was found, by model; sent elsewhere (`hooks.remote`), it starts empty."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Cache, ()
+
+
+_cache = _Cache()
 
 
 def find(model: nn.Module, mapping: Mapping[str, Any] | None = None) -> Anatomy:

@@ -15,6 +15,7 @@ from hooks.anatomy import Stack, find
 from hooks.capture import last_token
 from hooks.errors import HookError
 from hooks.ranking import Ranking
+from hooks.remote import anywhere
 from hooks.stream import Progress, Text, stream
 
 Positions = Literal["last", "all"]
@@ -107,19 +108,19 @@ class BmiReducer:
                 f"{tuple(stream_out.shape)}; "
                 "expected the same (batch, pos, d_model) twice"
             )
+        # a model spread over devices may hand a block its input from the device before
+        stream_in, stream_out = stream_in.detach().to(stream_out.device), stream_out.detach()
         if stream_in.ndim == 2:
             if self.positions == "all":
                 raise HookError(f"BMI, block {block}: streams without positions, but positions='all' was asked for")
-            stream_in, stream_out, mask = stream_in[:, None], stream_out[:, None], None
-        # a model spread over devices may hand a block its input from the device before
-        stream_in, stream_out = stream_in.detach().to(stream_out.device), stream_out.detach()
-        if mask is None:
-            mask = torch.ones(stream_in.shape[:2], dtype=torch.bool, device=stream_in.device)
-        mask = mask.to(stream_in.device).bool()
-        if self.positions == "last":
-            rows, last = torch.arange(len(mask), device=mask.device), last_token(mask)
-            stream_in, stream_out = stream_in[rows, last][:, None], stream_out[rows, last][:, None]
-            mask = mask[rows, last][:, None]
+            mask = None  # nothing to search for, which on a GPU would wait for all the work before
+        else:
+            if mask is None:
+                mask = torch.ones(stream_in.shape[:2], dtype=torch.bool, device=stream_in.device)
+            mask = mask.to(stream_in.device).bool()
+            if self.positions == "last":
+                rows, last = torch.arange(len(mask), device=mask.device), last_token(mask)
+                stream_in, stream_out, mask = stream_in[rows, last], stream_out[rows, last], None
         raw = self._add(block, stream_in, stream_out, mask)
         if block < self.blocks - 1 or self._norm is None:
             return raw, raw
@@ -127,13 +128,12 @@ class BmiReducer:
             normed = self._norm(stream_out)
         return raw, self._add(self.blocks, stream_in, normed.to(stream_in.device), mask)
 
-    def _add(self, row: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> Float[Tensor, " batch"]:
+    def _add(self, row: int, entering: Tensor, leaving: Tensor, mask: Tensor | None) -> Float[Tensor, " batch"]:
         # LFTF Eq. 4: 1 - cos(H_i, H_i+1), in float32 whatever the model computes in
         turn = 1.0 - torch.cosine_similarity(entering.float(), leaving.float(), dim=-1)
-        wide = torch.float32 if turn.device.type == "mps" else torch.float64
-        turn = turn.to(wide).masked_fill(~mask, 0.0)
-        total = turn.sum(1)
-        mean = total / mask.sum(1)
+        turn = turn.to(torch.float32 if turn.device.type == "mps" else torch.float64)
+        total = turn if mask is None else turn.masked_fill(~mask, 0.0).sum(1)
+        mean = total if mask is None else total / mask.sum(1)
         sums = torch.stack([mean.sum(), mean.square().sum(), total.sum(), total.square().sum()])
         self._sums[row] = self._sums[row] + sums if row in self._sums else sums
         self._counts[row] = self._counts.get(row, 0) + len(total)
@@ -172,6 +172,7 @@ class BmiReducer:
         return BlockImportance(**rankings)
 
 
+@anywhere
 def bmi(
     model: nn.Module,
     tokenizer: Any,
@@ -235,6 +236,7 @@ class Robustness:
         return [run.raw.top()[0] for run in self.runs]
 
 
+@anywhere
 def robustness(
     model: nn.Module,
     tokenizer: Any,

@@ -19,6 +19,7 @@ from hooks.errors import HookError
 from hooks.patching import Changes, _contrast
 from hooks.ranking import Ranking
 from hooks.readout import prompts_in_batches, word_tokens
+from hooks.remote import anywhere
 from hooks.stream import Mean, Progress, Text, stream
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ class Ablation:
         return plain | lists | {"data": self.data, "count": self.count}
 
 
+@anywhere
 def mean_ablation(
     model: nn.Module,
     tokenizer: Any,

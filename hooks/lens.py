@@ -18,6 +18,7 @@ from hooks.capture import capture, run_base
 from hooks.errors import HookError
 from hooks.ranking import Ranking, Unit
 from hooks.readout import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
+from hooks.remote import anywhere
 from hooks.stream import Mean, Progress, Text
 
 _WRITES = {"attention": "hook_attn_out", "cross_attention": "hook_cross_attn_out", "mlp": "hook_mlp_out"}
@@ -79,6 +80,7 @@ class Lens:
         return "\n".join(lines + ([f" rest         {float(self.rest):>+15.4f}"] if parts else []))
 
 
+@anywhere
 def lens(
     model: nn.Module,
     tokenizer: Any,

@@ -19,6 +19,7 @@ from hooks.edit import edit
 from hooks.errors import HookError
 from hooks.ranking import Ranking
 from hooks.readout import Prompts, head_logits, prompts_in_batches, word_tokens
+from hooks.remote import anywhere
 from hooks.stream import Progress, Text
 
 PatchUnit = Literal["block", "attention", "mlp", "head", "stream"]
@@ -72,6 +73,7 @@ class Patching:
         return Ranking(self.method, unit, np.abs(self.effects), self.data, self.count, errors, settings=settings)
 
 
+@anywhere
 def patch(
     model: nn.Module,
     tokenizer: Any,
@@ -106,6 +108,7 @@ def patch(
     )
 
 
+@anywhere
 def attribute(
     model: nn.Module,
     tokenizer: Any,

@@ -20,6 +20,7 @@ from hooks.errors import HookError
 from hooks.projections import Projection, find_projections, reading
 from hooks.ranking import Ranking
 from hooks.readout import Prompts, prompts_in_batches
+from hooks.remote import anywhere
 from hooks.stream import Mean, Progress
 
 
@@ -69,6 +70,7 @@ class CrossWeights:
     words: tuple[str, ...]
 
 
+@anywhere
 def attention_to(
     model: nn.Module,
     tokenizer: Any,
@@ -144,6 +146,7 @@ def attention_to(
     return tally.result("attention", words, (), notes, data, skipped)
 
 
+@anywhere
 def cross_attention(
     model: nn.Module,
     tokenizer: Any,
@@ -185,6 +188,7 @@ def cross_attention(
     return tally.result("cross_attention", words, neutral, [], data, 0)
 
 
+@anywhere
 def cross_attention_weights(model: nn.Module, tokenizer: Any, text: str, words: Sequence[str]) -> CrossWeights:
     """The whole matrix of `cross_attention` for one text, for `hooks.plots.cross_attention_map`."""
     stack = find(model).stacks[0]
