@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 PROMPTS, REPEATS = 1000, 3
 WAYS = ("plain", "bmi", "bmi_10x", "run_with_cache")
@@ -79,4 +80,57 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
             f"{way:15} {row['prompts']:6} prompts {row['seconds']:8.1f} s  {per_prompt:5.2f} x a plain forward pass   "
             f"peak above weights {row['bytes'] / 1e6:7.0f} MB  {row['bytes'] / plain['bytes']:5.2f} x",
             flush=True,
+        )
+
+
+def gpu(prompts: int = 1000, repeats: int = 3) -> None:
+    """The same on an accelerator for a model of the shape of Llama 3 8B with random weights, in bf16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import hooks
+    from surgery.prefix import by_length, pad
+
+    shape = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    device = torch.accelerator.current_accelerator()
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(shape).eval()
+        torch.set_default_dtype(torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(10, 20, (10 * prompts,), generator=draw).tolist()
+    ids = [torch.randint(0, 128256, (length,), generator=draw).tolist() for length in lengths]
+
+    def plain(given: list[list[int]]) -> None:
+        with torch.no_grad():
+            for rows in by_length(given, tokens=4096):
+                model(**pad(given, rows, device).inputs())
+
+    def seconds(work: Callable[[list[list[int]]], object], given: list[list[int]]) -> tuple[float, float]:
+        work(given[:300])
+        weights = torch.accelerator.memory_allocated()
+        times = []
+        for _ in range(repeats):
+            torch.accelerator.reset_peak_memory_stats()
+            torch.accelerator.synchronize()
+            start = time.perf_counter()
+            work(given)
+            torch.accelerator.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2], (torch.accelerator.max_memory_allocated() - weights) / 1e9
+
+    base = seconds(plain, ids[:prompts])
+    for name, given in (("bmi", ids[:prompts]), ("bmi, 10 x", ids)):
+        took, peak = seconds(lambda rows: hooks.bmi(model, None, rows), given)
+        per = took / len(given) / (base[0] / prompts)
+        print(
+            f"{name:10} {len(given):6} prompts {took:7.3f} s  {per:5.2f} x a plain forward pass ({base[0]:.3f} s)   "
+            f"peak above weights {peak:.2f} GB  {peak / base[1]:.2f} x"
         )

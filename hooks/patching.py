@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hooks import probe
-from hooks.anatomy import find
-from hooks.capture import capture, model_inputs, run_base
-from hooks.edit import edit
+from hooks.capture import model_inputs
 from hooks.errors import HookError
+from hooks.interchange import SITES, PatchUnit, Positions, attributed, patched, places_of
 from hooks.ranking import Ranking
-from hooks.readout import Prompts, head_logits, prompts_in_batches, word_tokens
+from hooks.readout import Prompts, logit_difference, prompts_in_batches, word_tokens
 from hooks.remote import anywhere
 from hooks.stream import Progress, Text
-
-PatchUnit = Literal["block", "attention", "mlp", "head", "stream"]
-Positions = Literal["all", "changed", "last", "each"]
-Changes = dict[str, Callable[[Tensor], Tensor]]
-_SITES = {
-    "block": "hook_resid_post",  # and what entered: a block's unit is what it adds
-    "attention": "hook_attn_out",
-    "mlp": "hook_mlp_out",
-    "head": "attn.hook_z",
-    "stream": "hook_resid_post",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +182,8 @@ def _measure(
     data: str,
     progress: Progress | None,
 ) -> Patching:
-    if unit not in _SITES:
-        raise HookError(f"unit is {unit!r}; expected one of {', '.join(_SITES)}")
+    if unit not in SITES:
+        raise HookError(f"unit is {unit!r}; expected one of {', '.join(SITES)}")
     if positions not in ("all", "changed", "last", "each"):
         raise HookError(f"positions is {positions!r}; expected 'all', 'changed', 'last' or 'each'")
     if isinstance(clean, str) or isinstance(corrupted, str) or len(clean) != len(corrupted) or not len(clean):
@@ -216,12 +203,12 @@ def _measure(
         )
     sums: dict[str, NDArray[np.float64] | float] = dict.fromkeys(("dd", "dddd", "de", "dde", "ddee"), 0.0)
     sums |= {"clean": 0.0, "corrupted": 0.0}
-    effects_of = _patched if method == "patching" else _attributed
+    effects_of = patched if method == "patching" else attributed
     done = 0
     with probe.unchanged(model):
         for first, second in _batches(model, tokenizer, pairs, batch_tokens):
-            places = _places(first, second, positions)
-            values = [_contrast(model, b, tokens, {}).double().cpu() for b in (first, second)]
+            places = places_of(first, second, positions)
+            values = [logit_difference(model, b, tokens, {}).double().cpu() for b in (first, second)]
             moved = effects_of(model, first, second, tokens, unit, places).double().cpu()  # (batch ...)
             d = (values[0] - values[1]).numpy()
             e = moved.numpy()
@@ -270,114 +257,3 @@ def _batches(
                 place = first.places[int(moved.int().argmax())]
                 raise HookError(f"pair {place}: the mask tokens are at different places; expected the same")
         yield first, Prompts(first.places, inputs, first.at, first.ends)
-
-
-def _places(first: Prompts, second: Prompts, positions: Positions) -> list[Bool[Tensor, "batch pos"]]:
-    """The positions to patch: one mask, or with "each" one mask a position."""
-    mask = first.inputs["attention_mask"].bool()
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    if positions == "each":
-        return [mask & (columns == column) for column in columns]
-    if positions == "changed":
-        return [mask & (first.inputs["input_ids"] != second.inputs["input_ids"])]
-    return [mask & (columns == first.ends[:, None])] if positions == "last" else [mask]
-
-
-def _contrast(model: nn.Module, batch: Prompts, tokens: list[int], changes: Changes) -> Float[Tensor, " batch"]:
-    """logit(first word) - logit(second) at the position that is read, with `changes` made on the way."""
-    kept: list[Tensor] = []
-    rows = torch.arange(len(batch.at), device=batch.at.device)
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[:] = [tensor[rows.to(tensor.device), batch.at.to(tensor.device)]]
-        return tensor
-
-    # the reading edit is entered first: a later one at the same site runs before it
-    with edit(model, {f"{find(model).blocks[-1].site}.hook_resid_post": keep}), edit(model, changes):
-        run_base(model, batch.inputs)
-    logits = head_logits(model, kept[0], tokens)
-    return logits[:, 0] - logits[:, 1]
-
-
-def _clean(model: nn.Module, batch: Prompts, unit: PatchUnit) -> dict[str, Tensor]:
-    """Block site -> the unit's activation in the clean run."""
-    sites = [block.site for block in find(model).stacks[0].blocks]
-    wanted = [f"{site}.{_SITES[unit]}" for site in sites]
-    wanted += [f"{site}.hook_resid_pre" for site in sites] if unit == "block" else []
-    with torch.no_grad(), capture(model, wanted) as store:
-        run_base(model, batch.inputs)
-    found = {site: store[f"{site}.{_SITES[unit]}"] for site in sites}
-    return {s: x - store[f"{s}.hook_resid_pre"] for s, x in found.items()} if unit == "block" else found
-
-
-def _patched(
-    model: nn.Module, first: Prompts, second: Prompts, tokens: list[int], unit: PatchUnit, places: list[Tensor]
-) -> Tensor:
-    """patched - corrupted for each pair: (batch block [head] [pos]); one forward pass each."""
-    clean = _clean(model, first, unit)
-    base = _contrast(model, second, tokens, {})
-    columns = []
-    for site, activation in clean.items():
-        heads = list(range(activation.shape[2])) if unit == "head" else [None]
-        for head in heads:
-            for place in places:
-                changes = _swap(site, activation, unit, head, place)
-                columns.append(_contrast(model, second, tokens, changes) - base)
-    moved = torch.stack(columns, 1).reshape(len(base), len(clean), -1, len(places))
-    moved = moved if unit == "head" else moved[:, :, 0]
-    return moved if len(places) > 1 else moved[..., 0]
-
-
-def _swap(site: str, clean: Tensor, unit: PatchUnit, head: int | None, place: Tensor) -> Changes:
-    entering: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        entering[:] = [tensor.clone()]
-        return tensor
-
-    def change(tensor: Tensor) -> Tensor:
-        where = place.to(tensor.device)[..., None]
-        if head is not None:
-            new = tensor.clone()
-            new[:, :, head] = torch.where(where, clean[:, :, head], tensor[:, :, head])
-            return new
-        return torch.where(where, entering[0] + clean if unit == "block" else clean, tensor)
-
-    changes: Changes = {f"{site}.hook_resid_pre": note} if unit == "block" else {}
-    return changes | {f"{site}.{_SITES[unit]}": change}
-
-
-def _attributed(
-    model: nn.Module, first: Prompts, second: Prompts, tokens: list[int], unit: PatchUnit, places: list[Tensor]
-) -> Tensor:
-    """The same to first order, all units from one backward pass: (batch block [head] [pos])."""
-    clean = _clean(model, first, unit)
-    entering: dict[str, Tensor] = {}
-    at_hand: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    changes: Changes = {}
-    for site in clean:
-
-        def note(tensor: Tensor, site: str = site) -> Tensor:
-            entering[site] = tensor.detach().clone()
-            return tensor
-
-        def watch(tensor: Tensor, site: str = site) -> Tensor:
-            at_hand[site] = tensor.detach().clone()
-            added[site] = torch.zeros_like(tensor, requires_grad=True)
-            return tensor + added[site]
-
-        changes |= {f"{site}.hook_resid_pre": note} if unit == "block" else {}
-        changes[f"{site}.{_SITES[unit]}"] = watch
-    with torch.enable_grad():
-        value = _contrast(model, second, tokens, changes)
-        gradients = torch.autograd.grad(value.sum(), [added[site] for site in clean])
-    columns = []
-    for gradient, (site, activation) in zip(gradients, clean.items(), strict=True):
-        corrupted = at_hand[site] - entering[site] if unit == "block" else at_hand[site]
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        product = (gradient.to(wide) * (activation - corrupted)).sum(-1)  # (batch pos [head])
-        chosen = [place.reshape(*place.shape, *[1] * (product.ndim - 2)) for place in places]
-        columns.append(torch.stack([(product * c.to(product.device)).sum(1) for c in chosen], -1))
-    moved = torch.stack([c.to(columns[0].device) for c in columns], 1)  # (batch block [head] place)
-    return moved if len(places) > 1 else moved[..., 0]

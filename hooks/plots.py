@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from hooks.cross_attention import CrossWeights
+    from hooks.influence import TokenInfluence
     from hooks.lens import Lens
     from hooks.patching import Patching
-    from hooks.sensitivity import CrossWeights
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8C8C8C"
 LIGHTNESS = "cividis"  # even in lightness, so that it reads the same in grey and to colour-blind eyes
@@ -210,6 +211,26 @@ def cross_attention_map(weights: CrossWeights, *, block: int | None = None, head
     _token_ticks(axes.yaxis, weights.tokens)
     where = ", ".join(f"{n} {v}" if v is not None else f"all {n}s" for n, v in (("block", block), ("head", head)))
     axes.set_title(f"cross-attention, {where}", fontsize=9)
+    return figure
+
+
+def token_bars(text: TokenInfluence, *, probe: int = 0) -> Figure:
+    """What each token of a text adds to its score: a bar over each, hatched blue where it lowers it."""
+    values = text.values[:, probe]
+    figure = new_figure(1.5 + 0.3 * max(len(values), 8), 3.0)
+    axes = figure.subplots()
+    places = np.arange(len(values))
+    for chosen, colour, hatch, label in (
+        (values >= 0, ORANGE, "", "raises the score"),
+        (values < 0, BLUE, "///", "lowers it"),
+    ):
+        axes.bar(places[chosen], values[chosen], 0.8, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.axhline(0, color="black", lw=0.8)
+    _token_ticks(axes.xaxis, text.tokens, rotation=60)
+    axes.set_ylabel("part of the score")
+    axes.set_title(f"text {text.place}, probe {text.names[probe]}: score {text.score[probe]:+.4f}", fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

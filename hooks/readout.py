@@ -14,10 +14,13 @@ from torch.nn import functional
 
 from hooks import probe
 from hooks.anatomy import find
-from hooks.capture import last_token, model_inputs
+from hooks.capture import last_token, model_inputs, run_base
+from hooks.edit import edit
 from hooks.errors import HookError
 from hooks.sites import normalize
 from hooks.stream import Text, _positions_limit, token_batches
+
+Changes = dict[str, Callable[[Tensor], Tensor]]  # of `hooks.edit`
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,22 @@ def prompts_in_batches(
                 )
             at = masks.int().argmax(1)
         yield Prompts(batch.places, inputs, at, ends)
+
+
+def logit_difference(model: nn.Module, batch: Prompts, tokens: list[int], changes: Changes) -> Float[Tensor, " batch"]:
+    """logit(first word) - logit(second) at the position that is read, with `changes` made on the way."""
+    kept: list[Tensor] = []
+    rows = torch.arange(len(batch.at), device=batch.at.device)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[:] = [tensor[rows.to(tensor.device), batch.at.to(tensor.device)]]
+        return tensor
+
+    # the reading edit is entered first: a later one at the same site runs before it
+    with edit(model, {f"{find(model).blocks[-1].site}.hook_resid_post": keep}), edit(model, changes):
+        run_base(model, batch.inputs)
+    logits = head_logits(model, kept[0], tokens)
+    return logits[:, 0] - logits[:, 1]
 
 
 def head_logits(

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.ablation import Ablation, mean_ablation
 from hooks.bmi import BlockImportance, bmi
-from hooks.compare import Ablation, Comparison, compare, mean_ablation, rank_map
+from hooks.compare import Comparison, compare, rank_map
+from hooks.cross_attention import cross_attention
 from hooks.lens import lens
 from hooks.patching import attribute, counterfactual_pairs, patch
 from hooks.plots import block_bars
 from hooks.ranking import Ranking
-from hooks.sensitivity import attention_to, cross_attention
+from hooks.sensitivity import attention_to
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError

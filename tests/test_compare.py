@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hooks import HookError, Ranking, anatomy
-from hooks.compare import compare, mean_ablation, rank_map, ranks
+from hooks.ablation import mean_ablation
+from hooks.compare import compare, rank_map, ranks
 from surgery.cli import app
 from surgery.data import genbias
 from surgery.data.prompts import Subject, load_prompt_set

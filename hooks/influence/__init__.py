@@ -1,0 +1,45 @@
+"""How far each training text's gradient points along a bias: influence by module hooks, streamed (BIAS DIFF Eq. 5).
+
+probe = hooks.influence_probe(model, tokenizer, biased_sentences)
+result = hooks.influence(model, tokenizer, training_texts, probe)
+result.top(10)  # [(place in the data, score), ...]
+"""
+
+from hooks.influence.examples import Learnt, Text
+from hooks.influence.gradients import Gradient, Job, job
+from hooks.influence.layers import Layer, Moments, adam_moments, find_layers
+from hooks.influence.probes import Probe, influence_probe
+from hooks.influence.scores import (
+    Influence,
+    Projected,
+    check_texts,
+    combine,
+    example_gradients,
+    influence,
+    influence_windows,
+)
+from hooks.influence.tokens import TokenInfluence, highlighted, token_influence
+
+__all__ = [
+    "Gradient",
+    "Influence",
+    "Job",
+    "Layer",
+    "Learnt",
+    "Moments",
+    "Probe",
+    "Projected",
+    "Text",
+    "TokenInfluence",
+    "adam_moments",
+    "check_texts",
+    "combine",
+    "example_gradients",
+    "find_layers",
+    "highlighted",
+    "influence",
+    "influence_probe",
+    "influence_windows",
+    "job",
+    "token_influence",
+]

@@ -1,0 +1,330 @@
+"""Scores of training texts against a probe, streamed: memory is that of one batch, whatever the data's length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooks.errors import HookError
+from hooks.influence.examples import WINDOW, Batch, Row, Text, rows, units, windows
+from hooks.influence.gradients import Gradient, Job, differentiate, job
+from hooks.influence.layers import Moments, Preconditioner
+from hooks.influence.probes import Probe
+from hooks.stream import Progress
+
+Project = Callable[[Gradient], Float[Tensor, "unit dim"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """How far the gradients of texts point along each probe; a step on a text with a high score feeds the bias.
+
+    scores: cosines or dot products. norms: of the texts' gradients, after the optimiser. layers: what each layer
+    adds to the score (they sum to it). losses: nats, reduced over the text's tokens as `settings["loss"]` says.
+    tokens: how many tokens of each text are learnt. first: place of the first text in the data.
+    notes: what a reader must know. checkpoints: each one's own scores where several were combined.
+    """
+
+    names: tuple[str, ...]
+    scores: Float[np.ndarray, "text probe"]
+    norms: Float[np.ndarray, " text"]
+    layers: Float[np.ndarray, "text probe layer"]
+    layer_names: tuple[str, ...]
+    losses: Float[np.ndarray, " text"]
+    tokens: Int[np.ndarray, " text"]
+    settings: dict[str, Any]
+    first: int = 0
+    notes: tuple[str, ...] = ()
+    checkpoints: Float[np.ndarray, "text probe checkpoint"] | None = field(default=None)
+
+    def top(self, count: int = 10, probe: int = 0) -> list[tuple[int, float]]:
+        """The `count` texts with the highest scores, as (place, score); ties in the order of the data."""
+        scores = self.scores[:, probe]
+        order = np.lexsort((np.arange(len(scores)), -scores))[:count]
+        return [(self.first + int(place), float(scores[place])) for place in order]
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Projected gradients of one batch: `values` belong to the texts at `places`, in that order.
+
+    norms: of the gradients before the projection; losses, tokens: as in `Influence`.
+    """
+
+    places: tuple[int, ...]
+    values: Float[Tensor, "text dim"]
+    norms: Float[Tensor, " text"]
+    losses: Float[Tensor, " text"]
+    tokens: tuple[int, ...]
+
+
+def influence(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    probe: Probe,
+    *,
+    optimizer: Literal["none", "less", "frozen_v"] = "none",
+    moments: Moments | None = None,
+    normalise: Literal["cosine", "dot"] = "cosine",
+    unit: Literal["example", "batch"] = "example",
+    unit_size: int = 8,
+    batch_tokens: int = 2048,
+    cut: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> Influence:
+    """Score every text by its gradient against the probe's (BIAS DIFF Eq. 5; Xia et al. 2024, LESS).
+
+        probe = hooks.influence_probe(model, tokenizer, biased_sentences)
+        hooks.influence(model, tokenizer, training_texts, probe).top(10)
+
+    texts: strings, token ids, or objects with `ids` and `start`, from which on tokens are learnt.
+    optimizer, moments: "less" is what Adam would do with the text's gradient, "frozen_v" divides it by Adam's root
+        of v, both from `adam_moments`; see `Preconditioner`.
+    normalise: "cosine" divides by the norm of the text's gradient (and see `Probe.scales`); "dot" (Eq. 6) does not.
+    unit: "batch" gives every text the score of its batch of `unit_size` texts in the order of the data, as the
+        paper does in practice; it is for reproduction only.
+    batch_tokens: tokens run together, with padding; no result depends on it but by rounding.
+    cut: take the first so many tokens of longer texts; without it texts longer than the context are refused.
+    checkpointing: recompute each block on the way back instead of keeping its activations.
+
+    Nothing per text is kept but the results; for a file that is too long even for them see `influence_windows`.
+    Model, mode, flags and hooks are as before afterwards, and between batches.
+
+    Raises HookError for no texts, a text without tokens or with none to predict, one longer than the context, one
+    that is also a probe's, moments that do not fit, and layers that do not see every token.
+    """
+    total, parts = len(texts) if isinstance(texts, Sequence) else None, []
+    found = influence_windows(
+        model, tokenizer, texts, probe, optimizer=optimizer, moments=moments, normalise=normalise, unit=unit,
+        unit_size=unit_size, batch_tokens=batch_tokens, cut=cut, checkpointing=checkpointing,
+        progress=None if progress is None else lambda done, _: progress(done, total),
+    )  # fmt: skip
+    for part in found:
+        parts.append(part)
+    if not parts:
+        raise HookError("the data set is empty; expected at least one text")
+    joined: dict[str, Any] = {
+        key: np.concatenate([getattr(part, key) for part in parts])
+        for key in ("scores", "norms", "layers", "losses", "tokens")
+    }
+    return replace(parts[0], **joined)
+
+
+def influence_windows(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    probe: Probe,
+    *,
+    optimizer: Literal["none", "less", "frozen_v"] = "none",
+    moments: Moments | None = None,
+    normalise: Literal["cosine", "dot"] = "cosine",
+    unit: Literal["example", "batch"] = "example",
+    unit_size: int = 8,
+    batch_tokens: int = 2048,
+    cut: int | None = None,
+    checkpointing: bool = False,
+    window: int = WINDOW,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[Influence]:
+    """`influence` in pieces of about `window` texts, in the order of the data: flat memory for any length.
+
+    first: the place of the first text, where `texts` are the rest of a longer file.
+    """
+    if normalise not in ("cosine", "dot"):
+        raise HookError(f"normalise is {normalise!r}; expected 'cosine' or 'dot'")
+    if unit not in ("example", "batch") or unit_size < 1:
+        raise HookError(f"unit is {unit!r} of {unit_size}; expected 'example', or 'batch' of at least 1 text")
+    work = _job(model, probe, checkpointing)
+    prepared = Preconditioner(optimizer, moments, work.layers)
+    settings = {
+        "optimizer": optimizer,
+        "normalise": normalise,
+        "unit": unit if unit == "example" else f"batch of {unit_size}",
+        "loss": work.loss,
+        "cut": cut,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "layers": len(work.layers),
+        "probes": dict(zip(probe.names, probe.count, strict=True)),
+        "mean": probe.settings["mean"],
+        "contrast": probe.settings["contrast"],
+    }
+    warning = (
+        f"scores are those of batches of {unit_size} texts in the data's order: where texts of a kind stand together "
+        "they give the kind away; shuffle, and compare with unit='example'"
+    )
+    source = (probe.refuse(row) for row in rows(tokenizer, texts, limit=work.limit, cut=cut, first=first))
+    size = 1 if unit == "example" else unit_size
+    done = 0
+    for batches in windows(units(source, size), batch_tokens=batch_tokens, window=window):
+        found = []
+        for batch in batches:
+            found.append((batch, _score(work, batch, probe, prepared, normalise)))
+            done += sum(len(members) for members in batch)
+            if progress is not None:
+                progress(done, None)
+        yield _in_order(found, work, probe, settings, () if unit == "example" else (warning,))
+
+
+def check_texts(
+    model: nn.Module, tokenizer: Any, texts: Iterable[Text], probe: Probe, *, cut: int | None = None
+) -> int:
+    """How many texts there are. Raises HookError for the first that `influence` would refuse, without a gradient."""
+    limit = _job(model, probe, False).limit
+    return sum(1 for row in rows(tokenizer, texts, limit=limit, cut=cut) if probe.refuse(row))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """Results of one batch: layers (unit, probe, layer), norms (unit), losses (row)."""
+
+    layers: Float[np.ndarray, "unit probe layer"]
+    norms: Float[np.ndarray, " unit"]
+    losses: Float[np.ndarray, " row"]
+
+
+def _job(model: nn.Module, probe: Probe, checkpointing: bool) -> Job:
+    work = job(model, loss=probe.settings["loss"], checkpointing=checkpointing)
+    work = replace(work, layers=tuple(layer for layer in work.layers if layer.name in probe.vectors))
+    if set(work.names) != set(probe.vectors):
+        raise HookError(
+            f"the probe was made at {len(probe.vectors)} layers, this model has {len(work.layers)} of them; make the "
+            "probe with this model and its adapters"
+        )
+    for layer in work.layers:
+        if tuple(probe.vectors[layer.name].shape[1:]) != layer.shape:
+            raise HookError(f"the probe has {tuple(probe.vectors[layer.name].shape[1:])} for {layer}; make it anew")
+    return work
+
+
+def _score(work: Job, batch: Batch, probe: Probe, prepared: Preconditioner, normalise: str) -> _Scored:
+    dots: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def take(gradient: Gradient) -> None:
+        name = gradient.layer.name
+        vectors = probe.vectors[name].to(gradient.inputs.device)
+        dots[name], squares[name] = gradient.dots_and_square(vectors)
+
+    losses = differentiate(work, batch, take, preconditioner=prepared)
+    layers = torch.stack([dots[name].to(losses.device) for name in work.names], -1)
+    norms = torch.stack([squares[name].to(losses.device) for name in work.names]).sum(0).sqrt()
+    if normalise == "cosine":  # a text without any gradient points nowhere: 0, not NaN
+        layers = layers / (norms[:, None, None].clamp(min=1e-30) * probe.scales.to(losses.device)[None, :, None])
+    scored = _Scored(*(tensor.cpu().numpy() for tensor in (layers, norms, losses)))
+    if not np.isfinite(scored.layers).all():
+        place = batch[int((~np.isfinite(scored.layers)).any((1, 2)).argmax())][0].place
+        raise HookError(f"the gradient of text {place} is not finite; use float32 or bfloat16, or leave it out")
+    return scored
+
+
+def _in_order(
+    found: list[tuple[Batch, _Scored]], work: Job, probe: Probe, settings: dict[str, Any], notes: tuple[str, ...]
+) -> Influence:
+    """Every text of a window with the score of its unit."""
+    members: list[Row] = [row for batch, _ in found for unit in batch for row in unit]
+    repeats = np.concatenate([[len(unit) for unit in batch] for batch, _ in found])
+    order = np.argsort([row.place for row in members])
+    layers = np.repeat(np.concatenate([scored.layers for _, scored in found]), repeats, axis=0)[order]
+    return Influence(
+        names=probe.names,
+        scores=layers.sum(-1, dtype=np.float64),
+        norms=np.repeat(np.concatenate([scored.norms for _, scored in found]), repeats)[order],
+        layers=layers,
+        layer_names=work.names,
+        losses=np.concatenate([scored.losses for _, scored in found])[order],
+        tokens=np.array([row.learnt for row in members])[order],
+        settings=settings,
+        first=min(row.place for row in members),
+        notes=notes,
+    )
+
+
+def combine(results: Sequence[Influence], weights: Sequence[float]) -> Influence:
+    """The sum of several checkpoints' scores, weighted by their learning rates (Eq. 5); each one's are kept.
+
+    norms and losses are those of the last checkpoint. Raises HookError for results that are not of the same texts,
+    probes and settings.
+    """
+    if not results or len(results) != len(weights):
+        raise HookError(f"combine: got {len(results)} results and {len(weights)} weights; expected one weight for each")
+    last = results[-1]
+    for result in results:
+        same = (result.names, result.first, result.settings) == (last.names, last.first, last.settings)
+        if not same or result.scores.shape != last.scores.shape or (result.tokens != last.tokens).any():
+            raise HookError("combine: the results differ in texts, probes or settings; score the same data each time")
+    share = np.asarray(weights, dtype=np.float64)
+    columns = np.stack([result.scores for result in results], -1)
+    layers = sum(weight * result.layers for weight, result in zip(share, results, strict=True))
+    return replace(
+        last,
+        scores=columns @ share,
+        layers=np.asarray(layers),
+        checkpoints=columns,
+        settings=last.settings | {"checkpoint_weights": [float(weight) for weight in share]},
+    )
+
+
+def example_gradients(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    project: Project,
+    targets: Sequence[str] | None = None,
+    optimizer: Literal["none", "less", "frozen_v"] = "none",
+    moments: Moments | None = None,
+    loss: Literal["mean", "sum"] = "mean",
+    batch_tokens: int = 2048,
+    cut: int | None = None,
+    checkpointing: bool = False,
+    window: int = WINDOW,
+) -> Iterator[Projected]:
+    """Projected gradients of the texts, batch by batch; within a window of texts the longest come first.
+
+        def project(gradient):  # called for every layer of every batch, while the backward pass runs
+            return sketch[gradient.layer.name](gradient.matrix())  # (unit, dim)
+
+        for batch in hooks.example_gradients(model, tokenizer, texts, project=project):
+            store[list(batch.places)] = batch.values
+
+    project: gets a `Gradient` (its layer's name and (out, in), the layer's inputs (unit, token, in) and output
+        gradients (unit, token, out), or `matrix()`, or `chunks()` of it) and returns (unit, dim); what it returns for
+        the layers is summed. Gradients of two layers are never held at once.
+
+    The batches, and so the bits, depend only on the texts of a window, counted from the first text given, and on
+    the settings. Other arguments and errors as for `influence`.
+    """
+    work = job(model, targets=targets, loss=loss, checkpointing=checkpointing)
+    prepared = Preconditioner(optimizer, moments, work.layers)
+    for batches in windows(
+        units(rows(tokenizer, texts, limit=work.limit, cut=cut), 1), batch_tokens=batch_tokens, window=window
+    ):
+        for batch in batches:
+            yield _project(work, batch, project, prepared)
+
+
+def _project(work: Job, batch: Batch, project: Project, prepared: Preconditioner) -> Projected:
+    values: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def take(gradient: Gradient) -> None:
+        name, (out, into) = gradient.layer.name, gradient.layer.shape
+        nothing = torch.zeros(0, out, into, device=gradient.inputs.device)
+        values[name], squares[name] = project(gradient), gradient.dots_and_square(nothing)[1]
+
+    losses = differentiate(work, batch, take, preconditioner=prepared)
+    members = [row for unit in batch for row in unit]
+    # in the layers' own order, so that the sum has the same bits every time
+    total = torch.stack([values[name].to(losses.device) for name in work.names]).sum(0)
+    norms = torch.stack([squares[name].to(losses.device) for name in work.names]).sum(0).sqrt()
+    return Projected(tuple(row.place for row in members), total, norms, losses, tuple(row.learnt for row in members))
