@@ -65,6 +65,34 @@ def compared(
     )
 
 
+def page(
+    *,
+    title: str,
+    lines: Sequence[str],
+    tables: Sequence[Table],
+    figures: Mapping[str, "Figure"],
+    recipe: str = "",
+    delta: Mapping[str, Any] | None = None,
+) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML, with the pictures in it, and those pictures as PNG files (name: bytes).
+
+    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. ``delta`` has the file's
+    name, kind, bytes and sha256.
+    """
+    pictures = {}
+    for name, figure in figures.items():
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130)
+        pictures[name] = data.getvalue()
+    text = files("surgery").joinpath("page.html.jinja").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    encoded = {name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()}
+    return (
+        template.render(title=title, lines=lines, tables=tables, pictures=encoded, recipe=recipe, delta=delta),
+        pictures,
+    )
+
+
 def write_page(
     folder: Path,
     *,
@@ -75,19 +103,9 @@ def write_page(
     recipe: str,
     delta: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``report.html`` and ``plots/NAME.png`` for each of ``figures`` (name: matplotlib figure) into ``folder``.
-
-    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. ``delta`` has the file's
-    name, kind, bytes and sha256.
-    """
-    pictures = {}
-    for name, figure in figures.items():
+    """Write ``page(...)`` as ``report.html`` and ``plots/NAME.png`` for each of ``figures`` into ``folder``."""
+    text, pictures = page(title=title, lines=lines, tables=tables, figures=figures, recipe=recipe, delta=delta)
+    for name, picture in pictures.items():
         (folder / "plots").mkdir(exist_ok=True)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=130)
-        (folder / "plots" / f"{name}.png").write_bytes(data.getvalue())
-        pictures[name] = base64.b64encode(data.getvalue()).decode("ascii")
-    text = files("surgery").joinpath("page.html.jinja").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
-    page = template.render(title=title, lines=lines, tables=tables, pictures=pictures, recipe=recipe, delta=delta)
-    (folder / "report.html").write_text(page, "utf-8")
+        (folder / "plots" / f"{name}.png").write_bytes(picture)
+    (folder / "report.html").write_text(text, "utf-8")

@@ -24,8 +24,8 @@ class Talk:
             print(line, file=sys.stderr, flush=True)
 
     @contextmanager
-    def work(self, label: str, total: int) -> Iterator[Advance]:
-        """Inside, the yielded function is told of finished items; ``total`` is how many there are."""
+    def work(self, label: str, total: int | None) -> Iterator[Advance]:
+        """Inside, the yielded function is told of finished items; ``total`` is how many there are, if it is known."""
         if self.quiet:
             yield lambda n: None
         elif sys.stderr.isatty():
@@ -34,6 +34,10 @@ class Talk:
                 task = bar.add_task(label, total=total)
                 yield lambda n: bar.advance(task, n)
         else:
-            start = time.monotonic()
-            yield lambda n: None
-            self.say(f"{label}: {total} in {time.monotonic() - start:.1f} s")
+            start, done = time.monotonic(), [0]
+
+            def count(n: int) -> None:
+                done[0] += n
+
+            yield count
+            self.say(f"{label}: {done[0] if total is None else total} in {time.monotonic() - start:.1f} s")

@@ -93,6 +93,26 @@ def mean_metric(
     )
 
 
+def sampled_metric(
+    value: float,
+    samples: Float[np.ndarray, " resamples"],
+    *,
+    n: int,
+    scorer: str,
+    data: str,
+    ideal: float,
+    direction: str,
+) -> Metric:
+    """A number that is no mean, with the 95 % percentile interval of its bootstrap ``samples``.
+
+    Samples of a maximum or an absolute value lie above it; the interval is widened to hold the value where need be.
+    """
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Metric(
+        float(value), min(float(low), float(value)), max(float(high), float(value)), n, scorer, data, ideal, direction
+    )
+
+
 def from_dict(fields: dict[str, Any]) -> Metric:
     """The ``Metric`` that ``Metric.to_dict`` wrote."""
     return replace(Metric(0, 0, 0, 0, "", "", 0, ""), **fields)

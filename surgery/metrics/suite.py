@@ -1,8 +1,10 @@
-"""The bias and perplexity measurements that stand before and after every edit, from as few passes as can be."""
+"""The measurements that stand before and after every edit: those shipped, and those on a user's data folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,19 @@ from surgery.prefix import Prefix, encode, word_ids
 from surgery.progress import Talk
 
 SUITES = ("genbias", "genhint", "perplexity")
+# Suites that read files of the user's data folder: what each is, for `surgery list`. The module of the same name in
+# this package has ``evaluate(model, tokenizer, folder, *, limit, seed, step) -> nested dictionary of Metric``.
+FOLDER_SUITES = {
+    "stereoset": "StereoSet: stereotype score, language modelling score, ICAT",
+    "crows_pairs": "CrowS-Pairs: metric, stereotype and anti-stereotype score",
+    "bbq": "BBQ: accuracy and bias scores of question answering",
+    "capability": "BoolQ, PIQA, OpenBookQA, CommonsenseQA, MMLU, HellaSwag",
+    "seat": "SEAT: association effect sizes of sentence embeddings",
+    "weat": "WEAT: association effect sizes of word embeddings",
+    "cloze": "T-REx facts as cloze questions",
+    "gas": "GAS: gendered words in continuations",
+    "bios": "Bias in Bios: gaps between genders by profession",
+}
 Scores = dict[str, Any]
 Prefixes = Mapping[str, Prefix]
 
@@ -124,8 +139,53 @@ def measure(
     return Measured(scores, probabilities, kept)
 
 
+def folder_suites() -> dict[str, str]:
+    """The suites on a data folder that this installation has, and what each measures."""
+    return {name: text for name, text in FOLDER_SUITES.items() if find_spec(f"surgery.metrics.{name}")}
+
+
+def check_suites(names: Sequence[str]) -> None:
+    """Raises ``SurgeryError`` for a name that is no suite on a data folder."""
+    known = folder_suites()
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise SurgeryError(f"suite: got {unknown!r}, expected some of {', '.join([*SUITES, *known])}")
+
+
+def evaluate_suites(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    folder: str | Path,
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    talk: Talk | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Scores:
+    """``{suite: scores}`` of the named suites on the data ``folder``; ``limit`` rows each, or all where it is 0.
+
+    ``options`` are further keyword arguments by suite, such as ``{"stereoset": {"scorer": "bos"}}``. Rows that a
+    suite skipped stand as reasons under its ``"skipped"``, and are said.
+
+    Raises ``SurgeryError`` for an unknown suite, before any is measured, and for a folder without its files.
+    """
+    check_suites(names)
+    talk, scores = talk or Talk(quiet=True), {}
+    for name in names:
+        module = import_module(f"surgery.metrics.{name}")
+        with talk.work(f"measure {name}", None) as step:
+            scores[name] = module.evaluate(
+                model, tokenizer, Path(folder), limit=limit, seed=seed, step=step, **(options or {}).get(name, {})
+            )
+        skipped = scores[name].get("skipped", [])
+        if skipped:
+            talk.say(f"{name}: {len(skipped)} rows skipped; {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
+    return scores
+
+
 def plain(scores: Any) -> Any:
     """The same scores with each ``Metric`` as a dictionary, for JSON."""
-    if isinstance(scores, Metric):
-        return scores.to_dict()
-    return {key: plain(value) for key, value in scores.items()}
+    if isinstance(scores, Mapping):
+        return {key: plain(value) for key, value in scores.items()}
+    return scores.to_dict() if isinstance(scores, Metric) else scores

@@ -1,0 +1,133 @@
+"""Rows of a benchmark's file with the place they stand at, and seeded samples and splits of them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from surgery.data.prompts import read_text
+from surgery.errors import SurgeryError
+
+T = TypeVar("T")
+PARTS = ("train", "dev", "test")
+
+
+def find_file(folder: str | Path, name: str) -> Path:
+    """``folder/name``; raises ``SurgeryError`` naming both when it is not there."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise SurgeryError(f"{path}: no such file; expected {name} under the data directory {folder}; name another one")
+    return path
+
+
+def json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, each of which must have ``keys``; blank lines are skipped.
+
+    Raises ``SurgeryError`` naming the file and the line, and for a file without rows.
+    """
+    rows = []
+    # Only the line feed ends a line: str.splitlines would also cut at characters inside a JSON string.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise SurgeryError(f"{path}, line {number}: got {line[:60]!r}, expected a JSON object; mend that line")
+        rows.append(_with(row, keys, f"{path}, line {number}"))
+    return _some(rows, path)
+
+
+def csv_rows(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with a first row of column names; cells may hold line breaks.
+
+    Raises ``SurgeryError`` naming the file and the line, and for a file without rows.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        rows = []
+        for row in reader:
+            at = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise SurgeryError(f"{at}: expected {len(reader.fieldnames or [])} cells; mend that row")
+            rows.append(_with(row, keys, at))
+    except csv.Error as error:
+        raise SurgeryError(f"{path}, line {reader.line_num}: malformed ({error}); mend the quotes there") from None
+    return _some(rows, path)
+
+
+def _with(row: dict[str, Any], keys: Sequence[str], at: str) -> dict[str, Any]:
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise SurgeryError(f"{at}: got {', '.join(map(str, row))[:80]}, expected the key {missing[0]!r}; mend that row")
+    return row
+
+
+def _some(rows: list[T], path: Path) -> list[T]:
+    if not rows:
+        raise SurgeryError(f"{path}: got no row, expected at least 1; fill it")
+    return rows
+
+
+def sample(rows: Sequence[T], limit: int, seed: int, stratum: Callable[[T], Hashable] = lambda row: None) -> list[T]:
+    """``limit`` rows drawn without replacement, the strata in their proportions, in the order of ``rows``; 0 is all.
+
+    The strata's shares are met to within one row (largest remainders first).
+    """
+    if limit < 0:
+        raise SurgeryError(f"limit: got {limit}, expected 0 (all rows) or more")
+    if limit == 0 or limit >= len(rows):
+        return list(rows)
+    generator = np.random.default_rng(seed)
+    shuffled = [int(place) for place in generator.permutation(len(rows))]
+    strata: dict[Hashable, list[int]] = {}
+    for place in shuffled:
+        strata.setdefault(stratum(rows[place]), []).append(place)
+    shares = {key: limit * len(places) / len(rows) for key, places in strata.items()}
+    counts = {key: int(share) for key, share in shares.items()}
+    # Ties fall to the stratum met first in the shuffled order, so they depend on the seed only.
+    for key in sorted(shares, key=lambda key: counts[key] - shares[key])[: limit - sum(counts.values())]:
+        counts[key] += 1
+    return [rows[place] for place in sorted(p for key, places in strata.items() for p in places[: counts[key]])]
+
+
+def part(
+    rows: Sequence[T],
+    wanted: str,
+    seed: int,
+    *,
+    stratum: Callable[[T], Hashable],
+    unit: Callable[[T], Hashable] | None = None,
+    shares: tuple[float, float] = (0.6, 0.2),
+) -> list[T]:
+    """The ``train``, ``dev`` or ``test`` rows of a seeded split, or ``all``; ``shares`` are those of train and dev.
+
+    Units (the rows with one ``unit`` key, or each row) stay together, and are dealt out within each stratum of
+    their first row, so that each part has the strata in their proportions. The order is that of ``rows``.
+    """
+    if wanted == "all":
+        return list(rows)
+    if wanted not in PARTS:
+        raise SurgeryError(f"part: got {wanted!r}, expected one of {', '.join(PARTS)}, all")
+    units: dict[Hashable, list[int]] = {}
+    for place, row in enumerate(rows):
+        units.setdefault(place if unit is None else unit(row), []).append(place)
+    strata: dict[Hashable, list[list[int]]] = {}
+    for places in units.values():
+        strata.setdefault(stratum(rows[places[0]]), []).append(places)
+    generator = np.random.default_rng(seed)
+    kept: list[int] = []
+    for members in strata.values():
+        # A random offset deals the rounding of small strata to all three parts alike.
+        grid = (np.arange(len(members)) + generator.random()) / len(members)
+        bounds = np.cumsum(shares)
+        for place, position in zip(generator.permutation(len(members)), grid, strict=True):
+            if PARTS[int(np.searchsorted(bounds, position, side="right"))] == wanted:
+                kept += members[place]
+    return [rows[place] for place in sorted(kept)]
