@@ -72,7 +72,7 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x", "prompt": "y"}\n', "has both 'text' and 'prompt'"),
         ("a.jsonl", "[" * 100_000, "expected a JSON object"),
         ("a.csv", "prompt,answer\na,b\nc\n", "line 3: got 1 cells, expected 2"),
-        ("a.csv", "first,second\na,b\n", "line 1: got 'first, second'"),
+        ("a.csv", "first,second\na,b\n", "line 2: got 'first, second'"),
         ("a.csv", "text,text\na,b\n", "two columns are named 'text'"),
         ("a.csv", 'text\n"a" b\n', "line 2: malformed"),
         ("a.csv", "prompt,answer\na, \n", "line 2: 'answer' is ' '"),

@@ -180,7 +180,7 @@ def check_texts(
 ) -> int:
     """How many texts there are. Raises HookError for the first that `influence` would refuse, without a gradient."""
     limit = _job(model, probe, False).limit
-    return sum(1 for row in rows(tokenizer, texts, limit=limit, cut=cut) if probe.refuse(row))
+    return sum(1 for _ in map(probe.refuse, rows(tokenizer, texts, limit=limit, cut=cut)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,15 @@ Device = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
 
 
-def command(**kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose failures are one line on standard error and exit code 1."""
+def group(name: str, text: str) -> typer.Typer:
+    """A word that commands stand under, such as ``data`` in ``surgery data mix``; hand it to ``command``."""
+    found = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=text)
+    app.add_typer(found, name=name)
+    return found
+
+
+def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose failures are one line on standard error and exit code 1; ``under`` a ``group``, or on its own."""
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -46,7 +53,7 @@ def command(**kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None
                 print("interrupted", file=sys.stderr)
                 raise typer.Exit(1) from None
 
-        return app.command(**kwargs)(guarded)
+        return under.command(**kwargs)(guarded)
 
     return wrap
 

@@ -1,14 +1,13 @@
-"""A user's training file: texts, or prompts with their answers, from .txt, .jsonl, .csv or .tsv."""
+"""A user's training file: texts, or prompts with their answers, from .txt, .jsonl, .csv or .tsv, row by row."""
 
 import csv
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgery.data.prompts import read_text
 from surgery.errors import SurgeryError
 
 ENDINGS = (".txt", ".jsonl", ".csv", ".tsv")
@@ -32,45 +31,63 @@ class Columns:
 
 
 def examples(path: str | Path, *, columns: Columns | None = None, limit: int = 0) -> list[Example]:
-    """The rows of a training file, in order; the first ``limit`` of them where that is not 0.
+    """The rows that ``stream`` gives, in a list; the first ``limit`` of them where that is not 0."""
+    return list(islice(stream(path, columns=columns), limit or None))
 
-    ``.txt`` holds a text on each line. ``.jsonl`` holds an object on each line, ``.csv`` and ``.tsv`` a first row of
-    column names; their rows are texts or prompt and answer, told apart by the names in ``columns``. Blank lines are
-    skipped. Texts are taken as they stand: white space at their ends is part of the tokens.
+
+def stream(path: str | Path, *, columns: Columns | None = None) -> Iterator[Example]:
+    """The rows of a training file, in order and one at a time, so that memory does not grow with the file.
+
+    Rows are texts or prompt and answer, told apart by the names in ``columns``. Texts are taken as they stand: white
+    space at their ends is part of the tokens. Files and errors are those of ``table``.
+    """
+    columns = columns or Columns()
+    return (_example(row, columns, at) for at, row in table(path))
+
+
+def table(path: str | Path, *, header: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the row by column name) for each row of a file, in order and one at a time.
+
+    ``.txt`` holds a text on each line, which becomes the column "text". ``.jsonl`` holds an object on each line,
+    ``.csv`` and ``.tsv`` a first row of column names; without ``header`` the names are "1", "2" and so on. Blank lines
+    are skipped. The file is opened, and refused where it is missing or of another kind, at the call.
 
     Raises ``SurgeryError`` for a missing, unreadable, malformed or empty file, naming the file and its line.
     """
-    path, columns = Path(path), columns or Columns()
+    path = Path(path)
     ending = path.suffix.lower()
     if not path.is_file() or ending not in ENDINGS:
         got = f"the ending {ending or 'none'!r}" if path.is_file() else "no such file"
         raise SurgeryError(f"training file {path}: got {got}, expected a file ending in {', '.join(ENDINGS)}")
-    content = read_text(path)
-    if ending == ".txt":
-        rows: Iterator[Example] = (Example("", line) for _, line in _lines(content))
-    elif ending == ".jsonl":
-        rows = (_example(_object(line, at), columns, at) for at, line in _located(content, path))
-    else:
-        rows = _table(content, "," if ending == ".csv" else "\t", path, columns)
-    found = []
-    for row in rows:
-        found.append(row)
-        if len(found) == limit:
-            break
-    if not found:
+    return _table(path, ending, header)
+
+
+def _table(path: Path, ending: str, header: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    empty = True
+    try:
+        # Only the line feed ends a line of text: others may stand inside a JSON string. A CSV cell may hold any.
+        with path.open(encoding="utf-8-sig", newline="\n" if ending in (".txt", ".jsonl") else "") as file:
+            if ending in (".csv", ".tsv"):
+                rows = _cells(file, "," if ending == ".csv" else "\t", path, header)
+            else:
+                located = ((f"{path}, line {number}", line) for number, line in _lines(file))
+                rows = ((at, {"text": line} if ending == ".txt" else _object(line, at)) for at, line in located)
+            for row in rows:
+                empty = False
+                yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise SurgeryError(
+            f"cannot read {path}: got {type(error).__name__} ({error}), expected a UTF-8 text file; "
+            "check the file, its permissions and its encoding"
+        ) from error
+    if empty:
         raise SurgeryError(f"training file {path}: got no row, expected at least 1; fill it")
-    return found
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Only the line feed ends a line: str.splitlines would also cut at characters inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
+def _lines(file: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, 1):
         if line.strip():
-            yield number, line.removesuffix("\r")
-
-
-def _located(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    return ((f"{path}, line {number}", line) for number, line in _lines(text))
+            yield number, line.removesuffix("\n").removesuffix("\r")
 
 
 def _object(line: str, at: str) -> dict[str, Any]:
@@ -83,8 +100,8 @@ def _object(line: str, at: str) -> dict[str, Any]:
     return value
 
 
-def _table(text: str, delimiter: str, path: Path, columns: Columns) -> Iterator[Example]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _cells(file: Iterable[str], delimiter: str, path: Path, header: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     names: list[str] = []
     try:
         for cells in reader:
@@ -92,17 +109,17 @@ def _table(text: str, delimiter: str, path: Path, columns: Columns) -> Iterator[
             if not cells:
                 continue
             if not names:
-                names = cells
+                names = cells if header else [str(number) for number in range(1, len(cells) + 1)]
                 twice = next((name for name in names if names.count(name) > 1), None)
                 if twice is not None:
                     raise SurgeryError(f"{at}: two columns are named {twice!r}; the first row must name each once")
-                _kind(dict.fromkeys(names), columns, at)
-            elif len(cells) != len(names):
+                if header:
+                    continue
+            if len(cells) != len(names):
                 raise SurgeryError(
                     f"{at}: got {len(cells)} cells, expected {len(names)} ({', '.join(names)[:80]}); mend that row"
                 )
-            else:
-                yield _example(dict(zip(names, cells, strict=True)), columns, at)
+            yield at, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise SurgeryError(f"{path}, line {reader.line_num}: malformed ({error}); mend the quotes there") from None
 
