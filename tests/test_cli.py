@@ -1,17 +1,22 @@
 """The commands as a user types them: results, exit codes, and one clear line for every mistake."""
 
+import inspect
 import json
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from surgery.cli import app
+from surgery.metrics.suite import FOLDER_SUITES
 
 COMMANDS = (
-    "locate", "run", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export", "import", "card"
+    "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
+    "import", "card",
 )  # fmt: skip
 QUICK = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]", "--device", "cpu"]
 
@@ -52,7 +57,7 @@ def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> Non
     )
     assert code == 0 and "entries changed" in stdout
     code, stdout, _ = surgery("eval", edited, "--json", tmp_path / "e.json", "--quiet", "--device", "cpu")
-    assert code == 0 and "UB-Score" in stdout
+    assert code == 0 and "genhint ub" in stdout
     measured = json.loads((tmp_path / "e.json").read_text())
     after = json.loads((run / "run.json").read_text())["after"]
     assert measured["genbias"]["afgb"]["all"]["value"] == pytest.approx(
@@ -73,6 +78,30 @@ def test_eval_with_a_delta_in_memory(run: Path, checkpoint: Path, tmp_path: Path
     assert set(before) == {"genbias", "model", "deltas"}
 
 
+def test_eval_on_a_data_folder(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "crows_pairs").mkdir(parents=True)
+    rows = [f"{n},The nurse said that he,The doctor{n % 3} said,stereo,gender" for n in range(25)]
+    text = "\n".join([",sent_more,sent_less,stereo_antistereo,bias_type", *rows, "25,a,,stereo,gender", ""])
+    (folder / "crows_pairs" / "crows_pairs_anonymized.csv").write_text(text)
+    arguments = ["eval", checkpoint, "--suite", "crows_pairs", "--data", folder, "--device", "cpu"]
+    code, _, stderr = surgery(*arguments)
+    assert code == 1 and "neither BOS nor EOS" in stderr  # the tiny tokenizer has none
+    told = tmp_path / "with_bos"
+    shutil.copytree(checkpoint, told)
+    config = json.loads((told / "tokenizer_config.json").read_text())
+    (told / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<pad>"}))
+    arguments[1] = told
+    both = ["--suite", "perplexity", "--scorer", "sum", "--limit", "20", "--json", tmp_path / "e.json"]
+    code, stdout, stderr = surgery(*arguments, *both)
+    assert code == 0, stderr
+    assert "crows pairs metric overall" in stdout and "perplexity" in stdout and "1 rows skipped" in stderr
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["crows_pairs"]["metric"]["overall"]["n"] == 20
+    assert found["crows_pairs"]["metric"]["gender"]["scorer"] == "metric score, sum"
+    assert "line 27: sent_less is empty" in found["crows_pairs"]["skipped"][0] and "value" in found["perplexity"]
+
+
 def test_locate_writes_numbers_and_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     files = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     code, stdout, _ = surgery("locate", checkpoint, *files, "--quiet", "--device", "cpu")
@@ -86,6 +115,13 @@ def test_list_says_what_is_ready() -> None:
     assert code == 0 and "lftf" in stdout and "genbias" in stdout and "demo" in stdout
 
 
+def test_every_suite_is_called_alike() -> None:
+    for name in FOLDER_SUITES:
+        parameters = inspect.signature(import_module(f"surgery.metrics.{name}").evaluate).parameters
+        assert list(parameters)[:3] == ["model", "tokenizer", "folder"]
+        assert {"limit", "seed", "step"} <= {key for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -96,6 +132,8 @@ def test_list_says_what_is_ready() -> None:
         (["run", "lftf", "--set", "data=", "--model", "CHECKPOINT"], "no prompt set ''"),
         (["run", "lftf", "--model", "CHECKPOINT", "--resume"], "nothing to resume"),
         (["eval", "CHECKPOINT", "--suite", "genbia"], "expected some of genbias, genhint, perplexity"),
+        (["eval", "CHECKPOINT", "--suite", "crows_pairs"], "--data genbias is no folder"),
+        (["eval", "CHECKPOINT", "--suite", "crows_pairs", "--data", ".", "--scorer", "mean"], "expected one of bias-b"),
         (["eval", "nothing.gguf"], "no such GGUF file"),
         (["locate", "CHECKPOINT", "--by", "magic"], "expected bmi"),
         (["inspect", "nothing.safetensors"], "nothing.safetensors"),

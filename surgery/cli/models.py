@@ -65,7 +65,7 @@ def locate(
     every = genbias.records("profession", "train", prompts=prompts)
     alone = by == "bmi" and not compare
     rows = every[: limit or (None if alone else LIMIT)]
-    opened, tokenizer = _open(model, quiet, device=device)
+    opened, tokenizer = open_model(model, quiet, device=device)
     options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
     found = []
     for method in chosen:
@@ -108,22 +108,11 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a whole operation: locate, edit, write the delta, apply it on disk, measure before and after, report."""
-    from importlib import import_module
-
     from surgery.progress import Talk
     from surgery.report import verdict
-    from surgery.settings import build, parse_set, read_toml
+    from surgery.settings import build
 
-    path = _recipe_file(recipe)
-    values = read_toml(path)
-    module_name = values.pop("recipe", None)
-    if module_name not in _recipe_modules():
-        raise SurgeryError(
-            f"{path}: recipe = {module_name!r}; expected one of {', '.join(_recipe_modules())}; name the recipe to run"
-        )
-    values |= parse_set(settings or [])
-    values |= {key: value for key, value in (("model", model), ("seed", seed)) if value is not None}
-    module = import_module(f"recipes.{module_name}")
+    module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
     folder = out or Path("runs") / path.stem
     # Every process of a distributed run computes the same; the first one writes, the others into a scratch folder.
@@ -132,7 +121,7 @@ def run(
     from surgery.runs import check_free
 
     check_free(folder, resume=resume)
-    opened, tokenizer = _open(ready.model, quiet, dtype=ready.dtype, device=device)
+    opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     try:
         finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, talk=Talk(quiet))
     except KeyboardInterrupt:
@@ -148,51 +137,95 @@ def run(
 
 
 @command(
-    name="eval", epilog=examples("surgery eval demo", "surgery eval demo --delta delta.safetensors --json after.json")
+    name="eval",
+    epilog=examples(
+        "surgery eval demo",
+        "surgery eval demo --delta delta.safetensors --json after.json",
+        "surgery eval demo --suite stereoset --suite crows_pairs --data ./data --scorer bias-bench",
+        "surgery eval demo --lm-eval mmlu,hellaswag --limit 200",
+    ),
 )
 def evaluate(
     model: Model,
     delta: Annotated[list[Path] | None, typer.Option("--delta", help="Apply this delta in memory first.")] = None,
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", help="genbias, genhint, perplexity; default all.")
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            help="genbias, genhint, perplexity (default: these), or one that needs a data folder: surgery list.",
+        ),
     ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
+        str, typer.Option("--data", help="Prompt set (genbias, race, or a .toml / .json file), or the data folder.")
     ] = "genbias",
     split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
     part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
     texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
+    scorer: Annotated[
+        str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
+    ] = "bias-bench",
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), such as mmlu,hellaswag; then no default."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the rows of --limit.")] = 0,
     json_file: JsonFile = None,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a checkpoint: AFGB, pronoun mass, relative gap, UB-Score, perplexity, each with its interval."""
+    """Measure a checkpoint by the chosen suites: every number with its scorer, its data and its interval."""
     from surgery.data.prompts import load_prompt_set
-    from surgery.metrics.suite import SUITES, material, measure, plain
+    from surgery.metrics import lm_eval as benchmarks
+    from surgery.metrics.sentences import check_scorer
+    from surgery.metrics.suite import SUITES, check_suites, evaluate_suites, material, measure, plain
+    from surgery.page import leaves
     from surgery.progress import Talk
-    from surgery.report import ROWS, find
     from surgery.runs import write_json
 
-    prompts = load_prompt_set(data)
-    opened, tokenizer = _open(model, quiet, device=device, deltas=delta or [])
-    given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=suite or SUITES)
-    scores = plain(measure(opened, given, talk=Talk(quiet)).scores)
+    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
+    names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
+    shipped, others = [name for name in names if name in SUITES], [name for name in names if name not in SUITES]
+    check_suites(others)
+    check_scorer(scorer)
+    if tasks:
+        benchmarks.check_installed()
+    if others and not Path(data).is_dir():
+        raise SurgeryError(f"suite {others[0]}: --data {data} is no folder; give the folder that holds its files")
+    prompts = load_prompt_set("genbias" if others else data)
+    opened, tokenizer = open_model(model, quiet, device=device, deltas=delta or [])
+    scores: dict[str, Any] = {}
+    if shipped:
+        given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=shipped)
+        scores |= measure(opened, given, talk=Talk(quiet)).scores
+    scores |= evaluate_suites(
+        opened,
+        tokenizer,
+        others,
+        data,
+        limit=limit,
+        seed=seed,
+        talk=Talk(quiet),
+        options={name: {"scorer": scorer} for name in ("stereoset", "crows_pairs")},
+    )
+    if tasks:
+        scores["lm_eval"] = benchmarks.evaluate(opened, tokenizer, tasks, limit=limit, seed=seed)
+    scores = plain(scores)
     if json_file:
         write_json(json_file, scores | {"model": model, "deltas": [str(path) for path in delta or []]})
-    for label, path in ROWS:
-        if metric := find(scores, path):
-            print(
-                f"{label:24} {metric['value']:10.4f}  [{metric['low']:.4f}, {metric['high']:.4f}]  n {metric['n']}, "
-                f"ideal {metric['ideal']:g}; {metric['scorer']}; {metric['data']}"
-            )
+    for keys, metric in leaves(scores):
+        print(
+            f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
+            f"{metric['high']:.4f}]  n {metric['n']}, ideal {metric['ideal']:g}; {metric['scorer']}; {metric['data']}"
+        )
 
 
 @command(name="list", epilog=examples("surgery list"))
 def list_(debug: Debug = False) -> None:
     """Show the recipes, metrics and data sets, and which of them are ready here."""
     from surgery.data.prompts import SHIPPED
-    from surgery.metrics.suite import SUITES
+    from surgery.metrics.suite import SUITES, folder_suites
 
     try:
         from surgery.checkpoints import demo_gguf
@@ -203,15 +236,16 @@ def list_(debug: Debug = False) -> None:
     for title, rows in (
         ("recipes", {name: _first_comment(_recipes()[name]) for name in sorted(_recipes())}),
         ("metrics", dict.fromkeys(SUITES, "ready")),
+        ("metrics that need --data FOLDER", folder_suites()),
         ("data sets", dict.fromkeys(SHIPPED, "ready") | {"neutral": "ready"}),
         ("models", {"demo": demo}),
     ):
         print(title)
         for name, text in rows.items():
-            print(f"  {name:12} {text}")
+            print(f"  {name:16} {text}")
 
 
-def _open(spec: str, quiet: bool, **options: Any) -> Any:
+def open_model(spec: str, quiet: bool, **options: Any) -> Any:
     """``surgery.load``; the libraries' own bars are for terminals."""
     from transformers.utils import logging
 
@@ -220,6 +254,26 @@ def _open(spec: str, quiet: bool, **options: Any) -> Any:
     from surgery.checkpoints import load
 
     return load(spec, **options)
+
+
+def chosen_recipe(
+    recipe: str, model: str | None, pairs: list[str], seed: int | None
+) -> tuple[Any, dict[str, Any], Path]:
+    """The recipe's module; its TOML file's values with ``--set``, ``--model`` and ``--seed`` over them; the file."""
+    from importlib import import_module
+
+    from surgery.settings import parse_set, read_toml
+
+    path = _recipe_file(recipe)
+    values = read_toml(path)
+    name = values.pop("recipe", None)
+    if name not in _recipe_modules():
+        raise SurgeryError(
+            f"{path}: recipe = {name!r}; expected one of {', '.join(_recipe_modules())}; name the recipe to run"
+        )
+    values |= parse_set(pairs)
+    values |= {key: value for key, value in (("model", model), ("seed", seed)) if value is not None}
+    return import_module(f"recipes.{name}"), values, path
 
 
 def _recipes() -> dict[str, Path]:
