@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from surgery.architecture import read_json
 from surgery.delta import Delta
 from surgery.delta.extract import values
-from surgery.delta.live import restored, touched
+from surgery.delta.live import attached, restored, touched
 from surgery.errors import SurgeryError
 from surgery.stored import open_stored
 
@@ -44,11 +45,18 @@ def load(
     ``spec`` is a directory, a hub name, a ``.gguf`` file or ``"demo"``. The default dtype is float32 whatever
     the file holds: bf16 and fp16 weights are represented exactly, and scores do not depend on the machine's
     half-precision kernels; ``"auto"`` keeps the checkpoint's own. ``device`` defaults to the accelerator where
-    there is one. ``deltas`` are applied in memory, in order.
+    there is one. ``deltas`` are applied in memory, in order; the module of one
+    of kind "module" is put into the model.
 
     Raises ``SurgeryError`` when nothing that can be opened stands at ``spec``.
     """
     directory = checkpoint_dir(spec)
+    own = read_json(directory / "config.json")
+    if isinstance(own, dict) and "auto_map" in own:
+        raise SurgeryError(
+            f"{directory}: this checkpoint brings its own code (auto_map), which is not run; open it with transformers "
+            "and trust_remote_code=True, or give the base checkpoint and the delta"
+        )
     config = AutoConfig.from_pretrained(directory)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_named(dtype)
@@ -215,10 +223,10 @@ def tensors_of(model: PreTrainedModel, delta: Delta, directory: Path) -> Iterato
     """Inside, the tensors that ``delta`` touches hold what the checkpoint in ``directory`` holds; then they return.
 
     With ``directory`` the result of applying ``delta`` to the checkpoint of ``model``, the model is that saved
-    checkpoint inside, rounding included, without a second model in memory.
+    checkpoint inside, rounding included, without a second model in memory. A module of the delta stands in it, too.
     """
     stored = open_stored(directory)
-    with restored(delta, model):
+    with restored(delta, model), attached(delta, model):
         with torch.no_grad():
             for name, parameter in touched(delta, model).items():
                 numbers = values(stored, name, 0, parameter.numel())

@@ -45,6 +45,8 @@ class Plan:
     schedule: str = "constant"  # "constant" | "linear": down to 0 at the last step
     warmup: float = 0.0
     """The share of the steps in which the learning rate rises linearly from 0."""
+    shuffle: bool = True
+    """Take the examples of each epoch in an order drawn by the seed, not as they are numbered."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step ``step`` (from 0) of ``steps``."""
@@ -141,7 +143,7 @@ def train(
                     break
                 rate = plan.rate(step, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("factor", 1.0)  # set by ``after``; saved with the optimizer
                 with accelerator.split_between_processes(rows) as mine:
                     # A process without a row of the last small batch still takes part, with weight 0.
                     weight = len(mine) * accelerator.num_processes / len(rows)
@@ -187,7 +189,7 @@ def steps_of(count: int, plan: Plan) -> int:
 def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
     for epoch in range(plan.epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=generator).tolist() if plan.shuffle else list(range(count))
         for start in range(0, count, plan.batch_size):
             yield order[start : start + plan.batch_size]
 

@@ -3,6 +3,7 @@ disk."""
 
 import json
 import sys
+from contextlib import nullcontext
 
 import deltakit as kit
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from surgery import SurgeryError, rounding, sketch
 from surgery import apply as disk
@@ -322,15 +323,117 @@ def test_lora_kind_equals_its_product(base, tmp_path):
         deltas.make(factors | {kit.DOWN + ".lora_B": left[:8]}, base, base="t", recipe="", seed=0, kind="lora")
 
 
-def test_module_kind_is_refused_by_checkpoints_and_models(base, tmp_path):
-    delta = deltas.make({"cross.0.q.weight": np.ones((4, 4))}, base, base="t", recipe="", seed=0, kind="module")
-    delta.save(tmp_path / "m.safetensors")
-    with pytest.raises(SurgeryError, match=r"kind 'module'.*cannot hold.*recipe"):
-        disk.apply(tmp_path / "m.safetensors", base, tmp_path / "out")
-    with pytest.raises(SurgeryError, match=r"kind 'module'"):
-        Delta.load(tmp_path / "m.safetensors").apply(tiny_llama())
+SETTINGS = {
+    "type": "cross_attention", "width": 16, "words": ["he", "she"], "heads": 4, "ffn": 8, "top_percent": 40.0,
+    "decay": 0.2, "scope": "row", "renormalise": False, "dropout": 0.1,
+}  # fmt: skip
+
+
+def module_tensors(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {f"{name}.weight": (16, 16) for name in ("query", "key", "value", "output")}
+    shapes |= {f"{name}.{part}": (16,) for name in ("norm", "last_norm") for part in ("weight", "bias")}
+    shapes |= {"ffn.0.weight": (8, 16), "ffn.0.bias": (8,), "ffn.3.weight": (16, 8), "ffn.3.bias": (16,)}
+    shapes |= {"fusion.weight": (16, 32), "reference": (2, 16)}
+    return {f"module.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_module(base, extra=None, **changes):
+    arrays = {**module_tensors(), **(extra or {})}
+    return deltas.make(arrays, base, base="t", recipe="", seed=0, kind="module", module={**SETTINGS, **changes})
+
+
+def lora_factors():
+    rng = np.random.default_rng(1)
+    return {kit.DOWN + ".lora_B": rng.normal(size=(16, 3)), kit.DOWN + ".lora_A": rng.normal(size=(3, 24))}
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_module_kind_on_disk_and_in_memory(base, tmp_path, with_lora):
+    made = make_module(base, lora_factors() if with_lora else {})
+    path = tmp_path / "m.safetensors"
+    assert made.save(path) == made.sha256 == deltas.open_delta(path).sha256
+    delta = Delta.load(path)
+    with pytest.raises(SurgeryError, match=r"kind 'module'.*cannot hold.*surgery export DELTA --transformers DIR"):
+        disk.apply(path, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert disk.inspect(tmp_path / "m.safetensors").tensors[0].name == "cross.0.q.weight"
+    with pytest.raises(SurgeryError, match=r"'module'.*do not add up"):
+        deltas.compose([delta])
+    view = disk.inspect(path, base)
+    assert view.module == SETTINGS and view.refusal is None
+    assert view.verdict == ("same" if with_lora else "same architecture")
+    assert {tensor.name for tensor in view.tensors} == {*module_tensors(), *([kit.DOWN] if with_lora else [])}
+    plain = delta.differences
+    assert (plain is None) is not with_lora
+    if plain is not None:  # the rest is an ordinary delta
+        disk.apply(plain, base, tmp_path / "out")
+        both = deltas.make(lora_factors(), base, base="t", recipe="", seed=0, kind="lora")
+        disk.apply(both, base, tmp_path / "same")
+        assert kit.hashes(tmp_path / "out")["model.safetensors"] == kit.hashes(tmp_path / "same")["model.safetensors"]
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_module_kind_in_a_live_model(base, with_lora):
+    import surgery.edits.cross_attention as cross_attention
+
+    delta = make_module(base, lora_factors() if with_lora else {})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    def logits():
+        with torch.no_grad():
+            return model(ids).logits
+
+    plain, before = logits(), {name: value.clone() for name, value in model.state_dict().items()}
+    with delta.applied(model):
+        edited = logits()
+        assert (model.get_parameter(kit.DOWN) != before[kit.DOWN]).any() == with_lora
+    assert not torch.equal(edited, plain) and torch.equal(logits(), plain)
+    with pytest.raises(RuntimeError, match="stop"), delta.applied(model):
+        raise RuntimeError("stop")
+    with delta.applied(model, scale=0.0):
+        assert torch.equal(logits(), plain)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    plain_part = delta.differences
+    guard = nullcontext() if plain_part is None else plain_part.applied(model)
+    with guard, cross_attention.reattached(model, cross_attention.from_delta(delta)):
+        assert torch.equal(logits(), edited)
+    delta.apply(model)
+    assert torch.equal(logits(), edited)
+    with pytest.raises(SurgeryError, match="has a 'cross_attention' already"):
+        make_module(base).apply(model)
+    assert torch.equal(logits(), edited)
+
+
+def test_module_kind_refuses_what_does_not_fit(base, tmp_path):
+    delta = make_module(base, lora_factors())
+    wide = LlamaForCausalLM(LlamaConfig(**{**kit.CONFIG, "hidden_size": 32}))
+    with pytest.raises(SurgeryError, match=r"hidden_size: the delta's base has 16, the target 32"):
+        delta.apply(wide)
+    for change, message in (
+        ({"width": 32}, r"'module.reference' has shape \[2, 16\], by its settings \[2, 32\]"),
+        ({"words": ["he"]}, r"'module.reference' has shape \[2, 16\], by its settings \[1, 16\]"),
+        ({"words": "he"}, r"no proper 'words'"),
+        ({"words": [1, 2]}, r"not those of a cross-attention"),
+        ({"heads": 4.0}, r"no proper 'heads'"),
+        ({"decay": True}, r"no proper 'decay'"),
+        ({"place": "x"}, r"not those of a cross-attention"),
+        ({"type": "adapter"}, r"type 'adapter', expected 'cross_attention'"),
+    ):
+        with pytest.raises(SurgeryError, match=message):
+            make_module(base, **change)
+    with pytest.raises(SurgeryError, match=r"has no tensor 'stray'"):
+        make_module(base, {"stray": np.ones(3)})
+    with pytest.raises(SurgeryError, match=r"settings go with kind 'module'"):
+        deltas.make(module_tensors(), base, base="t", recipe="", seed=0, kind="module")
+    for change, message in (  # what only a model can tell
+        ({"heads": 5}, r"heads is 5; expected a number that divides"),
+        ({"decay": 1.5}, r"decay \(lambda\) is 1.5"),
+        ({"ffn": 9}, r"tensor 'ffn.0.bias' has shape \(8,\), expected \(9,\)"),
+    ):
+        with pytest.raises(SurgeryError, match=message):
+            make_module(base, **change).apply(LlamaForCausalLM(LlamaConfig(**kit.CONFIG)))
 
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="safetensors are read in place on little-endian machines")

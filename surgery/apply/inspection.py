@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.apply.plan import Tied, Vocabulary, make_plan
+from surgery.apply.plan import Tied, Vocabulary, check_architecture, make_plan
 from surgery.delta.format import Delta, DeltaFile, open_delta
+from surgery.delta.metadata import MODULE
 from surgery.errors import SurgeryError
 from surgery.rounding import refuse_not_finite
 from surgery.stored import open_stored
@@ -45,6 +46,7 @@ class Inspection:
     architecture: dict[str, Any]
     parents: tuple[dict[str, Any], ...]
     measured: dict[str, Any]
+    module: dict[str, Any] | None  # type and settings of the new part, with kind "module"
     tensors: tuple[TensorView, ...]
     parameters: int
     against: Path | None
@@ -79,17 +81,24 @@ def inspect(
     if against is not None:
         stored = open_stored(against)
         try:
-            plan = make_plan(delta, stored, rename=rename, tied=tied, vocabulary=vocabulary, judge=False)
-            verdict, gap, notes = plan.verdict, plan.distance, plan.notes
-            distances = {name: edit.distance for edit in plan.edits for name in edit.sources}
+            if not delta.shapes:  # a module alone fits all weights of its architecture
+                check_architecture(delta, stored)
+                verdict, gap = "same architecture", None
+            else:
+                plan = make_plan(
+                    delta, stored, rename=rename, tied=tied, vocabulary=vocabulary, judge=False, module=True
+                )
+                verdict, gap, notes = plan.verdict, plan.distance, plan.notes
+                distances = {name: edit.distance for edit in plan.edits for name in edit.sources}
         except SurgeryError as error:
             verdict, refusal = "refused", str(error)
     data = delta.metadata
     views = describe(delta, distances)
     return Inspection(
         delta.path, delta.header.file_bytes, delta.sha256, data["kind"], data["base"], data["recipe"],
-        data["seed"], data["tool"], data["architecture"], tuple(data["parents"]), data["measured"], views,
-        sum(math.prod(view.shape) for view in views), Path(against) if against is not None else None,
+        data["seed"], data["tool"], data["architecture"], tuple(data["parents"]), data["measured"],
+        data.get("module"), views, sum(math.prod(view.shape) for view in views),
+        Path(against) if against is not None else None,
         verdict, gap, refusal, notes,
     )  # fmt: skip
 
@@ -100,11 +109,10 @@ def describe(delta: Delta | DeltaFile, distances: Mapping[str, float] | None = N
     Raises:
         SurgeryError: a difference holds NaN or infinity.
     """
+    shapes = dict(delta.shapes)
     if delta.metadata["kind"] == "module":
         arrays = delta.tensors if isinstance(delta, Delta) else delta.header.tensors
-        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-    else:
-        shapes = delta.shapes
+        shapes |= {name: tuple(value.shape) for name, value in arrays.items() if name.startswith(MODULE)}
     return tuple(_view(delta, name, shapes[name], (distances or {}).get(name)) for name in sorted(shapes))
 
 

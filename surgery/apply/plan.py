@@ -55,8 +55,11 @@ def make_plan(
     tied: Tied | None = None,
     vocabulary: Vocabulary = "refuse",
     judge: bool = True,
+    module: bool = False,
 ) -> Plan:
     """Check everything that can be checked by reading. With `judge` False, unrelated weights are not refused.
+
+    With `module`, the differences of a delta of kind "module" are planned, instead of refusing the kind.
 
     Raises:
         SurgeryError: kind, architecture, names, shapes, tying, vocabulary, dtype, NaN, or relatedness; see
@@ -67,14 +70,13 @@ def make_plan(
         raise SurgeryError(f"tied {tied!r}: expected one of {', '.join(get_args(Tied))}")
     if vocabulary not in get_args(Vocabulary):
         raise SurgeryError(f"vocabulary {vocabulary!r}: expected one of {', '.join(get_args(Vocabulary))}")
-    if delta.metadata["kind"] == "module":
+    if delta.metadata["kind"] == "module" and not module:
         raise SurgeryError(
             f"{where}: this delta is of kind 'module' (new parts such as cross-attention), which a plain checkpoint "
-            "cannot hold; load the model and attach it with its recipe"
+            "cannot hold; write one that can with surgery export DELTA --transformers DIR --checkpoint CHECKPOINT, or "
+            "open it in memory: surgery.load(CHECKPOINT, deltas=[DELTA])"
         )
-    odd = differences(delta.metadata["architecture"], stored.facts)
-    if odd:
-        raise SurgeryError(f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
+    check_architecture(delta, stored)
     targets = _targets(delta, stored, rename, tied)
     sizes = {target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()}
     for name, shape in delta.shapes.items():
@@ -98,6 +100,14 @@ def make_plan(
     farthest, gap = sketch.judged(distances, shapes)
     edits.sort(key=lambda edit: (edit.file, edit.entry.begin))
     return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
+
+
+def check_architecture(delta: Differences, stored: Stored) -> None:
+    """Raises: SurgeryError when the checkpoint's config states another architecture than the delta's base."""
+    odd = differences(delta.metadata["architecture"], stored.facts)
+    if odd:
+        where = stored.path
+        raise SurgeryError(f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
 
 
 def _targets(

@@ -87,15 +87,21 @@ def inspect(
         _print_inspection(found)
 
 
+def _shown(value: Any) -> str:
+    return "/".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
+
+
 def _print_inspection(found: Any) -> None:
     print(f"{found.path}: kind {found.kind}, base {found.base}, {found.bytes:,} bytes, sha256 {found.sha256}")
+    if found.module:
+        settings = ", ".join(f"{key} {_shown(value)}" for key, value in found.module.items() if key != "type")
+        print(f"module {found.module['type']}: {settings}")
+        print("a plain checkpoint cannot hold it: surgery export --transformers, or surgery.load(..., deltas=[...])")
     print(f"{len(found.tensors)} tensors, {found.parameters:,} entries; seed {found.seed}, written by {found.tool}")
     for view in found.tensors:
         far = "" if view.distance is None else f", distance {view.distance:.4f}"
-        print(
-            f"  {view.name}  {list(view.shape)} {view.dtype}  changed by {view.relative:.2e} of its norm, "
-            f"{view.nonzero:,} entries{far}"
-        )
+        change = f"changed by {view.relative:.2e} of its norm" if view.base_norm else f"norm {view.norm:.3g}"
+        print(f"  {view.name}  {list(view.shape)} {view.dtype}  {change}, {view.nonzero:,} entries{far}")
     if found.against:
         distance = "" if found.distance is None else f" (largest distance {found.distance:.4f})"
         print(f"against {found.against}: {found.verdict}{distance}" + (f"; {found.refusal}" if found.refusal else ""))
@@ -137,19 +143,57 @@ def compose(
     print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")
 
 
-@command(epilog=examples("surgery export delta.safetensors --peft ./adapter --rank 64"))
+@command(
+    epilog=examples(
+        "surgery export delta.safetensors --peft ./adapter --rank 64",
+        "surgery export crawd.safetensors --transformers ./edited --checkpoint demo",
+    )
+)
 def export(
     delta: Annotated[Path, typer.Argument(help="The delta file.")],
-    peft: Annotated[Path, typer.Option("--peft", help="The PEFT LoRA adapter directory to write.")],
-    rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; default: exact.")] = None,
-    drop_vectors: Annotated[bool, typer.Option("--drop-vectors", help="Leave norms and biases out.")] = False,
+    peft: Annotated[Path | None, typer.Option("--peft", help="Write this PEFT LoRA adapter directory.")] = None,
+    transformers: Annotated[
+        Path | None,
+        typer.Option(
+            "--transformers",
+            help="Write this directory for transformers (trust_remote_code=True); of a delta of kind module.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="PEFT: cut to this rank; default: exact.")] = None,
+    drop_vectors: Annotated[bool, typer.Option("--drop-vectors", help="PEFT: leave norms and biases out.")] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help=f"To put the module into. {MODEL_HELP}")
+    ] = None,
+    scale: Annotated[float, typer.Option("--scale", help="Multiply what the delta adds.")] = 1.0,
+    rounding: Annotated[
+        str, typer.Option("--rounding", help="Of the changed weights: nearest, stochastic, auto.")
+    ] = "nearest",
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a delta as a PEFT adapter, and print what cutting its rank lost."""
+    """Write a delta as a PEFT adapter, or a checkpoint with a delta's module in it for transformers."""
     from surgery.delta import Delta
+
+    found = Delta.load(delta)
+    if transformers is not None and peft is None:
+        from surgery.edits.cross_attention.export import export_transformers
+
+        if checkpoint is None:
+            raise SurgeryError("export --transformers: needs the base or a relative of it; add --checkpoint CHECKPOINT")
+        options: dict[str, Any] = {"scale": scale, "rounding": rounding, "seed": seed, "force": force}
+        written = export_transformers(found, local(checkpoint), transformers, **options)
+        print(
+            f"{written.out}: {written.bytes:,} bytes, module of {written.parameters:,} parameters, {written.changed:,} "
+            f"entries of the base changed, {written.lost:,} left as they were by rounding; open it with "
+            f"{written.auto_class}.from_pretrained({str(written.out)!r}, trust_remote_code=True)"
+        )
+        return
+    if peft is None or transformers is not None:
+        raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
     from surgery.peft_io import export_peft
 
-    report = export_peft(Delta.load(delta), peft, rank=rank, drop_vectors=drop_vectors)
+    report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors)
     for name, error in report.errors.items():
         print(f"  {name}  relative error {error:.4f}")
     for name, share in report.dropped.items():

@@ -7,7 +7,8 @@ How to read one:
  3. `kind` is "dense", "lora" or "module"; `format` is 1.
  4. dense: the tensor NAME of the file is the difference (edited - base) of the checkpoint's tensor NAME.
  5. lora: the difference of NAME is the product `NAME.lora_B` [rows, r] @ `NAME.lora_A` [r, columns].
- 6. module: the tensors are new parts, which a plain checkpoint cannot hold; their recipe attaches them.
+ 6. module: `module.NAME` is the tensor NAME of a new part, which a plain checkpoint cannot hold; the metadata's
+    `module` has its type and settings. What else is in the file are differences, as in 5 or 4.
  7. `tensors` has, per NAME of the base: `shape`, `dtype`, `sha256` of the base's stored bytes, `norm` and
     `sketch` (64 little-endian fp32 in base64; `surgery/sketch.py`), which tell how far a target is from the
     base.

@@ -33,7 +33,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
     for delta, weight in zip(deltas, weights, strict=True):
         if delta.kind == "module":
             raise SurgeryError(
-                "compose: a delta of kind 'module' holds new parts, not differences; apply it by its recipe"
+                "compose: a delta of kind 'module' holds new parts, which do not add up; load them one by one"
             )
         odd = differences(first["architecture"], delta.metadata["architecture"])
         if odd:

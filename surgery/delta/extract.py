@@ -10,7 +10,7 @@ import numpy as np
 from surgery import __version__
 from surgery.architecture import is_embedding, is_head, tokenizer_fingerprint
 from surgery.delta.format import Delta
-from surgery.delta.metadata import FORMAT, KINDS, check_metadata, encode, pack_sketch
+from surgery.delta.metadata import FORMAT, KINDS, MODULE, check_metadata, encode, pack_sketch
 from surgery.errors import SurgeryError
 from surgery.names import common_prefix, resolve_tied, translate
 from surgery.rounding import STORED, refuse_not_finite, widen
@@ -29,6 +29,7 @@ def make(
     recipe: str,
     seed: int,
     kind: str = "dense",
+    module: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
     parents: Iterable[Mapping[str, Any]] = (),
 ) -> Delta:
@@ -36,11 +37,13 @@ def make(
 
     Args:
         differences: arrays under the live model's parameter names; with kind "lora" the two factors of each
-            tensor NAME as `NAME.lora_B` [rows, r] and `NAME.lora_A` [r, columns]; with kind "module" new
-            parts.
+            tensor NAME as `NAME.lora_B` [rows, r] and `NAME.lora_A` [r, columns]; with kind "module" the
+            module's tensors as `module.NAME` and, where the base was trained with it, LoRA factors or
+            differences.
         checkpoint: the directory that the model was loaded from; shapes, dtypes, hashes and sketches of the
             base are read from it. Names are resolved to its own (a missing or extra prefix; a tied head).
         base: the base's public name. recipe: TOML text. measured: effects, for the model card.
+        module: with kind "module", the module's type and settings (`surgery.edits.cross_attention.to_delta`).
 
     Raises:
         SurgeryError: a name, shape or value that does not fit the checkpoint.
@@ -49,13 +52,15 @@ def make(
         raise SurgeryError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
     stored = open_stored(checkpoint)
     arrays = {name: _array(value, name) for name, value in differences.items()}
-    if kind == "module":
-        return _assemble(stored, arrays, (), "", base, recipe, seed, kind, measured, parents)
-    model_names = list(dict.fromkeys(_stem(name) if kind == "lora" else name for name in arrays))
-    mapping, prefix = _to_stored(model_names, stored)
+    if (kind == "module") != (module is not None):
+        raise SurgeryError(f"kind {kind!r}: a module's settings go with kind 'module', and only with it")
+    parts = {name: array for name, array in arrays.items() if kind == "module" and name.startswith(MODULE)}
+    arrays = {name: array for name, array in arrays.items() if name not in parts}
+    stems = {name: name if kind == "dense" else _stem(name) for name in arrays}
+    mapping, prefix = _to_stored(list(dict.fromkeys(stems.values())), stored)
     tensors: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        stem = _stem(name) if kind == "lora" else name
+        stem = stems[name]
         target = mapping[stem] + name[len(stem) :]
         if target in tensors and not np.array_equal(tensors[target], array):
             raise SurgeryError(
@@ -70,7 +75,7 @@ def make(
                 f"{name}: the difference is {list(tensors[name].shape)}, the checkpoint has {list(shape)}"
             )
     changed = sorted(set(mapping.values()))
-    return _assemble(stored, tensors, changed, prefix, base, recipe, seed, kind, measured, parents)
+    return _assemble(stored, tensors | parts, changed, prefix, base, recipe, seed, kind, measured, parents, module)
 
 
 def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = None, recipe: str = "") -> Delta:
@@ -137,6 +142,7 @@ def _assemble(
     kind: str,
     measured: Mapping[str, Any] | None,
     parents: Iterable[Mapping[str, Any]],
+    module: Mapping[str, Any] | None = None,
 ) -> Delta:
     entries: dict[str, dict[str, Any]] = {}
     for name in changed:
@@ -164,6 +170,7 @@ def _assemble(
         "prefix": prefix,
         "tokenizer": tokenizer_fingerprint(stored.path, max(vocabulary)) if vocabulary else None,
     }
+    metadata |= {"module": dict(module)} if module is not None else {}
     encode(metadata)
     check_metadata(metadata, {name: array.shape for name, array in tensors.items()}, "this delta")
     return Delta(dict(sorted(tensors.items())), metadata)

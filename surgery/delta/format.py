@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from surgery.atomic import check_destination, publish, temporary
-from surgery.delta.metadata import KEY, base_shapes, check_metadata, encode
+from surgery.delta.metadata import KEY, MODULE, base_shapes, check_metadata, encode
 from surgery.errors import SurgeryError
 from surgery.rounding import Rounding, refuse_not_finite
 from surgery.safetensors_io import Header, file_parts, open_regular, parse_json, read_exactly, read_header
@@ -60,10 +60,27 @@ class Delta:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop - start]."""
-        if self.kind == "lora" and name not in self.tensors:
+        if name not in self.tensors:
             left, right = self.tensors[name + ".lora_B"], self.tensors[name + ".lora_A"]
             return _product(lambda first, last: left[first:last], right, left.shape[0], start, stop)
         return self.tensors[name].reshape(-1)[start:stop]
+
+    @property
+    def module(self) -> dict[str, np.ndarray]:
+        """The new parts of a delta of kind "module", by their names in the module; {} for the other kinds."""
+        if self.kind != "module":
+            return {}
+        return {name.removeprefix(MODULE): a for name, a in self.tensors.items() if name.startswith(MODULE)}
+
+    @property
+    def differences(self) -> "Delta | None":
+        """What of it a plain checkpoint can hold: itself; of kind "module" the rest, as "lora"; None if nothing."""
+        if self.kind != "module":
+            return self
+        if not self.shapes:
+            return None
+        metadata = {key: value for key, value in self.metadata.items() if key != "module"} | {"kind": "lora"}
+        return Delta({name: a for name, a in self.tensors.items() if not name.startswith(MODULE)}, metadata)
 
     def _parts(self) -> Iterator[bytes | memoryview]:
         check_metadata(self.metadata, {name: array.shape for name, array in self.tensors.items()}, "this delta")
@@ -128,7 +145,7 @@ class Delta:
         as_stored: bool = False,
         force: bool = False,
     ) -> None:
-        """Add scale * difference to a live model in place; see `surgery.delta.live.apply_live`."""
+        """Add scale * difference to a live model in place, and its module; see `surgery.delta.live.apply_live`."""
         from surgery.delta.live import apply_live
 
         apply_live(self, model, scale=scale, rounding=rounding, seed=seed, as_stored=as_stored, force=force)
@@ -144,12 +161,11 @@ class Delta:
         as_stored: bool = False,
         force: bool = False,
     ) -> Iterator["nn.Module"]:
-        """The edited model inside `with`; afterwards, after an exception too, its weights are bit for bit as before."""
-        from surgery.delta.live import restored
+        """The edited model inside `with`; afterwards, after an exception too, it is bit for bit as before."""
+        from surgery.delta.live import applied_live
 
-        guard: AbstractContextManager[None] = restored(self, model)
-        with guard:
-            self.apply(model, scale=scale, rounding=rounding, seed=seed, as_stored=as_stored, force=force)
+        options: dict[str, Any] = {"rounding": rounding, "seed": seed, "as_stored": as_stored, "force": force}
+        with applied_live(self, model, scale=scale, **options):
             yield model
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from surgery.errors import SurgeryError
 from surgery.names import common_prefix, is_vocabulary, resolve_tied, translate
 from surgery.rounding import ROUNDINGS, STORED, add, narrow, refuse_not_finite, widen
 
+if TYPE_CHECKING:
+    from surgery.delta.format import Delta
+
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
     """{base tensor name: live parameter}. Raises: SurgeryError when a name, shape or the architecture does not fit."""
-    if delta.metadata["kind"] == "module":
-        raise SurgeryError("this delta is of kind 'module': new parts, no differences; attach it with its recipe")
     config = getattr(model, "config", None)
     if config is not None:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
@@ -68,7 +70,7 @@ def from_stored(stored: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 
 
 def apply_live(
-    delta: Differences,
+    delta: "Delta",
     model: nn.Module,
     *,
     scale: float,
@@ -79,19 +81,61 @@ def apply_live(
 ) -> None:
     """Add scale * difference to the model's parameters, in place, rounding once to the model's own dtype.
 
+    A delta of kind "module" also puts its module into the model, what it adds multiplied by the scale.
+
     A model in the checkpoint's dtype then holds the same bytes that `surgery.apply` writes on disk. An fp32
     model of a 16-bit checkpoint is just added to; with `as_stored` its values are also rounded to the
     checkpoint's dtype. Gradients, hooks, requires_grad and the training mode are not touched.
 
     Raises:
         SurgeryError: before anything changes: wrong architecture, names or shapes, an unrelated model (as
-            `surgery.apply.apply` judges it), an overflow of the dtype, a scale that is not finite.
+            `surgery.apply.apply` judges it), an overflow of the dtype, a scale that is not finite, a module for
+            another width.
     """
+    edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
+    if delta.kind == "module":
+        from surgery.edits import cross_attention
+
+        cross_attention.attach(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
+    _write(edited)
+
+
+@contextmanager
+def applied_live(
+    delta: "Delta",
+    model: nn.Module,
+    *,
+    scale: float,
+    rounding: str,
+    seed: int,
+    as_stored: bool,
+    force: bool,
+) -> Iterator[None]:
+    """Inside, the model is as `apply_live` leaves it; then it is bit for bit as before, whatever happens."""
+    edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
+    with restored(delta, model), attached(delta, model, scale=scale):
+        _write(edited)
+        yield
+
+
+def attached(delta: "Delta", model: nn.Module, *, scale: float = 1.0) -> AbstractContextManager[object]:
+    """Inside, the module of a delta of kind "module" stands in the model; nothing for the other kinds."""
+    if delta.kind != "module":
+        return nullcontext()
+    from surgery.edits import cross_attention
+
+    return cross_attention.reattached(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
+
+
+def _edited(
+    delta: Differences, model: nn.Module, scale: float, rounding: str, seed: int, as_stored: bool, force: bool
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The parameters that the delta changes, with what they will hold; all checks of `apply_live`."""
     if rounding not in ROUNDINGS or not math.isfinite(scale):
         raise SurgeryError(f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite")
     parameters = touched(delta, model)
     _check_related(delta, parameters, force)
-    edited = {}
+    edited = []
     for name, parameter in parameters.items():
         difference = delta.read(name, 0, parameter.numel())
         refuse_not_finite(difference, name, "the delta")
@@ -109,10 +153,14 @@ def apply_live(
         wanted = delta.metadata["tensors"][name]["dtype"]
         if as_stored and dtype == "F32" and wanted in STORED:
             result = widen(narrow(result, wanted, rounding, seed, name, 0), wanted)
-        edited[name] = from_stored(result, parameter)
+        edited.append((parameter, from_stored(result, parameter)))
+    return edited
+
+
+def _write(edited: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(edited[name])
+        for parameter, value in edited:
+            parameter.copy_(value)
 
 
 def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], force: bool) -> None:
@@ -123,7 +171,8 @@ def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], forc
         sketcher.feed(widen(to_stored(parameter), _DTYPES[parameter.dtype]))
         sums, norm = sketcher.finish()
         distances[name] = sketch.distance(sums, norm, unpack_sketch(entry["sketch"]), entry["norm"])
-    sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
+    if distances:
+        sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
 
 
 @contextmanager

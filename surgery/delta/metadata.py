@@ -15,6 +15,7 @@ from surgery.sketch import BUCKETS
 FORMAT = 1
 KINDS = ("dense", "lora", "module")
 KEY = "surgery"
+MODULE = "module."  # in front of the names of a module's own tensors
 MAX_DEPTH = 32  # of the metadata's maps and lists
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends
 
@@ -82,8 +83,10 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
         raise SurgeryError(f"{where}: its metadata has no proper 'parents'; not a delta, or broken")
     for name, entry in metadata["tensors"].items():
         _check_tensor(name, entry, where)
-    expected = set() if metadata["kind"] == "module" else _file_tensors(metadata, shapes, where)
-    if metadata["kind"] != "module" and expected != set(shapes):
+    expected = _file_tensors(metadata, shapes, where)
+    if metadata["kind"] == "module":
+        expected |= _module_tensors(metadata, shapes, where)
+    if expected != set(shapes):
         odd = sorted(expected ^ set(shapes))[0]
         raise SurgeryError(f"{where}: {odd[:80]!r} stands in the metadata or in the file, but not in both")
 
@@ -129,7 +132,7 @@ def _file_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     for name, entry in metadata["tensors"].items():
         shape = tuple(entry["shape"])
         left, right = name + ".lora_B", name + ".lora_A"
-        if metadata["kind"] == "lora" and left in shapes and right in shapes:
+        if metadata["kind"] != "dense" and left in shapes and right in shapes:
             b, a = shapes[left], shapes[right]
             fits = len(b) == len(a) == 2 and (b[0], a[1]) == shape and b[1] == a[0] > 0
             got, names = f"{list(b)} @ {list(a)}", {left, right}
@@ -139,3 +142,31 @@ def _file_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
             raise SurgeryError(f"{where}: the difference of {name[:80]!r} is {got}, its base {list(shape)}")
         expected |= names
     return expected
+
+
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "type": str, "width": int, "words": list, "heads": int, "ffn": int, "top_percent": (int, float),
+    "decay": (int, float), "scope": str, "renormalise": bool, "dropout": (int, float),
+}  # fmt: skip
+
+
+def _module_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> set[str]:
+    """The names of the module's tensors; checks its settings, and the two shapes that they say."""
+    settings = metadata.get("module")
+    if not isinstance(settings, dict) or settings.get("type") != "cross_attention":
+        found = str(settings.get("type"))[:40] if isinstance(settings, dict) else "none"
+        raise SurgeryError(f"{where}: its module is of type {found!r}, expected 'cross_attention'; update this tool")
+    for field, kind in _SETTINGS.items():
+        value = settings.get(field)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise SurgeryError(f"{where}: the settings of its module have no proper {field!r}; broken, make it again")
+    if settings.keys() - _SETTINGS.keys() or not all(isinstance(word, str) for word in settings["words"]):
+        raise SurgeryError(f"{where}: the settings of its module are not those of a cross-attention; update this tool")
+    width, words = settings["width"], len(settings["words"])
+    for name, shape in (("reference", (words, width)), ("fusion.weight", (width, 2 * width))):
+        if shapes.get(MODULE + name) != shape:
+            raise SurgeryError(
+                f"{where}: {MODULE + name!r} has shape {list(shapes.get(MODULE + name, ()))}, by its settings "
+                f"{list(shape)}; broken, make it again"
+            )
+    return {name for name in shapes if name.startswith(MODULE)}

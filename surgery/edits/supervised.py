@@ -4,7 +4,7 @@ Of a prompt with its answer only the answer's tokens are learnt, of a text all t
 left as it was; what training found is handed over as differences.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from hooks import anatomy
 from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
-from surgery.prefix import by_length, pad
+from surgery.prefix import Batch, by_length, pad
 from surgery.progress import Advance
-from surgery.training import Log, Plan, train, trainable
+from surgery.training import After, Log, Losses, Plan, train, trainable
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def encode_rows(
     """
     if end and tokenizer.eos_token_id is None:
         raise SurgeryError("end: this tokenizer has no end token; train without it")
-    first = _first_tokens(tokenizer)
+    first = first_tokens(tokenizer)
     last = [tokenizer.eos_token_id] if end else []
     rows, cut, left_out = [], 0, 0
     for example in given:
@@ -97,7 +97,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text; what it puts behind one would end the text before its answer."""
     alone, whole = _plain(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(alone)] == alone), [])
@@ -112,13 +112,18 @@ def token_losses(
     return (losses * scored).sum(1) / scored.sum(1)
 
 
-def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: Any) -> Float[Tensor, " chosen"]:
-    """``token_losses`` of the rows numbered ``chosen``, by one call of ``module`` (the model, or a wrapper)."""
+def learnt_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
+    """The rows numbered ``chosen`` as one batch, and which of its tokens are learnt."""
     batch = pad([row.ids for row in rows], chosen, device)
     width = batch.ids.shape[1]
     # Padding stands on the left, so a row's tokens are counted from the right.
     first = torch.tensor([width - len(rows[row].ids) + rows[row].start for row in chosen], device=device)
-    learnt = torch.arange(width, device=device)[None] >= first[:, None]
+    return batch, torch.arange(width, device=device)[None] >= first[:, None]
+
+
+def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: Any) -> Float[Tensor, " chosen"]:
+    """``token_losses`` of the rows numbered ``chosen``, by one call of ``module`` (the model, or a wrapper)."""
+    batch, learnt = learnt_batch(rows, chosen, device)
     return token_losses(module(**batch.inputs(), use_cache=False).logits, batch.ids, learnt)
 
 
@@ -145,11 +150,11 @@ def fine_tune(
     state: Path | None = None,
     log: Log | None = None,
     step_done: Advance | None = None,
+    after: After | None = None,
 ) -> Trained:
     """Train all parameters, or the factors of ``lora``, on ``rows``; the model is left as it was.
 
-    The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
-    as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns].
+    ``after`` is called between the steps (``surgery.training.After``). For what is handed over see ``fit``.
 
     Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
     """
@@ -157,15 +162,52 @@ def fine_tune(
     def losses(module: nn.Module, chosen: Sequence[int]) -> Tensor:
         return row_losses(module, rows, chosen, model.device)
 
+    return fit(
+        model,
+        losses,
+        len(rows),
+        plan,
+        seed=seed,
+        lora=lora,
+        state=state,
+        log=log,
+        step_done=step_done,
+        after=after,
+    )
+
+
+def fit(
+    model: PreTrainedModel,
+    losses: Losses,
+    count: int,
+    plan: Plan,
+    *,
+    seed: int,
+    lora: Lora | None = None,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Advance | None = None,
+    after: After | None = None,
+) -> Trained:
+    """Minimise any ``losses`` of ``count`` examples over all parameters, or over the factors of ``lora``.
+
+    The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
+    as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns]. The model is left as it was.
+
+    Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
+    """
+
     def run(parameters: dict[str, nn.Parameter]) -> list[float]:
-        return train(model, parameters, losses, len(rows), plan, seed=seed, state=state, log=log, step_done=step_done)
+        return train(
+            model, parameters, losses, count, plan, seed=seed, state=state, log=log, step_done=step_done, after=after
+        )
 
     with ExitStack() as stack:
         if lora is not None:
             layers = stack.enter_context(adapters(model, lora, seed))
             names = [name for name, _ in model.named_parameters() if ".lora_" in name]
             done = run(stack.enter_context(trainable(model, names)))
-            return Trained({key: value for name, layer in layers.items() for key, value in _factors(name, layer)}, done)
+            return Trained(factors(layers), done)
         base = {name: parameter.detach() for name, parameter in model.named_parameters()}
         parameters = stack.enter_context(trainable(model, list(base)))
         done = run(parameters)
@@ -220,6 +262,11 @@ def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     if not (chosen or inside):
         raise SurgeryError(f"target_modules: {type(model).__name__} has no linear layer in its blocks; train all of it")
     return chosen if targets else inside
+
+
+def factors(layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The factors in the layers of ``adapters``, under the names of a delta of kind lora, alpha / r in the left one."""
+    return {key: value for name, layer in layers.items() for key, value in _factors(name, layer)}
 
 
 def _factors(name: str, layer: Any) -> list[tuple[str, Tensor]]:
