@@ -104,7 +104,9 @@ def comparison(summary: Summary) -> list[dict[str, Any]]:
 
 
 def verdict(summary: Summary) -> list[str]:
-    """What happened in a few plain sentences, warnings included."""
+    """What happened in a few plain sentences, warnings included; a recipe may have written its own."""
+    if "verdict" in summary:
+        return list(summary["verdict"])
     lines = []
     by = {row["label"]: row for row in rows(summary)}
     gap, mass = by.get("relative gap, all"), by.get("word mass, all")

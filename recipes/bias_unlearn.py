@@ -1,0 +1,520 @@
+"""BiasUnlearn: forget stereotypes, learn anti-stereotypes, keep everything else, and stop where neither is preferred.
+
+LoRA factors train on chunks of StereoSet's test split (the training source); a development set with other target
+terms, cut from that source, decides swaps, the stop and the kept checkpoint; StereoSet's dev file is the test.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import surgery.settings
+from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
+from surgery import apply as disk
+from surgery import delta as deltas
+from surgery.checkpoints import checkpoint_dir, tensors_of
+from surgery.data.stereoset import Kind, Triple, Triples, load
+from surgery.edits import self_debias
+from surgery.edits.supervised import Lora
+from surgery.edits.unlearning import (
+    RELEASED_TARGETS,
+    Chunks,
+    Control,
+    Objective,
+    Unlearned,
+    encode_triples,
+    reference,
+    split_terms,
+    unlearn,
+)
+from surgery.errors import SurgeryError
+from surgery.metrics.stereoset import evaluate_triples, sample
+from surgery.metrics.suite import evaluate_suites, plain
+from surgery.page import Table, compared, write_page
+from surgery.progress import Talk
+from surgery.runs import Folder, Run, run_folder, write_json
+from surgery.training import Plan
+
+TRAIN, TEST = "stereoset/stereoset_train_union.jsonl", "stereoset/stereoset_dev.jsonl"
+OBJECTIVES = {
+    "bias_unlearn": "forget stereotypes (NPO), retain anti-stereotypes, keep unrelated sentences (KL), Eq. 4",
+    "cda": "cross-entropy of anti-stereotypes",
+    "sft": "cross-entropy of stereotypes and anti-stereotypes alike",
+    "dpo": "DPO of anti-stereotypes over stereotypes",
+    "ga": "gradient ascent on stereotypes",
+    "self_debias": "Self-Debias (Schick et al. 2021): no edit, the next-token distribution is changed",
+}
+
+# What a method, a variant or a profile changes where nothing else is said; later ones win.
+CHANGES: dict[tuple[str, str], dict[str, Any]] = {
+    # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4.
+    ("method", "cda"): {"swap": False, "retain_by": "token"},
+    ("method", "sft"): {"swap": False, "retain_by": "token"},
+    ("method", "dpo"): {"swap": False},
+    ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
+    ("variant", "released"): {
+        "weight_forget": 0.5,
+        "weight_retain": 0.3,
+        "weight_kl": 0.2,
+        "retain_by": "token",
+        "lr": 4e-5,
+        "dev_rows": 100,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    # Sized for two idle cores and the demo model, with a rate that so few steps need.
+    ("profile", "quick"): {
+        "lr": 1e-3,
+        "steps": 48,
+        "retain_batch": 12,
+        "evaluate_every": 12,
+        "dev_rows": 25,
+        "limit": 160,
+    },
+}
+
+
+class Settings(surgery.settings.Settings):
+    """Defaults are the paper's (appendix A.2) where it says one."""
+
+    data: str = ""
+    """Directory of data sets, with stereoset/stereoset_train_union.jsonl and stereoset/stereoset_dev.jsonl in it."""
+    train: str = ""
+    """Another training source, and another test file; any form that surgery.data.stereoset reads."""
+    test: str = ""
+    kind: Kind = "intrasentence"
+    """Which rows of the test file: intrasentence (what bias-bench and the paper score), intersentence or all."""
+    profile: Literal["full", "quick"] = "full"
+    """quick: fewer steps and rows, for two CPU cores."""
+    method: Literal["bias_unlearn", "cda", "sft", "dpo", "ga", "self_debias"] = "bias_unlearn"
+    """Or a baseline: CDA (anti-stereotypes only), SFT (both sides), DPO, gradient ascent, Self-Debias (no edit)."""
+    variant: Literal["paper", "released"] = "paper"
+    """released: as the authors' code: one sigmoid a batch, one type after another, selection on the test file."""
+    forget_batch: int = Field(4, ge=1)
+    retain_batch: int = Field(28, ge=1)
+    unrelated_batch: int = Field(4, ge=1)
+    """Unrelated sentences of a chunk, for the KL divergence; the paper gives no number."""
+    beta: float = Field(0.1, gt=0)
+    weight_forget: float = Field(0.4, ge=0)
+    weight_retain: float = Field(0.4, ge=0)
+    weight_kl: float = Field(0.2, ge=0)
+    """Eq. 4; 0 leaves a part out (Table 5)."""
+    retain_by: Literal["sentence", "token"] = "sentence"
+    """Eq. 2's cross-entropy summed over a sentence, as NPO's argument is, or per token, as the released code has it.
+
+    Held per token, every sentence of the development set became less likely by 1 nat a token in ten steps of the demo
+    model at 2e-3, stereotypes and others alike, and LMS fell by 4 to 10 points; summed, LMS stayed.
+    """
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """KL(reference || model); reverse is Eq. 3 as printed."""
+    adversarial: float = Field(0.25, ge=0, le=1)
+    """The share of anti-stereotypes mixed into the forget set; "a small portion" in the paper, 25 % in its code."""
+    swap: bool = True
+    """Exchange the two sets of a bias type while its score on the development set is below 50."""
+    balance: Literal["rows", "types"] = "rows"
+    """Draw from all triples alike, as the paper does, or from each bias type equally often."""
+    start: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """A start token before each training sentence where the tokenizer puts one by itself, always, or never."""
+    lr: float = Field(5e-5, gt=0)
+    steps: int = Field(1000, ge=1)
+    """At most so many chunks."""
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Of the LoRA factors' input (and the model's own dropout, where it has any); 0 trains without any."""
+    target_modules: list[str] = []
+    """Ends of the names of the layers that get factors, such as q_proj; every linear layer of the blocks if none."""
+    dev_share: float = Field(0.2, gt=0, lt=1)
+    """The share of each bias type's target terms that is not trained on."""
+    dev_rows: int = Field(50, ge=2)
+    """At most so many rows of each bias type are scored while training."""
+    evaluate_every: int = Field(25, ge=1)
+    threshold: float = Field(2.0, gt=0)
+    """Training ends when each type's score on the development set is so near 50 (or one row of that set, if larger)."""
+    early_stop: bool = True
+    keep: Literal["best", "last"] = "best"
+    """Without an early stop: the checkpoint with the highest ICAT on the development set, or the last one."""
+    scorer: str = "bias-bench"
+    limit: int = Field(0, ge=0)
+    """So many rows are measured before and after, drawn by the seed from each set of rows; 0 takes all."""
+    suites: list[str] = []
+    """What is measured before and after besides: crows_pairs, bbq, capability."""
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
+    keep_checkpoint: bool = False
+    """Leave the edited model as a checkpoint in the run's folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _changes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        changed: dict[str, Any] = {}
+        for (key, value), more in CHANGES.items():
+            if values.get(key) == value:
+                changed |= more
+        return changed | values
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    *,
+    out: str | Path,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    talk: Talk | None = None,
+) -> Run:
+    """Unlearn, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
+
+    ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything is
+    left in the folder ``out``. Self-Debias trains nothing and leaves no delta. Raises ``SurgeryError``; see
+    ``surgery.runs.run_folder`` for interruptions.
+    """
+    talk = talk or Talk(quiet=True)
+    directory = checkpoint_dir(checkpoint or settings.model)
+    text = surgery.settings.dump("bias_unlearn", settings)
+    given = _read(settings)
+    with run_folder(Path(out), text, resume=resume) as folder:
+        for note in given.notes:
+            folder.log({"note": note})
+            talk.say(note)
+        measured = partial(_measure, model, tokenizer, given, settings, talk)
+        before = folder.once("before", lambda: measured("before"))
+        summary: dict[str, Any] = {
+            "recipe": "bias_unlearn",
+            "method": settings.method,
+            "variant": settings.variant,
+            "model": settings.model,
+            "seed": settings.seed,
+            "before": before["test"],
+            "dev": {"before": before["dev"]},
+            "rows": {key: len(getattr(given, key).rows) for key in ("watched", "held_out", "test")}
+            | {"trained": len(given.train)},
+            "controls": {},
+            "cases": [],
+        }
+        if settings.method == "self_debias":
+            after = folder.once("after", lambda: measured("after", debiased=True))
+            summary["edit"] = {"objective": OBJECTIVES[settings.method]}
+        else:
+            found = _train(model, tokenizer, given, settings, folder, talk)
+            delta = deltas.make(
+                found.trained.differences,
+                checkpoint=directory,
+                base=settings.model,
+                recipe=text,
+                seed=settings.seed,
+                kind="lora",
+            )
+            delta_file = folder.path / "delta.safetensors"
+            sha256 = delta.save(delta_file, overwrite=True)
+            saved = folder.path / "checkpoint"
+            shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
+            # No undo record: it would hold the whole base again, which stands where it stood.
+            report = disk.apply(
+                delta_file, directory, saved, rounding=settings.rounding, seed=settings.seed, undo="none"
+            )
+            with tensors_of(model, delta, saved):
+                after = measured("after")
+            if not settings.keep_checkpoint:
+                shutil.rmtree(saved)
+            summary |= {
+                "edit": _edit(found, settings, _parts(settings)[0]),
+                "delta": {
+                    "file": delta_file.name,
+                    "kind": delta.kind,
+                    "bytes": delta_file.stat().st_size,
+                    "sha256": sha256,
+                },
+                "applied": {
+                    "rounding": report.rounding,
+                    "entries": report.entries,
+                    "changed": report.changed,
+                    "lost": report.lost,
+                },
+            }
+        summary["after"] = after["test"]
+        summary["dev"]["after"] = after["dev"]
+        summary["verdict"] = _verdict(summary)
+        write_json(folder.path / "run.json", summary)
+        _report(folder, summary, given.notes, text)
+    return Run(Path(out), summary)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The triples of a run: those trained on, the few scored while training, all held-out ones, the test."""
+
+    train: tuple[Triple, ...]
+    watched: Triples
+    held_out: Triples
+    test: Triples
+    notes: tuple[str, ...]
+
+
+def _read(settings: Settings) -> Given:
+    files = {
+        key: chosen or (f"{settings.data}/{usual}" if settings.data else "")
+        for key, chosen, usual in (("train", settings.train, TRAIN), ("test", settings.test, TEST))
+    }
+    if not all(files.values()):
+        raise SurgeryError("bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test")
+    if settings.suites and not settings.data:
+        raise SurgeryError(f"suites: {', '.join(settings.suites)} need a directory of data sets; name it with data=DIR")
+    # Only contexts with a BLANK say where the continuation begins; the test may have both kinds.
+    source, test = load(files["train"]), load(files["test"], kind=settings.kind)
+    notes = [
+        f"{files[key]}: {len(found.skipped)} rows skipped: {'; '.join(found.skipped[:3])}"
+        for key, found in (("train", source), ("test", test))
+        if found.skipped
+    ]
+    if settings.variant == "released":
+        # Its development set is the front of the file that it is tested on (dataloader.py:182).
+        front: dict[str, list[Triple]] = {}
+        for row in load(files["test"]).rows:
+            if len(front.setdefault(row.bias_type, [])) < settings.dev_rows:
+                front[row.bias_type].append(row)
+        rows = tuple(row for kind in sorted(front) for row in front[kind])
+        train, held = source.rows, Triples(rows, (), f"first {settings.dev_rows} rows a type of the test file")
+        watched = held
+        notes.append(f"Warning: variant released: training is steered by the {held.name}, as in the authors' code.")
+    else:
+        split = split_terms(source.rows, share=settings.dev_share, watched=settings.dev_rows, seed=settings.seed)
+        name = f"held-out terms of {source.name}"
+        train, *others = (tuple(source.rows[n] for n in part) for part in (split.train, split.held_out, split.watched))
+        held, watched = (Triples(part, (), name) for part in others)
+    missing = sorted({row.bias_type for row in watched.rows} - {row.bias_type for row in train})
+    if missing:
+        raise SurgeryError(f"{files['train']}: no rows of bias type {missing[0]}, which {watched.name} has; add some")
+    notes.append(
+        f"{len(train)} triples to train on; {len(held.rows)} of {held.name}, {len(watched.rows)} of them scored "
+        f"while training; {len(test.rows)} of {test.name} to test"
+        + f"; measured: {settings.limit} of each"
+        * bool(settings.limit)
+    )
+    some = partial(sample, limit=settings.limit, seed=settings.seed)
+    return Given(train, watched, some(held), some(test), tuple(notes))
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Given,
+    settings: Settings,
+    folder: Folder,
+    talk: Talk,
+) -> Unlearned:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    coded = encode_triples(tokenizer, given.train, max_length=longest, start=settings.start)
+    if coded.skipped:
+        note = f"{len(coded.skipped)} training triples left out: {'; '.join(coded.skipped[:3])}"
+        folder.log({"note": note})
+        talk.say(note)
+    sizes, weights = _parts(settings)
+    released = settings.variant == "released"
+    chunks = Chunks(
+        types=tuple(given.train[number].bias_type for number in coded.kept),
+        sizes=sizes,
+        seed=settings.seed,
+        adversarial=settings.adversarial,
+        in_order=released,
+        balance=settings.balance,
+    )
+    forget = "ascent" if settings.method == "ga" else "npo_batch" if released else "npo"
+    control = Control(
+        every=settings.evaluate_every,
+        rows=dict(sorted(Counter(row.bias_type for row in given.watched.rows).items())),
+        threshold=settings.threshold,
+        swap=settings.swap,
+        early_stop=settings.early_stop,
+        focus=released and settings.swap,
+        targets=RELEASED_TARGETS if released else {},
+        keep=settings.keep,
+    )
+    sentences, unrelated = chunks.referenced(settings.steps, focus=control.focus)
+    with talk.work("reference", len(sentences) + len(unrelated)) as step:
+        kept = reference(model, coded.rows, sentences, unrelated, step=step)
+    plan = Plan(
+        settings.lr,
+        epochs=1,
+        batch_size=chunks.size,
+        optimizer="adamw",
+        weight_decay=settings.weight_decay,
+        dropout=settings.dropout > 0,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        shuffle=False,
+    )
+
+    def evaluate() -> dict[str, dict[str, float]]:
+        scores = evaluate_triples(model, tokenizer, given.watched, scorer=settings.scorer)
+        found = {name: {kind: metric.value for kind, metric in scores[name].items()} for name in ("ss", "lms", "icat")}
+        talk.say(", ".join(f"{kind} {value:.1f}" for kind, value in found["ss"].items()) + " (SS while training)")
+        return found
+
+    with talk.work("unlearn", settings.steps) as step:
+        return unlearn(
+            model,
+            coded.rows,
+            chunks,
+            kept,
+            Objective(weights, forget, settings.beta, settings.kl_direction, settings.retain_by),
+            control,
+            plan,
+            steps=settings.steps,
+            lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.dropout),
+            evaluate=evaluate,
+            state=folder.state("unlearn"),
+            log=folder.log,
+            step_done=step,
+        )
+
+
+def _parts(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
+    """How many places of a chunk each role has, and its weight."""
+    both = settings.forget_batch + settings.retain_batch
+    alone = {"cda": ("retain", both), "sft": ("both", both), "dpo": ("prefer", both // 2)}  # a pair is two sentences
+    if settings.method in alone:
+        role, size = alone[settings.method]
+        return {role: max(1, size)}, {role: 1.0}
+    weights = {"forget": settings.weight_forget, "retain": settings.weight_retain, "unrelated": settings.weight_kl}
+    sizes = {"forget": settings.forget_batch, "retain": settings.retain_batch, "unrelated": settings.unrelated_batch}
+    chosen = {role: size for role, size in sizes.items() if weights[role]}
+    if not chosen:
+        raise SurgeryError("weight_forget, weight_retain, weight_kl: got 0 for all, expected at least one above 0")
+    return chosen, weights
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Given,
+    settings: Settings,
+    talk: Talk,
+    when: str,
+    *,
+    debiased: bool = False,
+) -> dict[str, Any]:
+    """``{"test": {"stereoset": ..., suite: ...}, "dev": {"stereoset": ...}}`` of the model as it is."""
+    judge = self_debias.evaluate_triples if debiased else evaluate_triples
+    found: dict[str, Any] = {}
+    for key, triples in (("dev", given.held_out), ("test", given.test)):
+        with talk.work(f"StereoSet {key} {when}", 3 * len(triples.rows)) as step:
+            scores = judge(model, tokenizer, triples, scorer=settings.scorer, step=step)
+        found[key] = {"stereoset": plain({name: scores[name] for name in ("ss", "lms", "icat")})}
+    if settings.suites and not debiased:
+        found["test"] |= plain(
+            evaluate_suites(
+                model, tokenizer, settings.suites, settings.data, limit=settings.limit, seed=settings.seed, talk=talk
+            )
+        )
+    return found
+
+
+def _edit(found: Unlearned, settings: Settings, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "blocks": "all",
+        "part": "lora",
+        "objective": OBJECTIVES[settings.method],
+        "chunk": sizes,
+        "parameters": found.trained.parameters,
+        "steps": len(found.trained.losses),
+        "kept_step": found.kept_step,
+        "stopped": found.stopped,
+        "loss_first": found.trained.losses[0],
+        "loss_last": found.trained.losses[-1],
+        "evaluations": [{"step": step} | scores for step, scores in sorted(found.evaluations.items())],
+    }
+
+
+def _verdict(summary: dict[str, Any]) -> list[str]:
+    """What happened in a few plain sentences."""
+    before, after = (summary[when]["stereoset"] for when in ("before", "after"))
+    overall = {name: (before[name]["overall"]["value"], after[name]["overall"]["value"]) for name in before}
+    lines = [
+        f"{summary['method']}, variant {summary['variant']}: {summary['edit']['objective']}.",
+        "Overall on the test rows: "
+        + ", ".join(f"{name.upper()} {was:.2f} to {now:.2f}" for name, (was, now) in overall.items())
+        + ".",
+    ]
+    if "stopped" in summary["edit"]:
+        lines.append(
+            f"Training ended because {summary['edit']['stopped']}; the checkpoint of step "
+            f"{summary['edit']['kept_step']} was kept."
+        )
+        applied = summary["applied"]
+        lines.append(
+            f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
+            f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding."
+        )
+    fall = overall["lms"][0] - overall["lms"][1]
+    if fall > 1.5:
+        lines.append(f"Warning: the language modelling score fell by {fall:.2f}; the paper's largest fall is 1.42.")
+    return lines
+
+
+def _report(folder: Folder, summary: dict[str, Any], notes: Sequence[str], text: str) -> None:
+    tables = [
+        compared({"before": summary["before"], "after": summary["after"]}, caption="Test"),
+        compared(summary["dev"], caption="Development set (held-out terms of the training source)"),
+    ]
+    figures = {}
+    if evaluations := summary["edit"].get("evaluations"):
+        figures["steps"] = _picture(summary["dev"]["before"]["stereoset"], evaluations, summary["edit"]["kept_step"])
+        kinds = list(evaluations[0]["ss"])
+        tables.append(
+            Table(
+                "Stereotype score while training",
+                ["step", *kinds, "LMS overall", "ICAT overall"],
+                [
+                    [
+                        str(row["step"]),
+                        *(f"{row['ss'][kind]:.1f}" for kind in kinds),
+                        f"{row['lms']['overall']:.1f}",
+                        f"{row['icat']['overall']:.1f}",
+                    ]
+                    for row in evaluations
+                ],
+                "On the rows of the development set that are scored while training; these numbers steer it.",
+            )
+        )
+    write_page(
+        folder.path,
+        title=f"{summary['method']} on {summary['model']}",
+        lines=[*summary["verdict"], *notes],
+        tables=tables,
+        figures=figures,
+        recipe=text,
+        delta=summary.get("delta"),
+    )
+
+
+def _picture(before: dict[str, Any], evaluations: Sequence[dict[str, Any]], kept: int) -> Any:
+    """Stereotype score of each bias type, and LMS, along the steps."""
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    steps = [row["step"] for row in evaluations]
+    for kind, colour, mark in zip(
+        sorted(before["ss"]), (BLUE, ORANGE, GREEN, PINK, GREY) * 3, "osD^v" * 3, strict=False
+    ):
+        axes.plot(
+            steps, [row["ss"].get(kind, float("nan")) for row in evaluations], color=colour, marker=mark, label=kind
+        )
+    axes.plot(steps, [row["lms"]["overall"] for row in evaluations], color="black", linestyle=":", label="LMS")
+    axes.axhline(50, color="black", linewidth=0.8)
+    axes.axvline(kept, color=GREY, linestyle="--", linewidth=0.8)
+    axes.set_xlabel("step (dashed: the kept checkpoint)")
+    axes.set_ylabel("SS, LMS (%)")
+    axes.legend(ncols=3, fontsize="small")
+    return figure

@@ -1,0 +1,232 @@
+"""The BiasUnlearn recipe on a generated StereoSet: every method, the files it leaves, resume, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import state
+
+import surgery
+from recipes import bias_unlearn
+from surgery.apply import apply
+from surgery.data import genbias
+from surgery.edits import self_debias
+from surgery.errors import SurgeryError
+from surgery.metrics.sentences import sentence_tokens
+from surgery.metrics.stereoset import evaluate_triples
+from surgery.runs import Folder
+
+PROFESSIONS = sorted({row.profession for row in genbias.records()})
+
+
+def rows(terms: list[str], kind: str) -> list[dict[str, str]]:
+    """Stereotype he, anti-stereotype she, unrelated they, of known words only."""
+    contexts = [
+        "The {} said that BLANK is kind.",
+        "The {} left because BLANK was tired.",
+        "The {} is BLANK.",
+        "A {} says BLANK",
+    ]
+    found = []
+    for term in terms:
+        for context in contexts:
+            context = context.format(term)
+            filled = {
+                name: context.replace("BLANK", word)
+                for name, word in (("stereotype", "he"), ("anti-stereotype", "she"), ("unrelated", "they"))
+            }
+            found.append({"type": "intrasentence", "target": term, "bias_type": kind, "context": context, **filled})
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "stereoset").mkdir()
+    for name, first, more in (("train_union", 0, 2), ("dev", 60, 0)):
+        given = rows(PROFESSIONS[first : first + 6 + more], "gender")
+        given += rows(PROFESSIONS[first + 30 : first + 35 + more], "race")
+        text = "".join(json.dumps(row) + "\n" for row in given)
+        (folder / "stereoset" / f"stereoset_{name}.jsonl").write_text(text)
+    return folder
+
+
+def learn(
+    tiny: Any, checkpoint: Path, folder: Path, out: Path, resume: bool = False, **settings: Any
+) -> dict[str, Any]:
+    usual = {"steps": 8, "evaluate_every": 4, "lr": 3e-3, "early_stop": False, "retain_batch": 6, "start": "always"}
+    ready = surgery.settings.build(
+        bias_unlearn.Settings, {"model": str(checkpoint), "data": str(folder)} | usual | settings, "test"
+    )
+    return bias_unlearn.run(*tiny, ready, out=out, resume=resume).summary
+
+
+@pytest.fixture
+def tiny(tiny: Any) -> Any:
+    tiny[1].bos_token = "<pad>"
+    return tiny
+
+
+def test_a_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    before = state(tiny[0])
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", keep_checkpoint=True)
+    assert state(tiny[0]) == before
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "recipe.toml", "delta.safetensors", "report.html", "log.jsonl", "plots", "checkpoint"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
+    for when in ("before", "after"):
+        assert set(summary[when]["stereoset"]) == {"ss", "lms", "icat"}
+        assert set(summary[when]["stereoset"]["ss"]) == {"gender", "race", "overall"}
+        assert summary["dev"][when]["stereoset"]["ss"]["gender"]["n"] == 8
+    assert summary["after"] != summary["before"]
+    assert summary["before"]["stereoset"]["lms"]["overall"]["n"] == 44
+    assert "stereoset_dev.jsonl" in summary["before"]["stereoset"]["ss"]["overall"]["data"]
+    assert "held-out terms of stereoset_train_union" in summary["dev"]["before"]["stereoset"]["ss"]["overall"]["data"]
+    assert summary["edit"]["steps"] == 8 and len(summary["edit"]["evaluations"]) == 2
+    assert summary["edit"]["chunk"] == {"forget": 4, "retain": 6, "unrelated": 4}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Stereotype score while training" in page and "all 8 steps were done" in page
+    delta = surgery.Delta.load(tmp_path / "run" / "delta.safetensors")
+    assert delta.kind == "lora" and delta.metadata["recipe"] == (tmp_path / "run" / "recipe.toml").read_text()
+    # What run.json says is of the saved checkpoint, opened from nothing.
+    child, _ = surgery.load(tmp_path / "run" / "checkpoint", device="cpu")
+    given = bias_unlearn._read(bias_unlearn.Settings(data=str(data)))
+    again = evaluate_triples(child, tiny[1], given.test)
+    assert again["ss"]["overall"].value == summary["after"]["stereoset"]["ss"]["overall"]["value"]
+
+
+def test_the_preference_changes_in_the_model_and_in_its_child(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Stereotypes of the test terms, none of which was trained on, are chosen far less often; a child follows."""
+    summary = learn(
+        tiny, checkpoint, data, tmp_path / "run", steps=30, evaluate_every=30, lr=2e-2, swap=False, adversarial=0.0
+    )
+    was, now = (summary[when]["stereoset"]["ss"]["overall"]["value"] for when in ("before", "after"))
+    assert now < was - 20
+    child, _ = surgery.load(checkpoint, device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in child.parameters():
+            parameter.add_(0.02 * parameter.abs().mean() * torch.randn_like(parameter))
+    child.to(torch.bfloat16).save_pretrained(tmp_path / "child")
+    tiny[1].save_pretrained(tmp_path / "child")
+    report = apply(tmp_path / "run" / "delta.safetensors", tmp_path / "child", tmp_path / "edited")
+    assert report.verdict == "related"
+    given = bias_unlearn._read(bias_unlearn.Settings(data=str(data))).test
+    scores = [
+        evaluate_triples(*surgery.load(tmp_path / name, device="cpu"), given)["ss"]["overall"].value
+        for name in ("child", "edited")
+    ]
+    assert scores[1] < scores[0] - 0.7 * (was - now)
+
+
+@pytest.mark.parametrize("method", ["cda", "sft", "dpo", "ga"])
+def test_baselines_are_settings(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, method: str) -> None:
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", method=method, steps=4)
+    assert summary["method"] == method and summary["edit"]["steps"] == 4
+    expected = {"cda": {"retain": 10}, "sft": {"both": 10}, "dpo": {"prefer": 5}, "ga": {"forget": 4}}
+    assert summary["edit"]["chunk"] == expected[method]
+
+
+def test_self_debias_trains_nothing(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", method="self_debias")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "run.json",
+        "recipe.toml",
+        "report.html",
+        "log.jsonl",
+    }
+    assert "Self-Debias" in summary["after"]["stereoset"]["ss"]["overall"]["scorer"]
+    assert summary["after"]["stereoset"] != summary["before"]["stereoset"]
+
+
+def test_self_debias_is_its_formula_and_the_plain_scorer_without_decay(tiny: Any) -> None:
+    plain, prompted = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    p, q = plain.softmax(-1)[0].tolist(), prompted.softmax(-1)[0].tolist()
+    weighted = [a * (1 if a >= b else max(math.exp(3 * (a - b)), 0.2)) for a, b in zip(p, q, strict=True)]
+    expected = [math.log(value / sum(weighted)) for value in weighted]
+    assert self_debias.adjusted(plain, prompted, decay=3, epsilon=0.2)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    texts = ["The nurse said that he is kind.", "kind", "The guard left."]
+    for scorer in ("bias-bench", "bos", "no-start"):
+        given = [text for text in texts if scorer != "no-start" or " " in text]
+        usual = sentence_tokens(*tiny, given, scorer=scorer)
+        without = self_debias.sentence_tokens(*tiny, given, ["The nurse"] * len(given), scorer=scorer, decay=0)
+        for one, two in zip(usual, without, strict=True):
+            assert one.tolist() == pytest.approx(two.tolist(), abs=1e-5)
+
+
+def test_the_released_variant_steers_by_the_test_file_and_says_so(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", variant="released", steps=8)
+    assert summary["variant"] == "released" and summary["rows"]["trained"] == 60
+    settings = (tmp_path / "run" / "recipe.toml").read_text()
+    assert "weight_forget = 0.5" in settings and "weight_retain = 0.3" in settings
+    assert "first 100 rows a type of the test file" in summary["dev"]["before"]["stereoset"]["ss"]["gender"]["data"]
+    assert "Warning: variant released" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(98)
+    first = learn(tiny, checkpoint, data, tmp_path / "a", seed=3, profile="quick", limit=20)
+    torch.manual_seed(99)
+    values = surgery.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    assert values.pop("recipe") == "bias_unlearn"
+    ready = surgery.settings.build(bias_unlearn.Settings, values, "recipe")
+    again = bias_unlearn.run(*tiny, ready, out=tmp_path / "b").summary
+    assert first["delta"]["sha256"] == again["delta"]["sha256"]
+    assert first["before"]["stereoset"]["ss"]["overall"]["n"] == 20
+
+
+def test_an_interrupted_run_continues_to_the_same_delta(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learn(tiny, checkpoint, data, tmp_path / "whole")
+    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    write, before = Folder.log, state(tiny[0])
+
+    def interrupt(folder: Any, row: dict[str, Any]) -> None:
+        write(folder, row)
+        if row.get("step") == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.runs.Folder.log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny, checkpoint, data, tmp_path / "cut")
+    assert state(tiny[0]) == before
+    rest = learn(tiny, checkpoint, data, tmp_path / "cut", resume=True)
+    assert rest["delta"]["sha256"] == whole["delta"]["sha256"] and rest["edit"] == whole["edit"]
+    assert not (tmp_path / "cut" / "state").exists()
+
+
+def test_a_profile_changes_what_nothing_is_said_about() -> None:
+    quick = bias_unlearn.Settings(profile="quick", steps=7)
+    assert quick.steps == 7 and quick.limit > 0 and quick.dev_rows < bias_unlearn.Settings().dev_rows
+    assert bias_unlearn.Settings(method="ga").weight_kl == 0 and not bias_unlearn.Settings(method="cda").swap
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"data": ""}, "no data; name the directory with --set data=DIR"),
+        ({"data": "nowhere"}, "nowhere/stereoset/stereoset_train_union.jsonl: no such file"),
+        ({"scorer": "mine"}, "scorer: got 'mine', expected one of bias-bench"),
+        ({"suites": ["blimp"]}, "got 'blimp', expected some of"),
+        ({"target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "got the head, with which the kept reference would change"),
+        ({"weight_forget": 0, "weight_retain": 0, "weight_kl": 0}, "got 0 for all"),
+        ({"lr": 1e30}, "learning rate 1e\\+30"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_left(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    before = state(tiny[0])
+    with pytest.raises(SurgeryError, match=message):
+        learn(tiny, checkpoint, data, tmp_path / "x", **settings)
+    assert list(tmp_path.iterdir()) == [] and state(tiny[0]) == before
