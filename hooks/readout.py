@@ -18,7 +18,7 @@ from hooks.capture import last_token, model_inputs, run_base
 from hooks.edit import edit
 from hooks.errors import HookError
 from hooks.sites import normalize
-from hooks.stream import Text, _positions_limit, token_batches
+from hooks.stream import Text, positions_limit, token_batches
 
 Changes = dict[str, Callable[[Tensor], Tensor]]  # of `hooks.edit`
 
@@ -69,7 +69,7 @@ def prompts_in_batches(
     without exactly one mask token, if it `reads`.
     """
     core = probe.pretrained(model)
-    limit = _positions_limit(model)
+    limit = positions_limit(model)
     mask_token = getattr(tokenizer, "mask_token_id", None)
     for batch in token_batches(tokenizer, prompts, batch_tokens=batch_tokens):
         if limit is not None and batch.input_ids.shape[1] > limit:

@@ -93,7 +93,7 @@ def stream(
     reducers: pairs of sites (see `hooks.capture`) and reducer(site, tensor, mask). Nothing else is kept, no
     logits over the vocabulary are computed, and no KV cache is built: memory is that of one batch.
     """
-    limit = _positions_limit(model)
+    limit = positions_limit(model)
     total = len(texts) if isinstance(texts, Sequence) else None
     done = 0
     with ExitStack() as stack:
@@ -114,7 +114,7 @@ def stream(
     return done
 
 
-def _positions_limit(model: nn.Module) -> int | None:
+def positions_limit(model: nn.Module) -> int | None:
     """The longest text where positions are a learned table; None for rotary, relative and ALiBi positions."""
     core = probe.pretrained(model)
     limit = getattr(core.config.get_text_config(), "max_position_embeddings", None)

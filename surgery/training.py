@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +102,11 @@ def train(
     log: Log | None = None,
     step_done: Callable[[int], None] | None = None,
     after: After | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[float]:
     """Minimise the mean loss over ``count`` examples; returns the loss of each step (before its update).
 
+    ``rates`` multiply the plan's learning rate for the parameters that they name.
     ``after`` may evaluate the model between steps, and ends the training when it returns True.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
@@ -124,8 +126,15 @@ def train(
         raise SurgeryError(f"optimizer: got {plan.optimizer!r}, expected one of {', '.join(kinds)}")
     if plan.schedule not in ("constant", "linear"):
         raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
+    # One group for each rate; without ``rates`` that is one group with all parameters in their order.
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
     optimizer = kinds[plan.optimizer](
-        list(parameters.values()), lr=plan.lr, weight_decay=plan.weight_decay, fused=device.type in ("cpu", "cuda")
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        lr=plan.lr,
+        weight_decay=plan.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
     )
     done: list[float] = []
     if state is not None and state.is_file():
@@ -143,7 +152,7 @@ def train(
                     break
                 rate = plan.rate(step, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("factor", 1.0)  # set by ``after``; saved with the optimizer
+                    group["lr"] = rate * group["factor"]  # of ``rates``, or set by ``after``; saved with the optimizer
                 with accelerator.split_between_processes(rows) as mine:
                     # A process without a row of the last small batch still takes part, with weight 0.
                     weight = len(mine) * accelerator.num_processes / len(rows)

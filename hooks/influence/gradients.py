@@ -24,7 +24,7 @@ from hooks.capture import model_inputs
 from hooks.errors import HookError
 from hooks.influence.examples import Batch
 from hooks.influence.layers import Layer, Preconditioner, find_layers
-from hooks.stream import _positions_limit
+from hooks.stream import positions_limit
 
 MATERIALISED = 2**25  # entries of per-text gradients that are held at a time
 VISIT = 16  # what reading or writing one entry of memory costs, in multiply-adds
@@ -131,7 +131,7 @@ def job(
         raise HookError(f"{kind} is no causal language model with a head; load it with AutoModelForCausalLM")
     layers = find_layers(model, anatomy, targets)
     config = core.config.get_text_config()
-    limit = _positions_limit(model) or getattr(config, "max_position_embeddings", None)
+    limit = positions_limit(model) or getattr(config, "max_position_embeddings", None)
     blocks = tuple(block.name for block in anatomy.blocks)
     return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, _plain_head(model, anatomy.head))
 

@@ -144,7 +144,7 @@ def influence_windows(
         raise HookError(f"normalise is {normalise!r}; expected 'cosine' or 'dot'")
     if unit not in ("example", "batch") or unit_size < 1:
         raise HookError(f"unit is {unit!r} of {unit_size}; expected 'example', or 'batch' of at least 1 text")
-    work = _job(model, probe, checkpointing)
+    work = job_of(model, probe, checkpointing)
     prepared = Preconditioner(optimizer, moments, work.layers)
     settings = {
         "optimizer": optimizer,
@@ -179,7 +179,7 @@ def check_texts(
     model: nn.Module, tokenizer: Any, texts: Iterable[Text], probe: Probe, *, cut: int | None = None
 ) -> int:
     """How many texts there are. Raises HookError for the first that `influence` would refuse, without a gradient."""
-    limit = _job(model, probe, False).limit
+    limit = job_of(model, probe, False).limit
     return sum(1 for _ in map(probe.refuse, rows(tokenizer, texts, limit=limit, cut=cut)))
 
 
@@ -192,7 +192,7 @@ class _Scored:
     losses: Float[np.ndarray, " row"]
 
 
-def _job(model: nn.Module, probe: Probe, checkpointing: bool) -> Job:
+def job_of(model: nn.Module, probe: Probe, checkpointing: bool) -> Job:
     work = job(model, loss=probe.settings["loss"], checkpointing=checkpointing)
     work = replace(work, layers=tuple(layer for layer in work.layers if layer.name in probe.vectors))
     if set(work.names) != set(probe.vectors):

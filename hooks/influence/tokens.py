@@ -17,7 +17,7 @@ from hooks.influence.examples import Text, rows, units, windows
 from hooks.influence.gradients import Gradient, differentiate
 from hooks.influence.layers import Moments, Preconditioner
 from hooks.influence.probes import Probe
-from hooks.influence.scores import _job
+from hooks.influence.scores import job_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def token_influence(
         raise HookError("optimizer 'less' is no sum over tokens (it divides by the text's own square); take 'frozen_v'")
     if normalise not in ("cosine", "dot"):
         raise HookError(f"normalise is {normalise!r}; expected 'cosine' or 'dot'")
-    work = _job(model, probe, False)
+    work = job_of(model, probe, False)
     prepared = Preconditioner(optimizer, moments, work.layers)
     folded = {layer.name: prepared.fold(layer, probe.vectors[layer.name]) for layer in work.layers}
     results: list[TokenInfluence] = []

@@ -3,6 +3,7 @@
 from surgery.edits.unlearning.chunks import Chunks, Item
 from surgery.edits.unlearning.control import RELEASED_TARGETS, Control, Decision, decide, merit
 from surgery.edits.unlearning.encoding import ANTI, STEREOTYPE, UNRELATED, EncodedTriples, boundary, encode_triples
+from surgery.edits.unlearning.given import Given, read_given
 from surgery.edits.unlearning.losses import ascent, chunk_weights, dpo, kl, npo, npo_batch, retention
 from surgery.edits.unlearning.scored import Reference, reference
 from surgery.edits.unlearning.split import Split, split_terms
@@ -17,6 +18,7 @@ __all__ = [
     "Control",
     "Decision",
     "EncodedTriples",
+    "Given",
     "Item",
     "Objective",
     "Reference",
@@ -33,6 +35,7 @@ __all__ = [
     "merit",
     "npo",
     "npo_batch",
+    "read_given",
     "reference",
     "retention",
     "split_terms",

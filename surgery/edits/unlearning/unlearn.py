@@ -46,9 +46,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What was learnt, after which step, why training ended, and the development set's scores on the way."""
+    """What was learnt of how many triples, after which step, why it ended, and the scores of the development set."""
 
     trained: Trained
+    triples: int
     kept_step: int
     stopped: str
     evaluations: dict[int, Scores]
@@ -166,7 +167,7 @@ def unlearn(
         step_done=step_done,
         after=watch.after,
     )
-    return Unlearned(trained, watch.kept, watch.reason, watch.record)
+    return Unlearned(trained, len(rows), watch.kept, watch.reason, watch.record)
 
 
 @dataclass

@@ -1,0 +1,192 @@
+"""Fine-tuning on texts by CrAWD or one of its baselines: cross-entropy, and what each method adds or changes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from surgery.edits import cross_attention, debiasing
+from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, token_losses
+from surgery.errors import SurgeryError
+from surgery.prefix import Batch
+from surgery.progress import Advance
+from surgery.training import Log, Plan, train, trainable
+
+METHODS = ("crawd", "vanilla", "debias_tuning", "ibm", "deep_soft_debias")
+WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "debias_tuning": 1.0, "ibm": 1.0, "deep_soft_debias": 5.0}
+"""How strong each method's own term is where nothing is said; no paper gives a number."""
+OBJECTIVES = {
+    "crawd": "token cross-entropy with the cross-attention module",
+    "vanilla": "token cross-entropy",
+    "debias_tuning": "token cross-entropy + weight * -log(1 - P(any reference word))",
+    "ibm": "token cross-entropy + weight * attention to tokens similar to the reference words",
+    "deep_soft_debias": "token cross-entropy; afterwards the embeddings through a network that flattens the bias",
+}
+
+# What a method adds to the cross-entropy of each row of a batch, of which the marked tokens are learnt.
+Term = Callable[
+    [Float[Tensor, "batch pos vocab"], Batch, Bool[Tensor, "batch pos"]],
+    Float[Tensor, " batch"],
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and against which words."""
+
+    name: str = "crawd"
+    reference: tuple[str, ...] = ("he", "she")
+    """The sensitive words: keys of the cross-attention, and what the baselines' terms look for."""
+    weight: float = 0.0
+    """Of the method's own term. CrAWD's own is none; above 0 it gets Debias Tuning's beside the module."""
+    penalised: tuple[str, ...] = ()
+    """Words of Debias Tuning's term, where they are not the reference words (CrAWD Table 3)."""
+    lora: Lora | None = field(default_factory=Lora)
+    """None trains CrAWD's module alone."""
+    module: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``cross_attention.attached``: top_percent, decay, scope, heads, ffn, renormalise, dropout."""
+    module_rate: float = 1.0
+    """The module's learning rate over the plan's: what is right for LoRA factors is too fast for whole matrices."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What training found: differences of the base and of which kind they are, the module if there is one, the losses.
+
+    ``differences`` are LoRA factors (kind "lora") or whole differences ("dense"), as ``surgery.delta.make`` takes them.
+    """
+
+    differences: dict[str, Tensor]
+    kind: str
+    module: cross_attention.Weights | None
+    losses: list[float]
+    parameters: int
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    method: Method,
+    plan: Plan,
+    *,
+    seed: int,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Advance | None = None,
+) -> Tuned:
+    """Train by ``method`` on ``rows``; ``model`` is left as it was.
+
+    Deep Soft Debias is post hoc (CrAWD 5.3): the embeddings are debiased after the plain fine-tuning. Where embedding
+    and head are tied that changes the head, too.
+
+    Raises ``SurgeryError`` for an unknown method, a method without anything to train, a weight for a method that has
+    no term, words that do not fit the tokenizer, and when the loss is not finite.
+    """
+    if method.name not in METHODS:
+        raise SurgeryError(f"method: got {method.name!r}, expected one of {', '.join(METHODS)}")
+    if method.lora is None and method.name != "crawd":
+        raise SurgeryError(f"method {method.name}: nothing to train without LoRA; only crawd trains its module alone")
+    if method.weight and method.name == "vanilla":
+        raise SurgeryError(f"weight: got {method.weight}, but vanilla adds nothing to the cross-entropy; leave it at 0")
+    pairs = debiasing.word_pairs(tokenizer, method.reference) if method.name == "deep_soft_debias" else []
+    device = model.device
+    with ExitStack() as stack:
+        term = stack.enter_context(_term(model, tokenizer, method))
+        layers = stack.enter_context(adapters(model, method.lora, seed)) if method.lora else {}
+        module = None
+        if method.name == "crawd":
+            settings: dict[str, Any] = {
+                "reference": method.reference,
+                "seed": seed,
+                "live": method.lora is not None,
+            } | method.module
+            module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
+        names = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("cross_attention.")]
+
+        def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor:
+            batch, learnt = learnt_batch(rows, chosen, device)
+            logits = called(**batch.inputs(), use_cache=False).logits
+            plain = token_losses(logits, batch.ids, learnt)
+            return plain if term is None else plain + method.weight * term(logits, batch, learnt)
+
+        parameters = stack.enter_context(trainable(model, names))
+        rates = {name: method.module_rate for name in names if name.startswith("cross_attention.")}
+        done = train(
+            model,
+            parameters,
+            losses,
+            len(rows),
+            plan,
+            seed=seed,
+            state=state,
+            log=log,
+            step_done=step_done,
+            rates=rates,
+        )
+        model.eval()  # the reference states are taken without dropout
+        weights = cross_attention.weights_of(module) if module is not None else None
+        count = sum(parameter.numel() for parameter in parameters.values())
+        tuned = Tuned(factors(layers), "lora" if weights is None else "module", weights, done, count)
+    return _softened(model, tuned, pairs, method, seed) if pairs else tuned
+
+
+def four_bit(directory: Path | str, device: torch.device) -> PreTrainedModel:
+    """The checkpoint as a causal model with 4-bit weights (NF4, Dettmers et al. 2023), to train factors beside them.
+
+    Raises ``SurgeryError`` without a CUDA device or without bitsandbytes.
+    """
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        got = f"this model is on {device.type}" if device.type != "cuda" else "bitsandbytes is not installed"
+        raise SurgeryError(
+            f"four_bit: {got}; expected a CUDA device and bitsandbytes (pip install bitsandbytes); or leave it off"
+        )
+    settings: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
+    )
+    return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def _term(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Iterator[Term | None]:
+    """What the method adds to each row's cross-entropy, or None; inside, the model is ready to have it computed."""
+    words = method.penalised or method.reference
+    if not method.weight or method.name == "deep_soft_debias":
+        yield None
+    elif method.name == "ibm":
+        ids = debiasing.word_forms(tokenizer, words)
+        similarity = debiasing.word_similarity(_embedding(model), ids)
+        with debiasing.last_attention(model) as attention:
+            yield lambda _, batch, __: debiasing.attention_similarity(
+                attention(), similarity[batch.ids], batch.mask.bool()
+            )
+    else:
+        ids = debiasing.word_forms(tokenizer, words)
+        yield lambda logits, _, learnt: debiasing.mention_loss(logits, ids, learnt)
+
+
+def _softened(
+    model: PreTrainedModel, tuned: Tuned, pairs: Sequence[tuple[int, int]], method: Method, seed: int
+) -> Tuned:
+    """The fine-tuned differences multiplied out, with that of the debiased embeddings."""
+    embedding = _embedding(model)
+    # Four passes over the vocabulary in portions of 512: neither the paper nor Rakshit et al. as cited says how long.
+    plan = Plan(lr=1e-3, epochs=4, batch_size=512, optimizer="adamw")
+    change = debiasing.soft_debias(embedding, pairs, plan, weight=method.weight, seed=seed)
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    stems = [key.removesuffix(".lora_B") for key in tuned.differences if key.endswith(".lora_B")]
+    dense = {stem: tuned.differences[f"{stem}.lora_B"] @ tuned.differences[f"{stem}.lora_A"] for stem in stems}
+    return replace(tuned, differences=dense | {name: change.cpu()}, kind="dense")
+
+
+def _embedding(model: PreTrainedModel) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)

@@ -1,0 +1,311 @@
+"""The CrAWD recipe: what each method trains and leaves, numbers that are of the saved file, and what is refused."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import state
+
+import surgery
+from recipes import crawd
+from surgery.data.texts import Example
+from surgery.edits.debiased_tuning import METHODS, Method, tune
+from surgery.edits.supervised import Lora, encode_rows, evaluate
+from surgery.errors import SurgeryError
+from surgery.metrics import gas
+from surgery.metrics.metric import from_dict
+from surgery.runs import Folder
+from surgery.training import Plan
+
+QUICK: dict[str, Any] = {"lr": 3e-3, "epochs": 2, "suites": ["gas"], "samples": 1, "length": 4, "rows": 4, "rank": 4}
+ROLES = {"nurse": "Female", "engineer": "Male", "guard": "Male", "teacher": "Female"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with forty biographies, of which each names its person by he or she."""
+    folder = tmp_path_factory.mktemp("data") / "bias_in_bios"
+    folder.mkdir()
+    lines = ["hard_text,profession,gender"]
+    for number in range(40):
+        role, gender = list(ROLES.items())[number % 4]
+        who = "she" if gender == "Female" else "he"
+        lines.append(f'"{who} said that {who} is kind and the {role} {number} was here",{role},{gender}')
+    (folder / "bios_28_professions.csv").write_text("\n".join(lines) + "\n")
+    (folder / "accountant_complete.csv").write_text("\n".join([*lines[:3], "he is old,accountant,Male"]) + "\n")
+    return folder.parent
+
+
+def settings(checkpoint: Path, folder: Path, **more: Any) -> crawd.Settings:
+    return crawd.Settings(**({"model": str(checkpoint), "data": str(folder)} | QUICK | more))
+
+
+def learn(tiny: Any, checkpoint: Path, folder: Path, out: Path, **more: Any) -> dict[str, Any]:
+    neutral = out.parent / "neutral.txt"  # two sentences instead of two hundred
+    neutral.write_text("The old key was here.\nThe guard found it.\n")
+    ready = settings(checkpoint, folder, neutral=str(neutral), **more)
+    return crawd.run(*tiny, ready, out=out).summary
+
+
+@pytest.fixture(scope="module")
+def rows(word_tokenizer: Any) -> Any:
+    texts = ["The nurse said that she is kind.", "The engineer said that he is kind."] * 8
+    return encode_rows(word_tokenizer, [Example("", text) for text in texts], max_length=32).rows
+
+
+def method(name: str, **more: Any) -> Method:
+    weight = crawd.WEIGHTS[name]
+    return replace(Method(name, weight=weight, lora=Lora(4, 8)), **more)
+
+
+# The training
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_leaves_the_model_alone(tiny: Any, rows: Any, name: str) -> None:
+    model, tokenizer = tiny
+    before = state(model)
+    tuned = tune(model, tokenizer, rows, method(name), Plan(5e-3, 4, 8, "adamw", dropout=True), seed=0)
+    assert state(model) == before
+    assert tuned.losses[-1] < 0.9 * tuned.losses[0] and len(tuned.losses) == 8
+    assert tuned.kind == {"crawd": "module", "deep_soft_debias": "dense"}.get(name, "lora")
+    assert (tuned.module is not None) == (name == "crawd")
+    embedded = [key for key in tuned.differences if "embed" in key]
+    assert embedded == (["model.embed_tokens.weight"] if name == "deep_soft_debias" else [])
+
+
+def test_the_same_seed_gives_the_same_numbers(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    plan = Plan(5e-3, 1, 8, "adamw", dropout=True)
+    one, again, other = (tune(model, tokenizer, rows, method("crawd"), plan, seed=seed) for seed in (0, 0, 1))
+    assert again.losses == one.losses != other.losses
+    assert all(torch.equal(value, again.differences[key]) for key, value in one.differences.items())
+
+
+def test_the_module_alone_trains_nothing_of_the_base(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    tuned = tune(model, tokenizer, rows, method("crawd", lora=None), Plan(5e-3, 4, 8), seed=0)
+    assert tuned.differences == {} and tuned.module is not None
+    assert tuned.parameters == sum(v.numel() for k, v in tuned.module.tensors.items() if k != "reference")
+    assert tuned.losses[-1] < tuned.losses[0]
+
+
+def test_the_module_has_a_learning_rate_of_its_own(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    moved = {}
+    for rate in (1.0, 0.01):
+        tuned = tune(model, tokenizer, rows, method("crawd", module_rate=rate), Plan(5e-3, 1, 16), seed=0)
+        assert tuned.module is not None
+        factor = next(value for key, value in tuned.differences.items() if key.endswith("lora_B"))
+        moved[rate] = tuned.module.tensors["fusion.weight"].abs().max().item(), factor.abs().max().item()
+    # One step of Adam moves every number by about its learning rate.
+    assert moved[1.0][0] == pytest.approx(5e-3, rel=0.05) and moved[0.01][0] == pytest.approx(5e-5, rel=0.05)
+    assert moved[1.0][1] == pytest.approx(moved[0.01][1], rel=1e-4)
+
+
+def test_the_reference_states_follow_the_trained_weights(tiny: Any, rows: Any) -> None:
+    """With LoRA the stored states are those of the trained model, not of the model before."""
+    model, tokenizer = tiny
+    alone = tune(model, tokenizer, rows, method("crawd", lora=None), Plan(5e-3, 1, 8), seed=0)
+    both = tune(model, tokenizer, rows, method("crawd"), Plan(5e-3, 4, 8), seed=0)
+    assert alone.module is not None and both.module is not None
+    assert not torch.allclose(alone.module.tensors["reference"], both.module.tensors["reference"], atol=1e-3)
+
+
+def test_debias_tuning_says_the_words_less(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    ids = torch.tensor([list(rows[0].ids[:4])])  # "The nurse said that"
+    words = tokenizer.convert_tokens_to_ids(["he", "she"])
+    mass = {}
+    for name, weight in (("vanilla", 0.0), ("debias_tuning", 4.0), ("crawd", 4.0)):
+        tuned = tune(model, tokenizer, rows, method(name, weight=weight), Plan(3e-2, 10, 8), seed=0)
+        with torch.no_grad(), applied(model, tuned):
+            mass[name] = model(ids).logits[0, -1].softmax(-1)[words].sum().item()
+    # A fifth of it at the optimum, 1 / (1 + weight); these few steps go most of the way.
+    assert mass["vanilla"] > 0.3
+    assert mass["debias_tuning"] < 0.65 * mass["vanilla"] and mass["crawd"] < 0.65 * mass["vanilla"]
+
+
+def applied(model: Any, tuned: Any) -> Any:
+    """The factors multiplied onto the model, and the module in it, without a file."""
+    from contextlib import ExitStack, contextmanager
+
+    from surgery.edits.cross_attention import reattached
+
+    @contextmanager
+    def inside() -> Any:
+        named = dict(model.named_parameters())
+        stems = [key.removesuffix(".lora_B") for key in tuned.differences if key.endswith(".lora_B")]
+        kept = {stem: named[stem].detach().clone() for stem in stems}
+        with ExitStack() as stack, torch.no_grad():
+            for stem in stems:
+                named[stem] += tuned.differences[f"{stem}.lora_B"] @ tuned.differences[f"{stem}.lora_A"]
+            if tuned.module is not None:
+                stack.enter_context(reattached(model, tuned.module))
+            yield
+            for stem in stems:
+                named[stem].copy_(kept[stem])
+
+    return inside()
+
+
+@pytest.mark.parametrize(
+    "name, more, message",
+    [
+        ("plain", {}, "got 'plain', expected one of crawd"),
+        ("vanilla", {"weight": 1.0}, "vanilla adds nothing"),
+        ("ibm", {"lora": None}, "only crawd trains its module alone"),
+        ("deep_soft_debias", {"reference": ("he",)}, "expected pairs"),
+        ("debias_tuning", {"reference": ("xyzzy",)}, "word 'xyzzy'"),
+        ("crawd", {"reference": ()}, "reference"),
+        ("crawd", {"module": {"heads": 5}}, "heads is 5"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny: Any, rows: Any, name: str, more: Any, message: str) -> None:
+    before = state(tiny[0])
+    with pytest.raises(SurgeryError, match=message):
+        tune(
+            *tiny,
+            rows,
+            replace(Method(name, weight=1.0 if name == "debias_tuning" else 0.0), **more),
+            Plan(1e-3, 1, 8),
+            seed=0,
+        )
+    assert state(tiny[0]) == before
+
+
+# The recipe
+
+
+def test_the_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    before = state(tiny[0])
+    summary = learn(tiny, checkpoint, data, tmp_path / "run")
+    assert state(tiny[0]) == before
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "recipe.toml", "delta.safetensors", "report.html", "log.jsonl", "plots"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
+    # 40 biographies of which 8 are held out and 8 a development set; of the accountants' file one is new.
+    assert summary["rows"]["trained"] == 24 + 1 and summary["rows"]["held_out"] == 8
+    assert set(summary["controls"]) == {"vanilla"} and summary["delta"]["kind"] == "module"
+    for scores in (summary["before"], summary["after"], summary["controls"]["vanilla"]["after"]):
+        assert set(scores) == {"gas", "held_out_perplexity", "perplexity"}
+    assert summary["before"]["held_out_perplexity"]["value"] > 2 * summary["after"]["held_out_perplexity"]["value"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert (
+        "plain fine-tuning reaches" in page
+        and 'alt="cross attention"' in page
+        and 'alt="sensitivity"' in page
+        and "Continuations" in page
+    )
+    rankings = [summary["sensitivity"][when]["scores"] for when in ("before", "after")]
+    assert len(rankings[0]) == len(rankings[1]) == 4 and rankings[0] != rankings[1]
+    assert len(summary["cases"]) == 6 and set(summary["cases"][0]) == {"prompt", "before", "crawd", "vanilla"}
+
+
+def test_the_numbers_are_those_of_the_saved_file(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Measured again on a model opened from the checkpoint with the delta file."""
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", controls=[], rounding="nearest", lr=1e-2)
+    assert summary["controls"] == {}
+    model, tokenizer = surgery.load(
+        checkpoint, dtype="bfloat16", device="cpu", deltas=[tmp_path / "run" / "delta.safetensors"]
+    )
+    model = torch.nn.Module.float(model)
+    sampling = gas.Sampling(4, samples=1)
+    again = gas.evaluate(model, tokenizer, data, limit=4, sampling=sampling)
+    assert from_dict(summary["after"]["gas"]["gas"]) == again["gas"]
+    held = crawd._read(tokenizer, crawd.Settings(data=str(data), suites=[])).held_out
+    encoded = encode_rows(tokenizer, [Example("", text) for text in held], max_length=128).rows
+    counts = [len(row.ids) - 1 for row in encoded]
+    nll = sum(loss * count for loss, count in zip(evaluate(model, encoded), counts, strict=True)) / sum(counts)
+    value = summary["after"]["held_out_perplexity"]["value"]
+    assert torch.tensor(nll).exp().item() == pytest.approx(value, rel=2e-2)  # the module is float32 in one, bf16 in one
+
+
+def test_no_held_out_text_is_trained_on(tiny: Any, data: Path) -> None:
+    parts = {}
+    for part in ("dev", "test"):
+        given = crawd._read(tiny[1], crawd.Settings(data=str(data), suites=[], part=part))
+        parts[part] = set(given.held_out)
+        assert len(parts[part]) == 8 and not parts[part] & set(given.texts)
+        assert len(given.texts) == len(set(given.texts)) == 25
+    assert not parts["dev"] & parts["test"]
+
+
+def test_a_file_of_one_s_own(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("".join(f"The nurse said that she is {n}.\n" for n in range(20)))
+    summary = learn(
+        tiny, checkpoint, Path(), tmp_path / "run", data="", file=str(tmp_path / "texts.txt"), suites=[], controls=[]
+    )
+    assert summary["rows"]["trained"] == 12 and summary["rows"]["held_out"] == 4 and summary["cases"] == []
+    assert set(summary["after"]) == {"held_out_perplexity", "perplexity"}
+
+
+def test_an_interrupted_run_continues_to_the_same_delta(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learn(tiny, checkpoint, data, tmp_path / "whole", suites=[])
+    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    write = Folder.log
+
+    def interrupt(folder: Any, row: dict[str, Any]) -> None:
+        write(folder, row)
+        if row.get("step") == 3 and row.get("method") == "vanilla":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.runs.Folder.log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny, checkpoint, data, tmp_path / "cut", suites=[])
+    ready = settings(checkpoint, data, suites=[], neutral=str(tmp_path / "neutral.txt"))
+    rest = crawd.run(*tiny, ready, out=tmp_path / "cut", resume=True).summary
+    assert rest == whole
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert sum(line.get("method") == "crawd" for line in lines) == whole["edit"]["steps"]  # not trained twice
+
+
+def test_settings_follow_method_and_profile() -> None:
+    assert crawd.Settings().lr == 1e-5 and crawd.Settings().weight == 0.0
+    assert crawd.Settings(method="debias_tuning").weight == 1.0
+    assert crawd.Settings(method="debias_tuning", weight=3.0).weight == 3.0
+    quick = crawd.Settings(profile="quick", epochs=4)
+    assert quick.suites == ["gas", "weat"] and quick.epochs == 4 and quick.lr > 1e-5
+    written = surgery.settings.dump("crawd", crawd.Settings(profile="small"))
+    assert "lr = 0.0005" in written
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"data": ""}, "no data; name the directory"),
+        ({"data": "nowhere"}, "no such file"),
+        ({"suites": ["blimp"]}, "got 'blimp'"),
+        ({"controls": ["crawd"]}, "controls: got 'crawd'"),
+        ({"reference": ["he", "he"]}, "named twice"),
+        ({"four_bit": True}, "four_bit: this model is on cpu"),
+        ({"lr": 1e30}, "learning rate 1e\\+30"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_left(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    before = state(tiny[0])
+    with pytest.raises(SurgeryError, match=message):
+        learn(tiny, checkpoint, data, tmp_path / "x", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["neutral.txt"] and state(tiny[0]) == before
+
+
+@pytest.mark.skipif("SURGERY_DATA" not in os.environ, reason="SURGERY_DATA names no data directory")
+def test_the_data_at_hand(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    data = Path(os.environ["SURGERY_DATA"])
+    more = {"suites": ["gas", "bios"], "rows": 6, "limit": 16, "epochs": 1, "controls": [], "part": "dev"}
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", **more)
+    # The tiny tokenizer lacks WEAT's names and StereoSet's start token.
+    assert {"accuracy", "tpr_gap"} == set(summary["after"]["bios"]) and "gas" in summary["after"]
+    # 168 of the 28 professions, and the thousand accountants less the rows that are in both files
+    assert (
+        summary["rows"]["trained"] == 16 and summary["rows"]["read"] > 1000 and 50 <= summary["rows"]["held_out"] <= 62
+    )
