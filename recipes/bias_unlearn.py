@@ -6,8 +6,6 @@ terms, cut from that source, decides swaps, the stop and the kept checkpoint; St
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,28 +14,29 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.settings
-from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
 from surgery import apply as disk
 from surgery import delta as deltas
 from surgery.checkpoints import checkpoint_dir, tensors_of
-from surgery.data.stereoset import Kind, Triple, Triples, load
-from surgery.edits import self_debias
+from surgery.data.stereoset import Kind
+from surgery.delta import Delta
 from surgery.edits.supervised import Lora
 from surgery.edits.unlearning import (
     RELEASED_TARGETS,
     Chunks,
     Control,
+    Given,
     Objective,
     Unlearned,
     encode_triples,
+    read_given,
     reference,
-    split_terms,
     unlearn,
 )
+from surgery.edits.unlearning.measuring import measure, skipped_rows, watched_scores
+from surgery.edits.unlearning.report import picture, tables, verdict
 from surgery.errors import SurgeryError
-from surgery.metrics.stereoset import evaluate_triples, sample
-from surgery.metrics.suite import evaluate_suites, plain
-from surgery.page import Table, compared, write_page
+from surgery.metrics.suite import check_suites
+from surgery.page import write_page
 from surgery.progress import Talk
 from surgery.runs import Folder, Run, run_folder, write_json
 from surgery.training import Plan
@@ -52,13 +51,8 @@ OBJECTIVES = {
     "self_debias": "Self-Debias (Schick et al. 2021): no edit, the next-token distribution is changed",
 }
 
-# What a method, a variant or a profile changes where nothing else is said; later ones win.
+# What a variant, a profile or a method changes where nothing else is said; later ones win.
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
-    # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4.
-    ("method", "cda"): {"swap": False, "retain_by": "token"},
-    ("method", "sft"): {"swap": False, "retain_by": "token"},
-    ("method", "dpo"): {"swap": False},
-    ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
     ("variant", "released"): {
         "weight_forget": 0.5,
         "weight_retain": 0.3,
@@ -68,15 +62,25 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "dev_rows": 100,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     },
-    # Sized for two idle cores and the demo model, with a rate that so few steps need.
+    # For two cores and the demo model. So few steps need a high rate, at which the paper's weights (beta 0.1, forget
+    # 0.4) make every sentence unlikely: NPO's gradient then fades only once a stereotype is e^10 times less likely.
     ("profile", "quick"): {
         "lr": 1e-3,
-        "steps": 48,
+        "steps": 40,
+        "beta": 1.0,
+        "weight_forget": 0.1,
         "retain_batch": 12,
-        "evaluate_every": 12,
-        "dev_rows": 25,
-        "limit": 160,
+        "balance": "types",
+        "evaluate_every": 8,
+        "dev_rows": 40,
+        "limit": 400,
     },
+    # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4 unless
+    # weight_kl asks for it.
+    ("method", "cda"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "sft"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "dpo"): {"swap": False, "weight_kl": 0.0},
+    ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
 }
 
 
@@ -189,8 +193,39 @@ def run(
         for note in given.notes:
             folder.log({"note": note})
             talk.say(note)
-        measured = partial(_measure, model, tokenizer, given, settings, talk)
-        before = folder.once("before", lambda: measured("before"))
+        wanted: Any = {key: getattr(settings, key) for key in ("scorer", "suites", "limit", "seed")}
+        measured = partial(measure, model, tokenizer, given, **wanted, folder=settings.data, talk=talk)
+        delta_file, saved = folder.path / "delta.safetensors", folder.path / "checkpoint"
+
+        def trained() -> dict[str, Any]:
+            found = _train(model, tokenizer, given, settings, folder, talk)
+            about: Any = {"base": settings.model, "recipe": text, "seed": settings.seed}
+            delta = deltas.make(found.trained.differences, directory, kind="lora", **about)
+            sha256 = delta.save(delta_file, overwrite=True)
+            written = {"file": delta_file.name, "kind": delta.kind, "bytes": delta_file.stat().st_size}
+            return {"edit": _edit(found, settings), "delta": written | {"sha256": sha256}}
+
+        def as_saved() -> dict[str, Any]:
+            shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
+            # No undo record: it would hold the whole base again, which stands where it stood.
+            report = disk.apply(
+                delta_file, directory, saved, rounding=settings.rounding, seed=settings.seed, undo="none"
+            )
+            with tensors_of(model, Delta.load(delta_file), saved):
+                scores = measured(when="after")
+            if not settings.keep_checkpoint:
+                shutil.rmtree(saved)
+            keys = ("rounding", "entries", "changed", "lost")
+            return scores | {"applied": {key: getattr(report, key) for key in keys}}
+
+        before = folder.once("before", partial(measured, when="before"))
+        if settings.method == "self_debias":
+            made: dict[str, Any] = {"edit": {"objective": OBJECTIVES[settings.method]}}
+            after = folder.once("after", partial(measured, when="after", debiased=True))
+        else:
+            made = folder.once("trained", trained)
+            after = folder.once("after", as_saved)
+            made["applied"] = after["applied"]
         summary: dict[str, Any] = {
             "recipe": "bias_unlearn",
             "method": settings.method,
@@ -198,69 +233,27 @@ def run(
             "model": settings.model,
             "seed": settings.seed,
             "before": before["test"],
-            "dev": {"before": before["dev"]},
+            "after": after["test"],
+            "dev": {"before": before["dev"], "after": after["dev"]},
             "rows": {key: len(getattr(given, key).rows) for key in ("watched", "held_out", "test")}
-            | {"trained": len(given.train)},
+            | {"trained": len(given.train), "skipped": given.skipped},
             "controls": {},
             "cases": [],
+            **made,
         }
-        if settings.method == "self_debias":
-            after = folder.once("after", lambda: measured("after", debiased=True))
-            summary["edit"] = {"objective": OBJECTIVES[settings.method]}
-        else:
-            found = _train(model, tokenizer, given, settings, folder, talk)
-            delta = deltas.make(
-                found.trained.differences,
-                checkpoint=directory,
-                base=settings.model,
-                recipe=text,
-                seed=settings.seed,
-                kind="lora",
-            )
-            delta_file = folder.path / "delta.safetensors"
-            sha256 = delta.save(delta_file, overwrite=True)
-            saved = folder.path / "checkpoint"
-            shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-            # No undo record: it would hold the whole base again, which stands where it stood.
-            report = disk.apply(
-                delta_file, directory, saved, rounding=settings.rounding, seed=settings.seed, undo="none"
-            )
-            with tensors_of(model, delta, saved):
-                after = measured("after")
-            if not settings.keep_checkpoint:
-                shutil.rmtree(saved)
-            summary |= {
-                "edit": _edit(found, settings, _parts(settings)[0]),
-                "delta": {
-                    "file": delta_file.name,
-                    "kind": delta.kind,
-                    "bytes": delta_file.stat().st_size,
-                    "sha256": sha256,
-                },
-                "applied": {
-                    "rounding": report.rounding,
-                    "entries": report.entries,
-                    "changed": report.changed,
-                    "lost": report.lost,
-                },
-            }
-        summary["after"] = after["test"]
-        summary["dev"]["after"] = after["dev"]
-        summary["verdict"] = _verdict(summary)
+        summary["verdict"] = verdict(summary)
         write_json(folder.path / "run.json", summary)
-        _report(folder, summary, given.notes, text)
+        steps = made["edit"].get("evaluations")
+        write_page(
+            folder.path,
+            title=f"{settings.method} on {settings.model}",
+            lines=[*summary["verdict"], *given.notes, *skipped_rows(before)],
+            tables=tables(summary),
+            figures={"steps": picture(steps, made["edit"]["kept_step"])} if steps else {},
+            recipe=text,
+            delta=made.get("delta"),
+        )
     return Run(Path(out), summary)
-
-
-@dataclass(frozen=True)
-class Given:
-    """The triples of a run: those trained on, the few scored while training, all held-out ones, the test."""
-
-    train: tuple[Triple, ...]
-    watched: Triples
-    held_out: Triples
-    test: Triples
-    notes: tuple[str, ...]
 
 
 def _read(settings: Settings) -> Given:
@@ -270,41 +263,25 @@ def _read(settings: Settings) -> Given:
     }
     if not all(files.values()):
         raise SurgeryError("bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test")
+    check_suites(settings.suites)
     if settings.suites and not settings.data:
         raise SurgeryError(f"suites: {', '.join(settings.suites)} need a directory of data sets; name it with data=DIR")
-    # Only contexts with a BLANK say where the continuation begins; the test may have both kinds.
-    source, test = load(files["train"]), load(files["test"], kind=settings.kind)
-    notes = [
-        f"{files[key]}: {len(found.skipped)} rows skipped: {'; '.join(found.skipped[:3])}"
-        for key, found in (("train", source), ("test", test))
-        if found.skipped
-    ]
-    if settings.variant == "released":
-        # Its development set is the front of the file that it is tested on (dataloader.py:182).
-        front: dict[str, list[Triple]] = {}
-        for row in load(files["test"]).rows:
-            if len(front.setdefault(row.bias_type, [])) < settings.dev_rows:
-                front[row.bias_type].append(row)
-        rows = tuple(row for kind in sorted(front) for row in front[kind])
-        train, held = source.rows, Triples(rows, (), f"first {settings.dev_rows} rows a type of the test file")
-        watched = held
-        notes.append(f"Warning: variant released: training is steered by the {held.name}, as in the authors' code.")
-    else:
-        split = split_terms(source.rows, share=settings.dev_share, watched=settings.dev_rows, seed=settings.seed)
-        name = f"held-out terms of {source.name}"
-        train, *others = (tuple(source.rows[n] for n in part) for part in (split.train, split.held_out, split.watched))
-        held, watched = (Triples(part, (), name) for part in others)
-    missing = sorted({row.bias_type for row in watched.rows} - {row.bias_type for row in train})
-    if missing:
-        raise SurgeryError(f"{files['train']}: no rows of bias type {missing[0]}, which {watched.name} has; add some")
-    notes.append(
-        f"{len(train)} triples to train on; {len(held.rows)} of {held.name}, {len(watched.rows)} of them scored "
-        f"while training; {len(test.rows)} of {test.name} to test"
-        + f"; measured: {settings.limit} of each"
-        * bool(settings.limit)
+    if "stereoset" in settings.suites:
+        raise SurgeryError("suites: got stereoset, which is measured in every run, on the test file; leave it out")
+    if settings.suites and settings.method == "self_debias":
+        raise SurgeryError(
+            f"suites: got {', '.join(settings.suites)}; under Self-Debias StereoSet alone is scored; leave them out"
+        )
+    return read_given(
+        files["train"],
+        files["test"],
+        share=settings.dev_share,
+        watched=settings.dev_rows,
+        seed=settings.seed,
+        kind=settings.kind,
+        limit=settings.limit,
+        released=settings.variant == "released",
     )
-    some = partial(sample, limit=settings.limit, seed=settings.seed)
-    return Given(train, watched, some(held), some(test), tuple(notes))
 
 
 def _train(
@@ -357,12 +334,6 @@ def _train(
         shuffle=False,
     )
 
-    def evaluate() -> dict[str, dict[str, float]]:
-        scores = evaluate_triples(model, tokenizer, given.watched, scorer=settings.scorer)
-        found = {name: {kind: metric.value for kind, metric in scores[name].items()} for name in ("ss", "lms", "icat")}
-        talk.say(", ".join(f"{kind} {value:.1f}" for kind, value in found["ss"].items()) + " (SS while training)")
-        return found
-
     with talk.work("unlearn", settings.steps) as step:
         return unlearn(
             model,
@@ -374,7 +345,7 @@ def _train(
             plan,
             steps=settings.steps,
             lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.dropout),
-            evaluate=evaluate,
+            evaluate=partial(watched_scores, model, tokenizer, given, settings.scorer, talk),
             state=folder.state("unlearn"),
             log=folder.log,
             step_done=step,
@@ -385,49 +356,25 @@ def _parts(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
     """How many places of a chunk each role has, and its weight."""
     both = settings.forget_batch + settings.retain_batch
     alone = {"cda": ("retain", both), "sft": ("both", both), "dpo": ("prefer", both // 2)}  # a pair is two sentences
+    weights = {"forget": settings.weight_forget, "retain": settings.weight_retain}
+    sizes = {"forget": settings.forget_batch, "retain": settings.retain_batch}
     if settings.method in alone:
         role, size = alone[settings.method]
-        return {role: max(1, size)}, {role: 1.0}
-    weights = {"forget": settings.weight_forget, "retain": settings.weight_retain, "unrelated": settings.weight_kl}
-    sizes = {"forget": settings.forget_batch, "retain": settings.retain_batch, "unrelated": settings.unrelated_batch}
+        weights, sizes = {role: 1.0}, {role: max(1, size)}
+    weights["unrelated"], sizes["unrelated"] = settings.weight_kl, settings.unrelated_batch
     chosen = {role: size for role, size in sizes.items() if weights[role]}
     if not chosen:
         raise SurgeryError("weight_forget, weight_retain, weight_kl: got 0 for all, expected at least one above 0")
     return chosen, weights
 
 
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    given: Given,
-    settings: Settings,
-    talk: Talk,
-    when: str,
-    *,
-    debiased: bool = False,
-) -> dict[str, Any]:
-    """``{"test": {"stereoset": ..., suite: ...}, "dev": {"stereoset": ...}}`` of the model as it is."""
-    judge = self_debias.evaluate_triples if debiased else evaluate_triples
-    found: dict[str, Any] = {}
-    for key, triples in (("dev", given.held_out), ("test", given.test)):
-        with talk.work(f"StereoSet {key} {when}", 3 * len(triples.rows)) as step:
-            scores = judge(model, tokenizer, triples, scorer=settings.scorer, step=step)
-        found[key] = {"stereoset": plain({name: scores[name] for name in ("ss", "lms", "icat")})}
-    if settings.suites and not debiased:
-        found["test"] |= plain(
-            evaluate_suites(
-                model, tokenizer, settings.suites, settings.data, limit=settings.limit, seed=settings.seed, talk=talk
-            )
-        )
-    return found
-
-
-def _edit(found: Unlearned, settings: Settings, sizes: dict[str, int]) -> dict[str, Any]:
+def _edit(found: Unlearned, settings: Settings) -> dict[str, Any]:
     return {
         "blocks": "all",
         "part": "lora",
         "objective": OBJECTIVES[settings.method],
-        "chunk": sizes,
+        "chunk": _parts(settings)[0],
+        "triples": found.triples,
         "parameters": found.trained.parameters,
         "steps": len(found.trained.losses),
         "kept_step": found.kept_step,
@@ -436,85 +383,3 @@ def _edit(found: Unlearned, settings: Settings, sizes: dict[str, int]) -> dict[s
         "loss_last": found.trained.losses[-1],
         "evaluations": [{"step": step} | scores for step, scores in sorted(found.evaluations.items())],
     }
-
-
-def _verdict(summary: dict[str, Any]) -> list[str]:
-    """What happened in a few plain sentences."""
-    before, after = (summary[when]["stereoset"] for when in ("before", "after"))
-    overall = {name: (before[name]["overall"]["value"], after[name]["overall"]["value"]) for name in before}
-    lines = [
-        f"{summary['method']}, variant {summary['variant']}: {summary['edit']['objective']}.",
-        "Overall on the test rows: "
-        + ", ".join(f"{name.upper()} {was:.2f} to {now:.2f}" for name, (was, now) in overall.items())
-        + ".",
-    ]
-    if "stopped" in summary["edit"]:
-        lines.append(
-            f"Training ended because {summary['edit']['stopped']}; the checkpoint of step "
-            f"{summary['edit']['kept_step']} was kept."
-        )
-        applied = summary["applied"]
-        lines.append(
-            f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
-            f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding."
-        )
-    fall = overall["lms"][0] - overall["lms"][1]
-    if fall > 1.5:
-        lines.append(f"Warning: the language modelling score fell by {fall:.2f}; the paper's largest fall is 1.42.")
-    return lines
-
-
-def _report(folder: Folder, summary: dict[str, Any], notes: Sequence[str], text: str) -> None:
-    tables = [
-        compared({"before": summary["before"], "after": summary["after"]}, caption="Test"),
-        compared(summary["dev"], caption="Development set (held-out terms of the training source)"),
-    ]
-    figures = {}
-    if evaluations := summary["edit"].get("evaluations"):
-        figures["steps"] = _picture(summary["dev"]["before"]["stereoset"], evaluations, summary["edit"]["kept_step"])
-        kinds = list(evaluations[0]["ss"])
-        tables.append(
-            Table(
-                "Stereotype score while training",
-                ["step", *kinds, "LMS overall", "ICAT overall"],
-                [
-                    [
-                        str(row["step"]),
-                        *(f"{row['ss'][kind]:.1f}" for kind in kinds),
-                        f"{row['lms']['overall']:.1f}",
-                        f"{row['icat']['overall']:.1f}",
-                    ]
-                    for row in evaluations
-                ],
-                "On the rows of the development set that are scored while training; these numbers steer it.",
-            )
-        )
-    write_page(
-        folder.path,
-        title=f"{summary['method']} on {summary['model']}",
-        lines=[*summary["verdict"], *notes],
-        tables=tables,
-        figures=figures,
-        recipe=text,
-        delta=summary.get("delta"),
-    )
-
-
-def _picture(before: dict[str, Any], evaluations: Sequence[dict[str, Any]], kept: int) -> Any:
-    """Stereotype score of each bias type, and LMS, along the steps."""
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
-    steps = [row["step"] for row in evaluations]
-    for kind, colour, mark in zip(
-        sorted(before["ss"]), (BLUE, ORANGE, GREEN, PINK, GREY) * 3, "osD^v" * 3, strict=False
-    ):
-        axes.plot(
-            steps, [row["ss"].get(kind, float("nan")) for row in evaluations], color=colour, marker=mark, label=kind
-        )
-    axes.plot(steps, [row["lms"]["overall"] for row in evaluations], color="black", linestyle=":", label="LMS")
-    axes.axhline(50, color="black", linewidth=0.8)
-    axes.axvline(kept, color=GREY, linestyle="--", linewidth=0.8)
-    axes.set_xlabel("step (dashed: the kept checkpoint)")
-    axes.set_ylabel("SS, LMS (%)")
-    axes.legend(ncols=3, fontsize="small")
-    return figure

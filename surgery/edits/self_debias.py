@@ -18,7 +18,7 @@ from surgery.edits.supervised import Row
 from surgery.edits.unlearning.scored import head_at, places_of
 from surgery.errors import SurgeryError
 from surgery.likelihood import evaluating
-from surgery.metrics.sentences import DEFINITIONS, SCORERS, pooled, start_token
+from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, pooled, start_token
 from surgery.metrics.stereoset import score
 from surgery.prefix import by_length, pad
 from surgery.progress import Advance
@@ -103,16 +103,22 @@ def evaluate_triples(
 ) -> dict[str, Any]:
     """``surgery.metrics.stereoset.evaluate_triples`` of intrasentence triples, each under its bias type's prompt.
 
+    Those too long for the model with the prompt before them are skipped, and are reasons under ``"skipped"``.
+
     Raises ``SurgeryError`` for intersentence triples, whose context the prompt would not reach.
     """
     other = next((row.where for row in triples.rows if row.kind != "intrasentence"), None)
     if other is not None:
         raise SurgeryError(f"{other}: an intersentence row; Self-Debias is scored on intrasentence rows; leave it out")
-    sentences = [text for row in triples.rows for text in row.sentences]
-    prompts = [PROMPT.format(bias_type=row.bias_type) for row in triples.rows for _ in row.sentences]
+    asked = [[PROMPT.format(bias_type=row.bias_type) + text for text in row.sentences] for row in triples.rows]
+    kept, long = fitting(model, tokenizer, asked, [row.where for row in triples.rows])
+    used = Triples(tuple(triples.rows[row] for row in kept), (*triples.skipped, *long), triples.name)
+    sentences = [text for row in used.rows for text in row.sentences]
+    prompts = [PROMPT.format(bias_type=row.bias_type) for row in used.rows for _ in row.sentences]
     logs = sentence_tokens(model, tokenizer, sentences, prompts, scorer=scorer, step=step)
     values = pooled(logs, DEFINITIONS[scorer].pool).reshape(-1, 3)
-    return dict(score(triples, values, data=triples.name, scorer=f"{scorer} under Self-Debias"))
+    found: dict[str, Any] = score(used, values, data=used.name, scorer=f"{scorer} under Self-Debias")
+    return found | ({"skipped": list(used.skipped)} if used.skipped else {})
 
 
 def _logits(model: PreTrainedModel, rows: Sequence[Row]) -> list[Float[Tensor, "tokens vocab"]]:

@@ -19,7 +19,7 @@ class Given:
     held_out: Triples
     test: Triples
     notes: tuple[str, ...]
-    """What a reader must know, in sentences: how many rows each part has, which were skipped, what steers."""
+    """What a reader must know, in sentences: how many rows each part has, which cannot be learnt, what steers."""
     skipped: dict[str, int]
     """How many rows of the training source and of the test file could not be used."""
 
@@ -46,11 +46,9 @@ def read_given(
     """
     # Only contexts with a BLANK say where the continuation begins; the test may have both kinds.
     source, tested = load(train), load(test, kind=kind)
-    notes = [
-        f"{file}: {len(found.skipped)} rows skipped: {'; '.join(found.skipped[:3])}"
-        for file, found in ((train, source), (test, tested))
-        if found.skipped
-    ]
+    notes = []
+    if source.skipped:  # those of the test file are said where they are scored
+        notes.append(f"{train}: {len(source.skipped)} rows skipped, not trained on: {'; '.join(source.skipped[:3])}")
     if released:
         front: dict[str, list[Triple]] = {}
         for row in load(test).rows:
