@@ -108,8 +108,9 @@ def token_losses(
 ) -> Float[Tensor, " batch"]:
     """The mean of -log P(token | tokens before) in nats over each row's learnt tokens (not none, nor the first)."""
     scored = learnt[:, 1:]
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * scored).sum(1) / scored.sum(1)
+    # Flat, since on a CPU the same loss of transposed logits has gradients that are wrong in the third digit.
+    flat = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (flat.view_as(scored) * scored).sum(1) / scored.sum(1)
 
 
 def learnt_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
