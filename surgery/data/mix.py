@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -149,8 +149,13 @@ def write_shuffled(path: Path, rows: Iterable[dict[str, Any]], n: int, generator
             # Independent uniform buckets, each shuffled, make every order of all rows equally likely.
             for bucket in buckets:
                 bucket.seek(0)
-                lines = bucket.readlines()
-                file.writelines(lines[place] for place in generator.permutation(len(lines)))
+                file.writelines(_shuffled(bucket, generator))
+
+
+def _shuffled(bucket: IO[bytes], generator: np.random.Generator) -> Iterator[bytes]:
+    lines = bucket.readlines()  # gone before the next bucket's are read
+    for place in generator.permutation(len(lines)):
+        yield lines[place]
 
 
 def _draw(
