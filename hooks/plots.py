@@ -29,10 +29,20 @@ SIGNED = "PuOr"  # purple and orange stay apart for colour-blind eyes
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that belongs to no window and no pyplot state; sizes in inches."""
+    """An empty figure that belongs to no window and no pyplot state, and shows itself in a notebook; in inches."""
+    from io import BytesIO
+
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    class Shown(Figure):
+        """A figure that a notebook draws although nobody imported pyplot there."""
+
+        def _repr_png_(self) -> bytes:
+            data = BytesIO()
+            self.savefig(data, format="png")
+            return data.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def block_bars(raw: Ranking, other: Ranking | None = None, *, edited: list[int] | None = None) -> Figure:

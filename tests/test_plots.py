@@ -133,3 +133,7 @@ def test_no_window_state_is_touched() -> None:
     before = plt.get_fignums()
     plots.head_map(Ranking("attention", "head", np.ones((2, 2)), "d", 3))
     assert plt.get_fignums() == before
+
+
+def test_a_notebook_shows_a_figure_without_pyplot() -> None:
+    assert plots.new_figure(2, 1)._repr_png_().startswith(b"\x89PNG")
