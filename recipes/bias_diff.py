@@ -392,13 +392,13 @@ class _Operation:
                 step_done=step,
             )
         delta = self._delta(trained.differences, self.directory, self.settings.model)
-        sha256 = delta.save(self._warm_file, overwrite=True)
+        written = delta.record(self._warm_file)
         saved, applied = self._apply(self._warm_file, "warmed")
         with tensors_of(self.model, delta, saved):
             result = self.measure("warmed up")
         return result | {
             "edit": _edit("warm-up", trained.losses, trained.parameters),
-            "delta": _file(self._warm_file, delta, sha256),
+            "delta": written,
             "applied": applied,
         }
 
@@ -463,19 +463,19 @@ class _Operation:
             from_base, from_warmed = added([(1.0, warm), (1.0, trained.differences)]), trained.differences
         delta_file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{name}.safetensors")
         delta = self._delta(from_base, self.directory, settings.model)
-        sha256 = delta.save(delta_file, overwrite=True)
+        written = delta.record(delta_file)
         saved, applied = self._apply(delta_file, "checkpoint")
         with tensors_of(self.model, delta, saved):
             result = self.measure(case.name)
         result |= {
             "edit": _edit(case.name, trained.losses, trained.parameters) | {"rows": len(selected)},
-            "delta": _file(delta_file, delta, sha256),
+            "delta": written,
             "applied": applied,
         }
         if keep:
             other_file = self.folder.path / "delta_from_warmed.safetensors"
             other = self._delta(from_warmed, warmed_directory, f"{settings.model} after the warm-up")
-            result["delta_from_warmed"] = _file(other_file, other, other.save(other_file, overwrite=True))
+            result["delta_from_warmed"] = other.record(other_file)
         if keep and settings.keep_checkpoint:
             shutil.rmtree(self.folder.path / "checkpoint", ignore_errors=True)
             saved.rename(self.folder.path / "checkpoint")
@@ -515,7 +515,3 @@ def _edit(part: str, losses: Sequence[float], parameters: int) -> dict[str, Any]
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
-
-
-def _file(path: Path, delta: Delta, sha256: str) -> dict[str, Any]:
-    return {"file": path.name, "kind": delta.kind, "bytes": path.stat().st_size, "sha256": sha256}

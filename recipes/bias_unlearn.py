@@ -203,9 +203,7 @@ def run(
             found = _train(model, tokenizer, given, settings, folder, talk)
             about: Any = {"base": settings.model, "recipe": text, "seed": settings.seed}
             delta = deltas.make(found.trained.differences, directory, kind="lora", **about)
-            sha256 = delta.save(delta_file, overwrite=True)
-            written = {"file": delta_file.name, "kind": delta.kind, "bytes": delta_file.stat().st_size}
-            return {"edit": _edit(found, settings), "delta": written | {"sha256": sha256}}
+            return {"edit": _edit(found, settings), "delta": delta.record(delta_file)}
 
         def as_saved() -> dict[str, Any]:
             shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run

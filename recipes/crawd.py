@@ -298,7 +298,7 @@ class _Work:
                 step_done=step,
             )
         delta = self._delta(tuned)
-        sha256 = delta.save(file, overwrite=True)
+        written = delta.record(file)
         objective = OBJECTIVES[name]
         if name == "crawd" and method.weight:
             objective += " + weight * Debias Tuning's term (not in the paper)"
@@ -314,7 +314,7 @@ class _Work:
                 "loss_first": tuned.losses[0],
                 "loss_last": tuned.losses[-1],
             },
-            "delta": {"file": file.name, "kind": delta.kind, "bytes": file.stat().st_size, "sha256": sha256},
+            "delta": written,
         }
 
     def _delta(self, tuned: Tuned) -> deltas.Delta:

@@ -247,7 +247,7 @@ class _Work:
                 step_done=step,
             )
         delta = self._delta(fitted)
-        sha256 = delta.save(file, overwrite=True)
+        written = delta.record(file)
         return {
             "edit": {
                 "blocks": "all",
@@ -259,7 +259,7 @@ class _Work:
                 "loss_first": fitted.losses[0],
                 "loss_last": fitted.losses[-1],
             },
-            "delta": {"file": file.name, "kind": delta.kind, "bytes": file.stat().st_size, "sha256": sha256},
+            "delta": written,
         }
 
     def _delta(self, fitted: Fitted) -> deltas.Delta:

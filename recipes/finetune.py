@@ -135,7 +135,7 @@ def run(
             whole = {name: delta.read(name, 0, prod(shape)).reshape(shape) for name, shape in delta.shapes.items()}
             delta = write(whole)
         delta_file = folder.path / "delta.safetensors"
-        sha256 = delta.save(delta_file, overwrite=True)
+        written = delta.record(delta_file)
         saved = folder.path / "checkpoint"
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
         # No undo record: it would hold the whole base again, which stands where it stood.
@@ -169,12 +169,7 @@ def run(
                 "left_out": encoded.left_out,
                 "max_length": length,
             },
-            "delta": {
-                "file": delta_file.name,
-                "kind": delta.kind,
-                "bytes": delta_file.stat().st_size,
-                "sha256": sha256,
-            },
+            "delta": written,
             "applied": {
                 "rounding": report.rounding,
                 "entries": report.entries,

@@ -248,4 +248,5 @@ def _source(found: Any, model: str, adapter: Path | None, quiet: bool, device: s
 def _texts_at(found: Any, data: Path, column: str, places: list[int]) -> dict[int, str]:
     from surgery.attribution.report import rows_of
 
-    return {place: text for place, text, _ in rows_of(found, data, column) if place in set(places)}
+    wanted = set(places)
+    return {place: text for place, text, _ in rows_of(found, data, column) if place in wanted}

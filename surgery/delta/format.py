@@ -122,6 +122,11 @@ class Delta:
             raise SurgeryError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from None
         return digest.hexdigest()
 
+    def record(self, path: Path) -> dict[str, Any]:
+        """``save``, over what stands there, and what a run says of the file: its name, kind, bytes and sha256."""
+        sha256 = self.save(path, overwrite=True)
+        return {"file": path.name, "kind": self.kind, "bytes": path.stat().st_size, "sha256": sha256}
+
     @staticmethod
     def load(path: Path | str) -> "Delta":
         """Read a whole delta into memory.
