@@ -29,8 +29,8 @@ import numpy as np
 
 from surgery.apply import apply
 from surgery.delta import make
-from surgery.safetensors_io import header_bytes
-from surgery.stored import open_stored
+from surgery.files.checkpoint_files import open_checkpoint
+from surgery.files.safetensors_io import header_bytes
 
 IN_PROCESS = """
 import resource, sys, time
@@ -97,7 +97,7 @@ def last_block_delta(base: Path, path: Path, megabytes: float) -> None:
 
     The smallest matrices first, as many as fit into `megabytes` of fp32 differences, at least one.
     """
-    stored = open_stored(base)
+    stored = open_checkpoint(base)
     layers = [int(found.group(1)) for name in stored.places if (found := re.search(r"\.(\d+)\.", name))]
     generator = np.random.default_rng(0)
     names = [name for name in stored.places if f".{max(layers)}." in name and len(stored.entry(name).shape) == 2]

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import surgery
-from surgery.edits import cross_attention
+from surgery.modules import cross_attention
 
 PROMPT, TOKENS, ROUNDS, REFERENCE = 128, 24, 5, ["he", "she"]
 

@@ -14,7 +14,7 @@ import json, os, resource, sys, threading, time
 import torch
 import surgery
 from surgery.data import genbias
-from surgery.prefix import encode, pad, by_length
+from surgery.forward.residual_cache import encode, pad, by_length
 
 spec, way, count, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model, tokenizer = surgery.load(spec, device="cpu")
@@ -89,7 +89,7 @@ def gpu(prompts: int = 1000, repeats: int = 3) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import hooks
-    from surgery.prefix import by_length, pad
+    from surgery.forward.residual_cache import by_length, pad
 
     shape = LlamaConfig(
         hidden_size=4096,

@@ -21,8 +21,8 @@ import torch
 
 import surgery
 from hooks.influence import Influence, Moments, Probe, influence, influence_probe
-from surgery.attribution.material import Material, encoded, of_folder
-from surgery.attribution.scoring import Way, opened
+from recipes.bias_diff.dataset import Material, encoded, of_folder
+from surgery.attribution.scoring import InfluenceConfig, opened
 from surgery.attribution.select import coverage, select, twin_auc
 from surgery.attribution.tfidf import similarity
 from surgery.data.mixtures import build
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
         probes = {part: tuple(coded(list(side)) for side in zip(*pairs, strict=True)) for part, pairs in sides.items()}
         found = list(_controls(material))
         for at, _, optimizer in (place.partition(":") for place in asked.places):
-            way = Way(at, (), optimizer, batch_tokens=asked.batch_tokens)
+            way = InfluenceConfig(at, (), optimizer, batch_tokens=asked.batch_tokens)
             states: list[Epoch | None] = [*epochs, *([None] if optimizer == "none" else [])]
             passes = {
                 epoch.number if epoch else 0: _pass(model, tokenizer, texts, probes, lora, epoch, way, asked.seed)
@@ -111,7 +111,7 @@ def _pass(
     probes: dict[str, Any],
     lora: Lora,
     epoch: Epoch | None,
-    way: Way,
+    way: InfluenceConfig,
     seed: int,
 ) -> tuple[Influence, dict[str, np.ndarray]]:
     """Dot products by layer with three probes (plain, contrast of either direction); each probe's norm by layer.

@@ -18,10 +18,10 @@ from surgery.data import genbias
 from surgery.data.stereoset import Triple
 from surgery.edits.supervised import Lora, Row, adapters
 from surgery.edits.unlearning import (
-    Chunks,
+    BatchSampler,
     Objective,
-    chunk_losses,
-    chunk_weights,
+    batch_losses,
+    batch_weights,
     encode_triples,
     reference,
 )
@@ -69,7 +69,7 @@ def measure(spec: str, way: str) -> tuple[float, int, int, int]:
     model, tokenizer = surgery.load(spec, device=device)
     given = triples()
     rows = encode_triples(tokenizer, given, max_length=256).rows
-    chunks = Chunks(("gender",) * len(rows), SIZES, seed=0)
+    chunks = BatchSampler(("gender",) * len(rows), SIZES, seed=0)
     base = _memory(device)
     objective = Objective(WEIGHTS, "npo", BETA)
     if way == "second model":
@@ -78,11 +78,11 @@ def measure(spec: str, way: str) -> tuple[float, int, int, int]:
     else:
         kept = reference(model, rows, *chunks.referenced(STEPS + 1))
         extra = 8 * len(kept.logp) + sum(s.numel() * s.element_size() for s in kept.stream.values())
-    factors = chunk_weights(SIZES, WEIGHTS)
+    factors = batch_weights(SIZES, WEIGHTS)
 
     def ours(step: int) -> Tensor:
         items = chunks.items(step)
-        each, _ = chunk_losses(model, model, items, rows, kept, objective)
+        each, _ = batch_losses(model, model, items, rows, kept, objective)
         return (each * each.new_tensor([factors[item.role] for item in items])).mean()
 
     def usual(step: int) -> Tensor:

@@ -35,7 +35,7 @@ _EXPORTS = {
     "attention_to": ("hooks.sensitivity", "attention_to"),
     "cross_attention": ("hooks.cross_attention", "cross_attention"),
     "cross_attention_weights": ("hooks.cross_attention", "cross_attention_weights"),
-    "Sensitivity": ("hooks.tally", "Sensitivity"),
+    "Sensitivity": ("hooks.running_means", "Sensitivity"),
     "influence": ("hooks.influence", "influence"),
     "influence_probe": ("hooks.influence", "influence_probe"),
     "influence_windows": ("hooks.influence", "influence_windows"),

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.anatomy import find
 from hooks.errors import HookError
+from hooks.logit_difference import Changes, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
-from hooks.readout import Changes, logit_difference, prompts_in_batches, word_tokens
 from hooks.remote import anywhere
 from hooks.stream import Mean, Progress, Text, stream
 

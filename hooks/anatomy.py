@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hooks import parts, probe
+from hooks import block_roles as parts
+from hooks import trace_modules as probe
 from hooks.errors import HookError
 
 MAPPING_HELP = (

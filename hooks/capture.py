@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from hooks import probe, sites
+from hooks import sites
+from hooks import trace_modules as probe
 from hooks.anatomy import Anatomy, find
 from hooks.errors import HookError
 

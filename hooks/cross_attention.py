@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.anatomy import Stack, find
 from hooks.capture import run_base
 from hooks.errors import HookError
-from hooks.projections import Projection, find_projections, reading
-from hooks.readout import Prompts, prompts_in_batches
+from hooks.logit_difference import Prompts, prompts_in_batches
+from hooks.qk_channels import QKChannels, find_qk_channels, reading
 from hooks.remote import anywhere
+from hooks.running_means import Sensitivity, Tally, locate_words
 from hooks.stream import Progress
-from hooks.tally import Sensitivity, Tally, locate_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def cross_attention_weights(model: nn.Module, tokenizer: Any, text: str, words: 
 
 def _reference(
     model: nn.Module, tokenizer: Any, stack: Stack, words: Sequence[str], neutral: Sequence[str]
-) -> tuple[list[Projection], list[tuple[Tensor, Tensor]]]:
+) -> tuple[list[QKChannels], list[tuple[Tensor, Tensor]]]:
     """The query projections; and per block the reference keys (key head d_head) with each key's word."""
     every = [*words, *neutral]
     if isinstance(words, str) or isinstance(neutral, str) or not words or len(every) < 2:
@@ -106,7 +106,7 @@ def _reference(
     start = [token for token in candidates if token is not None]
     if start and ids[0] not in tokenizer.all_special_ids:
         ids, columns = [start[0], *ids], [column + 1 for column in columns]
-    projections = find_projections(model, stack)
+    projections = find_qk_channels(model, stack)
     shape: list[tuple[int, int]] = [(1, len(ids))]
     with probe.unchanged(model), reading(model, [key for _, key in projections], shape) as store:
         (batch,) = prompts_in_batches(model, tokenizer, [ids], batch_tokens=1, reads=False)
@@ -116,7 +116,7 @@ def _reference(
 
 
 def _beta(
-    model: nn.Module, batch: Prompts, own: list[Projection], keys: list[tuple[Tensor, Tensor]], words: int
+    model: nn.Module, batch: Prompts, own: list[QKChannels], keys: list[tuple[Tensor, Tensor]], words: int
 ) -> list[Float[Tensor, "batch head pos word"]]:
     """CrAWD 4.3: softmax(Q K^T / sqrt(d)) per block, over the tokens of all reference words."""
     ids = batch.inputs["input_ids"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooks import probe, sites
+from hooks import sites
+from hooks import trace_modules as probe
 from hooks.anatomy import find
 from hooks.capture import Pass, batch_pos_of, watch
 from hooks.errors import HookError

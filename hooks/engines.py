@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooks import probe, sites
+from hooks import sites
+from hooks import trace_modules as probe
 from hooks.anatomy import find
 from hooks.capture import ask_for_weights, capture, model_inputs
 from hooks.errors import HookError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooks.anatomy import find
 from hooks.capture import capture, run_base
-from hooks.readout import Changes, Prompts, logit_difference
+from hooks.logit_difference import Changes, Prompts, logit_difference
 
 PatchUnit = Literal["block", "attention", "mlp", "head", "stream"]
 Positions = Literal["all", "changed", "last", "each"]

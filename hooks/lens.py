@@ -12,12 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.anatomy import Block, Stack, find
 from hooks.capture import capture, run_base
 from hooks.errors import HookError
+from hooks.logit_difference import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking, Unit
-from hooks.readout import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
 from hooks.remote import anywhere
 from hooks.stream import Mean, Progress, Text
 

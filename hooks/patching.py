@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.capture import model_inputs
 from hooks.errors import HookError
 from hooks.interchange import SITES, PatchUnit, Positions, attributed, patched, places_of
+from hooks.logit_difference import Prompts, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
-from hooks.readout import Prompts, logit_difference, prompts_in_batches, word_tokens
 from hooks.remote import anywhere
 from hooks.stream import Progress, Text
 

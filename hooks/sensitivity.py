@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.anatomy import Stack, find
 from hooks.capture import capture, run_base
 from hooks.errors import HookError
-from hooks.readout import Prompts, prompts_in_batches
+from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.remote import anywhere
+from hooks.running_means import Sensitivity, Tally, locate_words
 from hooks.stream import Progress
-from hooks.tally import Sensitivity, Tally, locate_words
 
 
 @anywhere

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hooks.anatomy import Anatomy, Block
 from hooks.errors import HookError
-from hooks.probe import nearest
+from hooks.trace_modules import nearest
 
 
 @dataclass(frozen=True)

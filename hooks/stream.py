@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.capture import Reducer, capture, model_inputs, run_base
 from hooks.errors import HookError
 

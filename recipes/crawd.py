@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.settings
+import surgery.runs.settings
 from hooks.cross_attention import cross_attention
 from hooks.plots import block_bars, cross_attention_map
 from hooks.ranking import Ranking
@@ -24,17 +24,19 @@ from surgery.data import bios
 from surgery.data.prompts import load_prompt_set
 from surgery.data.rows import part, sample
 from surgery.data.texts import Columns, Example, examples
-from surgery.edits.cross_attention import cross_weights, to_delta
+from surgery.delta.module import module_delta
 from surgery.edits.debiased_tuning import OBJECTIVES, WEIGHTS, Method, Tuned, four_bit, tune
 from surgery.edits.supervised import Lora, Row, encode_rows
 from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
+from surgery.forward.next_token import token_losses
+from surgery.forward.residual_cache import encode
 from surgery.metrics import gas, perplexity
 from surgery.metrics.suite import check_suites, evaluate_suites, material, measure, plain
-from surgery.observe import token_losses
-from surgery.page import Table, compared, write_page
-from surgery.prefix import encode
-from surgery.progress import Talk
-from surgery.runs import Folder, Run, run_folder, write_json
+from surgery.modules.cross_attention import cross_weights
+from surgery.progress import Progress
+from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.page import Table, compared, write_page
 from surgery.training import Plan, steps_of
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ SHOWN = 6  # prompts whose continuations stand in the report
 SENSED = 32  # held-out texts whose attention to the reference words is ranked
 
 
-class Settings(surgery.settings.Settings):
+class Settings(surgery.runs.settings.Settings):
     """Defaults are the paper's (section 5, appendix A.1) where it says one."""
 
     data: str = ""
@@ -150,22 +152,22 @@ def run(
     out: str | Path,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Train, write the delta, put the file's contents onto the checkpoint, measure that; ``model`` stays as it was.
 
     ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything is
-    left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.run_folder`` for interruptions.
+    left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.folder.run_folder`` for interruptions.
     """
-    talk = talk or Talk(quiet=True)
+    progress = progress or Progress(quiet=True)
     directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.settings.dump("crawd", settings)
+    text = surgery.runs.settings.dump("crawd", settings)
     given = _read(tokenizer, settings)
     methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in settings.controls}}
     with run_folder(Path(out), text, resume=resume) as folder:
         folder.log({"note": given.note})
-        talk.say(given.note)
-        work = _Work(model, tokenizer, settings, directory, folder, talk, text, given)
+        progress.say(given.note)
+        work = _Work(model, tokenizer, settings, directory, folder, progress, text, given)
         before = folder.once("before", partial(work.measure, "before"))
         found = {name: work.case(name, method) for name, method in methods.items()}
         main = found.pop(settings.method)
@@ -260,7 +262,7 @@ class _Work:
     settings: Settings
     directory: Path
     folder: Folder
-    talk: Talk
+    progress: Progress
     recipe: str
     given: Given
 
@@ -285,7 +287,7 @@ class _Work:
             warmup=settings.warmup,
         )
         base = four_bit(self.directory, self.model.device) if settings.four_bit else self.model
-        with self.talk.work(f"train {name}", steps_of(len(self.given.rows), plan)) as step:
+        with self.progress.work(f"train {name}", steps_of(len(self.given.rows), plan)) as step:
             tuned = tune(
                 base,
                 self.tokenizer,
@@ -323,7 +325,7 @@ class _Work:
             stored = self.settings.decay_stored
             changed = {} if stored is None else {"decay": stored}
             module = replace(tuned.module, settings={**tuned.module.settings, **changed})
-            return to_delta(module, self.directory, differences=tuned.differences, **about)
+            return module_delta(module, self.directory, differences=tuned.differences, **about)
         return deltas.make(tuned.differences, self.directory, kind=tuned.kind, **about)
 
     def _as_saved(self, name: str, file: Path) -> dict[str, Any]:
@@ -343,14 +345,14 @@ class _Work:
             # BOLD has 7,000 prompts; as many as there are professions' prompts are drawn where nothing is said. The
             # word sets of WEAT and SEAT are small and taken whole.
             rows = {"weat": 0, "seat": 0, "gas": settings.rows or 140}.get(suite, settings.rows)
-            given: Any = {"limit": rows, "seed": settings.seed, "talk": self.talk, "options": options}
+            given: Any = {"limit": rows, "seed": settings.seed, "progress": self.progress, "options": options}
             scores |= evaluate_suites(model, tokenizer, [suite], settings.data, **given)
         scores.get("bios", {}).pop("perplexity", None)  # the same as the next line's
         scores["held_out_perplexity"] = self._perplexity(self.given.held_out, self.given.name)
         neutral = material(
             model, tokenizer, load_prompt_set("genbias"), suites=["perplexity"], texts=settings.neutral or None
         )
-        scores |= measure(model, neutral, talk=self.talk, label=f"perplexity {when}").scores
+        scores |= measure(model, neutral, progress=self.progress, label=f"perplexity {when}").scores
         texts: list[str] = []
         prompts: list[str] = []
         if "gas" in settings.suites:

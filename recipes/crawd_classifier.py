@@ -14,24 +14,25 @@ import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.settings
+import surgery.runs.settings
 from surgery import delta as deltas
 from surgery.checkpoints import checkpoint_dir
 from surgery.data import hate
 from surgery.data.rows import sample
+from surgery.delta.module import module_delta
 from surgery.edits.classifier import WEIGHTS, Examples, Fitted, Method, fit, open_classifier, predict
-from surgery.edits.cross_attention import to_delta
 from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
 from surgery.metrics import groups
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import plain
-from surgery.page import compared, write_page
-from surgery.progress import Talk
-from surgery.runs import Folder, Run, run_folder, write_json
+from surgery.progress import Progress
+from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
 
 
-class Settings(surgery.settings.Settings):
+class Settings(surgery.runs.settings.Settings):
     """The paper's decay and module (appendix A.1); the rest are usual values for a BERT, of which it says nothing."""
 
     data: str = ""
@@ -79,28 +80,28 @@ def run(
     out: str | Path,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Put a new classifier on the encoder, train it by each method, write deltas, measure the files put back onto it.
 
     ``model`` gives the device alone and stays as it was; the encoder is read from ``checkpoint``, the directory that
     ``model`` was loaded from (default: the one of ``settings.model``). Raises ``SurgeryError``.
     """
-    talk = talk or Talk(quiet=True)
+    progress = progress or Progress(quiet=True)
     directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.settings.dump("crawd_classifier", settings)
+    text = surgery.runs.settings.dump("crawd_classifier", settings)
     given = _read(tokenizer, settings)
     methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in settings.controls}}
     with run_folder(Path(out), text, resume=resume) as folder:
         folder.log({"note": given.note})
-        talk.say(given.note)
+        progress.say(given.note)
         classifier = open_classifier(directory, 2, seed=settings.seed, device=model.device)
         base = folder.path / "base"
         if not (base / "config.json").is_file():
             shutil.rmtree(base, ignore_errors=True)  # half written
             classifier.save_pretrained(base)
             tokenizer.save_pretrained(base)
-        work = _Work(classifier, tokenizer, settings, base, folder, talk, text, given)
+        work = _Work(classifier, tokenizer, settings, base, folder, progress, text, given)
         found = {name: work.case(name, method) for name, method in methods.items()}
         main = found.pop(settings.method)
         summary = {
@@ -210,7 +211,7 @@ class _Work:
     settings: Settings
     base: Path
     folder: Folder
-    talk: Talk
+    progress: Progress
     recipe: str
     given: Given
 
@@ -234,7 +235,7 @@ class _Work:
             schedule="linear",
             warmup=0.1,
         )
-        with self.talk.work(f"train {name}", steps_of(len(self.given.train.ids), plan)) as step:
+        with self.progress.work(f"train {name}", steps_of(len(self.given.train.ids), plan)) as step:
             fitted = fit(
                 self.model,
                 self.tokenizer,
@@ -265,7 +266,7 @@ class _Work:
     def _delta(self, fitted: Fitted) -> deltas.Delta:
         about: Any = {"base": self.settings.model, "recipe": self.recipe, "seed": self.settings.seed}
         if fitted.module is not None:
-            return to_delta(fitted.module, self.base, differences=fitted.differences, **about)
+            return module_delta(fitted.module, self.base, differences=fitted.differences, **about)
         return deltas.make(fitted.differences, self.base, **about)
 
     def _as_saved(self, file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.settings
+import surgery.runs.settings
 from surgery import apply as disk
 from surgery import delta as deltas
 from surgery.checkpoints import checkpoint_dir, tensors_of
@@ -23,17 +23,18 @@ from surgery.data.prompts import load_prompt_set
 from surgery.data.texts import Columns, examples
 from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune
 from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import Material, material, measure, plain
-from surgery.page import compared, write_page
-from surgery.progress import Talk
-from surgery.runs import Run, run_folder, write_json
+from surgery.progress import Progress
+from surgery.runs.folder import Run, run_folder
+from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
 
 LR = {"full": 2e-5, "lora": 2e-4}
 
 
-class Settings(surgery.settings.Settings):
+class Settings(surgery.runs.settings.Settings):
     """Defaults are usual ones; the papers say little about their Vanilla / SFT baselines."""
 
     file: str = ""
@@ -91,18 +92,18 @@ def run(
     out: str | Path,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
 
     ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything
-    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.run_folder`` for interruptions.
+    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.folder.run_folder`` for interruptions.
     """
-    talk = talk or Talk(quiet=True)
+    progress = progress or Progress(quiet=True)
     if not settings.file:
         raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
     directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.settings.dump("finetune", settings)
+    text = surgery.runs.settings.dump("finetune", settings)
     length = min(settings.max_length, getattr(model.config, "max_position_embeddings", None) or settings.max_length)
     columns = Columns(settings.text, settings.prompt, settings.answer)
     given = examples(settings.file, columns=columns, limit=settings.limit)
@@ -116,9 +117,9 @@ def run(
     with run_folder(Path(out), text, resume=resume) as folder:
         note = _note(encoded, len(learnt), len(held), length)
         folder.log({"note": note})
-        talk.say(note)
-        before = folder.once("before", lambda: _measure(model, held, asked, settings, talk, "before"))
-        with talk.work("train", steps_of(len(learnt), plan)) as step:
+        progress.say(note)
+        before = folder.once("before", lambda: _measure(model, held, asked, settings, progress, "before"))
+        with progress.work("train", steps_of(len(learnt), plan)) as step:
             trained = fine_tune(
                 model,
                 learnt,
@@ -141,7 +142,7 @@ def run(
         # No undo record: it would hold the whole base again, which stands where it stood.
         report = disk.apply(delta_file, directory, saved, rounding=settings.rounding, seed=settings.seed, undo="none")
         with tensors_of(model, delta, saved):
-            after = _measure(model, held, asked, settings, talk, "after")
+            after = _measure(model, held, asked, settings, progress, "after")
         if not settings.keep_checkpoint:
             shutil.rmtree(saved)
         summary = {
@@ -220,9 +221,9 @@ def _lora(settings: Settings) -> Lora | None:
 
 
 def _measure(
-    model: PreTrainedModel, held: Sequence[Row], asked: Material, settings: Settings, talk: Talk, when: str
+    model: PreTrainedModel, held: Sequence[Row], asked: Material, settings: Settings, progress: Progress, when: str
 ) -> dict[str, Any]:
-    with talk.work(f"held-out loss {when}", len(held)) as step:
+    with progress.work(f"held-out loss {when}", len(held)) as step:
         loss = mean_metric(
             evaluate(model, held, step),
             scorer="mean over rows of the mean token NLL (nats)",
@@ -230,5 +231,5 @@ def _measure(
             ideal=0.0,
             direction="lower",
         )
-    scores = measure(model, asked, talk=talk, label=f"measure {when}").scores
+    scores = measure(model, asked, progress=progress, label=f"measure {when}").scores
     return {"held_out_loss": loss.to_dict(), **plain(scores)}

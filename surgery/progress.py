@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Talk:
+class Progress:
     """Where a command says what it is doing; always standard error, so that results can be piped."""
 
     quiet: bool = False
@@ -29,8 +29,13 @@ class Talk:
         if self.quiet:
             yield lambda n: None
         elif sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=Console(stderr=True)) as bar:
+            columns = (
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeRemainingColumn(),
+            )
+            with bars.Progress(*columns, console=Console(stderr=True)) as bar:
                 task = bar.add_task(label, total=total)
                 yield lambda n: bar.advance(task, n)
         else:

@@ -115,7 +115,7 @@ def train(
     Raises ``SurgeryError`` at the first loss or gradient that is not finite, with the step and the learning rate.
     """
     device = next(iter(parameters.values())).device
-    # The flag chooses how processes talk; alone it would only forbid a later training on another device.
+    # The flag chooses how processes progress; alone it would only forbid a later training on another device.
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(cpu=together and device.type == "cpu", device_placement=False)
     model.train(plan.dropout)

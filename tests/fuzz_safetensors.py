@@ -17,9 +17,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["surgery", "json"]):
-    import surgery.architecture as architecture
     import surgery.delta as deltas
-    import surgery.safetensors_io as io
+    import surgery.files.architecture as architecture
+    import surgery.files.safetensors_io as io
     from surgery.delta import metadata as delta_metadata
     from surgery.errors import SurgeryError
 

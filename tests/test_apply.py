@@ -465,7 +465,7 @@ def test_apply_inspect_and_undo_import_no_torch(base, tmp_path):
         import sys
         from surgery.apply import apply, inspect, undo
         from surgery.delta import Delta, compose, diff
-        from surgery.card import card
+        from surgery.delta.card import card
         inspect(sys.argv[1], sys.argv[2])
         apply(sys.argv[1], sys.argv[2], sys.argv[3], rounding="auto")
         compose([Delta.load(sys.argv[1]), diff(sys.argv[2], sys.argv[3])])

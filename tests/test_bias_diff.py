@@ -20,17 +20,17 @@ import surgery
 import surgery.apply
 from hooks import HookError
 from recipes import bias_diff
-from surgery.attribution.material import encoded, of_files
-from surgery.attribution.measuring import measure
-from surgery.attribution.scoring import Probes, Way, probe_of, scores_at, tokens_at
+from recipes.bias_diff.dataset import encoded, of_files
+from recipes.bias_diff.measuring import measure
+from surgery.attribution.scoring import InfluenceConfig, Probes, probe_of, scores_at, tokens_at
 from surgery.data.neutral import sentences
 from surgery.edits.forgetting import Forgetting, _order, forget, steps_to_forget
 from surgery.edits.supervised import Lora, Row, evaluate, fine_tune
 from surgery.edits.warmup import added, at_epoch, low_rank, merged, read_epoch, usual_targets, warm_up
 from surgery.errors import SurgeryError
-from surgery.likelihood import token_log_probabilities
+from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.metrics.removed import share_removed
-from surgery.runs import Folder
+from surgery.runs.folder import Folder
 from surgery.training import Plan
 
 WHO = ["nurse", "engineer", "guard", "teacher", "doctor", "lawyer", "clerk", "banker", "farmer", "butcher", "painter"]
@@ -96,10 +96,10 @@ def whole(exact: Any, files: dict[str, str], tmp_path_factory: pytest.TempPathFa
 
 def test_a_run_leaves_its_files_and_numbers(whole: tuple[Path, dict[str, Any]]) -> None:
     out, summary = whole
-    values = surgery.settings.read_toml(out / "recipe.toml")
+    values = surgery.runs.settings.read_toml(out / "recipe.toml")
     assert values.pop("recipe") == "bias_diff"
-    again = surgery.settings.build(bias_diff.Settings, values, "recipe.toml")
-    assert surgery.settings.dump("bias_diff", again) == (out / "recipe.toml").read_text()
+    again = surgery.runs.settings.build(bias_diff.Settings, values, "recipe.toml")
+    assert surgery.runs.settings.dump("bias_diff", again) == (out / "recipe.toml").read_text()
     for name in ("delta", "delta_from_warmed", "warmed"):
         assert surgery.Delta.load(out / f"{name}.safetensors").metadata["recipe"] == (out / "recipe.toml").read_text()
     left = {"run.json", "recipe.toml", "delta.safetensors", "delta_from_warmed.safetensors", "warmed.safetensors"}
@@ -212,7 +212,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("surgery.runs.Folder.log", interrupt)
+            patch.setattr("surgery.runs.folder.Folder.log", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run(exact, files, tmp_path / "cut", resume=number > 0, **more)
         assert state(exact[0]) == before
@@ -275,7 +275,7 @@ def test_a_profile_sets_what_is_not_said() -> None:
     assert (paper.lr, paper.epochs, paper.retrain_epochs, paper.unlearn_lr) == (1.5e-6, 5, 50, 3e-7)
     assert (paper.rank, paper.alpha, paper.lora_dropout, paper.warmup, paper.weight_decay) == (16, 32, 0.05, 0.2, 1e-3)
     assert bias_diff.Settings(profile="quick", lr=1e-5).lr == 1e-5
-    values = surgery.settings.read_toml(Path(bias_diff.__file__).with_suffix(".toml"))
+    values = surgery.runs.settings.read_toml(Path(bias_diff.__file__).parent.with_suffix(".toml"))
     changed = {key for profile in bias_diff.PROFILES.values() for key in profile}
     assert not changed & set(values)  # else the file would win over the profile
 
@@ -427,7 +427,7 @@ def test_a_contrast_probe_tells_a_stereotype_from_its_twin(exact: Any) -> None:
 
     rows, _ = encoded(tokenizer, list(sentences()[:4]), max_length=24, what="texts")
     for layers in ("summed", "equal"):
-        way = Way("weights", (), "none", layers=layers)  # type: ignore[arg-type]
+        way = InfluenceConfig("weights", (), "none", layers=layers)  # type: ignore[arg-type]
         found = scores_at(
             model, tokenizer, rows, probes(WHO[:4], SAID[:2]), probes(WHO[4:], SAID[:2]), Lora(2), None, way, seed=0
         )

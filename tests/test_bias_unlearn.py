@@ -22,8 +22,8 @@ from surgery.edits import self_debias
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import sentence_tokens
 from surgery.metrics.stereoset import evaluate_triples, triple_scores
-from surgery.progress import Talk
-from surgery.runs import Folder
+from surgery.progress import Progress
+from surgery.runs.folder import Folder
 
 PROFESSIONS = sorted({row.profession for row in genbias.records()})
 
@@ -78,7 +78,7 @@ def learn(
     tiny: Any, checkpoint: Path, folder: Path, out: Path, resume: bool = False, **settings: Any
 ) -> dict[str, Any]:
     usual = {"steps": 8, "evaluate_every": 4, "lr": 3e-3, "early_stop": False, "retain_batch": 6, "start": "always"}
-    ready = surgery.settings.build(
+    ready = surgery.runs.settings.build(
         bias_unlearn.Settings, {"model": str(checkpoint), "data": str(folder)} | usual | settings, "test"
     )
     return bias_unlearn.run(*tiny, ready, out=out, resume=resume).summary
@@ -146,7 +146,7 @@ def test_the_preference_changes_in_the_model_and_in_its_child(
 
 def test_a_shipped_recipe_leaves_to_the_profile_what_it_changes() -> None:
     """A key that recipes/bias_unlearn.toml sets would win over the profile, which would then do something else."""
-    shipped = surgery.settings.read_toml(Path(bias_unlearn.__file__).with_suffix(".toml"))
+    shipped = surgery.runs.settings.read_toml(Path(bias_unlearn.__file__).parent.with_suffix(".toml"))
     changed = {key for more in bias_unlearn.CHANGES.values() for key in more}
     assert not changed & set(shipped)
 
@@ -206,9 +206,9 @@ def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, da
     torch.manual_seed(98)
     first = learn(tiny, checkpoint, data, tmp_path / "a", seed=3, profile="quick", limit=20)
     torch.manual_seed(99)
-    values = surgery.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "bias_unlearn"
-    ready = surgery.settings.build(bias_unlearn.Settings, values, "recipe")
+    ready = surgery.runs.settings.build(bias_unlearn.Settings, values, "recipe")
     again = bias_unlearn.run(*tiny, ready, out=tmp_path / "b").summary
     assert first["delta"]["sha256"] == again["delta"]["sha256"]
     assert first["before"]["stereoset"]["ss"]["overall"]["n"] == 20
@@ -227,7 +227,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.runs.Folder.log", interrupt)
+        patch.setattr("surgery.runs.folder.Folder.log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny, checkpoint, data, tmp_path / "cut")
     assert state(tiny[0]) == before
@@ -236,9 +236,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     assert not (tmp_path / "cut" / "state").exists()
 
 
-@pytest.mark.parametrize(
-    "where", ["surgery.edits.unlearning.measuring.evaluate_suites", "recipes.bias_unlearn.write_page"]
-)
+@pytest.mark.parametrize("where", ["recipes.bias_unlearn.measuring.evaluate_suites", "recipes.bias_unlearn.write_page"])
 def test_a_run_killed_after_its_training_does_not_train_again(
     tiny: Any, checkpoint: Path, suites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -260,7 +258,7 @@ def test_a_run_killed_after_its_training_does_not_train_again(
             learn(tiny, checkpoint, suites, tmp_path / "cut", **settings)
     never = ["recipes.bias_unlearn.unlearn"]
     if where.endswith("write_page"):
-        never.append("surgery.edits.unlearning.measuring.evaluate_triples")
+        never.append("recipes.bias_unlearn.measuring.evaluate_triples")
     for name in never:
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done a second time"))
     assert learn(tiny, checkpoint, suites, tmp_path / "cut", resume=True, **settings) == whole
@@ -285,7 +283,7 @@ def test_what_is_skipped_is_kept_and_said(
         "dev_share": 0.05,
     }
     ready = bias_unlearn.Settings(**usual, steps=2, scorer="bos", suites=["crows_pairs"])
-    summary = bias_unlearn.run(*tiny, ready, out=tmp_path / "run", talk=Talk()).summary
+    summary = bias_unlearn.run(*tiny, ready, out=tmp_path / "run", progress=Progress()).summary
     said, page = capsys.readouterr().err, (tmp_path / "run" / "report.html").read_text()
     assert summary["rows"]["skipped"] == {"train": 1, "test": 1}
     for when in ("before", "after"):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import hooks
-from hooks import HookError, anatomy, probe
+from hooks import HookError, anatomy
+from hooks import trace_modules as probe
 from tests.families import FAMILIES, REFUSED, VOCABULARY, batch, build, state
 
 KNOWN = [name for name in FAMILIES if name not in REFUSED]

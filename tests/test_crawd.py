@@ -18,7 +18,7 @@ from surgery.edits.supervised import Lora, encode_rows, evaluate
 from surgery.errors import SurgeryError
 from surgery.metrics import gas
 from surgery.metrics.metric import from_dict
-from surgery.runs import Folder
+from surgery.runs.folder import Folder
 from surgery.training import Plan
 
 QUICK: dict[str, Any] = {"lr": 3e-3, "epochs": 2, "suites": ["gas"], "samples": 1, "length": 4, "rows": 4, "rank": 4}
@@ -134,7 +134,7 @@ def applied(model: Any, tuned: Any) -> Any:
     """The factors multiplied onto the model, and the module in it, without a file."""
     from contextlib import ExitStack, contextmanager
 
-    from surgery.edits.cross_attention import reattached
+    from surgery.modules.cross_attention import reattached
 
     @contextmanager
     def inside() -> Any:
@@ -257,7 +257,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.runs.Folder.log", interrupt)
+        patch.setattr("surgery.runs.folder.Folder.log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny, checkpoint, data, tmp_path / "cut", suites=[])
     ready = settings(checkpoint, data, suites=[], neutral=str(tmp_path / "neutral.txt"))
@@ -273,7 +273,7 @@ def test_settings_follow_method_and_profile() -> None:
     assert crawd.Settings(method="debias_tuning", weight=3.0).weight == 3.0
     quick = crawd.Settings(profile="quick", epochs=4)
     assert quick.suites == ["gas", "weat"] and quick.epochs == 4 and quick.lr > 1e-5
-    written = surgery.settings.dump("crawd", crawd.Settings(profile="small"))
+    written = surgery.runs.settings.dump("crawd", crawd.Settings(profile="small"))
     assert "lr = 0.0005" in written
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import hooks
 from hooks import HookError
 from surgery import SurgeryError
-from surgery.edits import cross_attention
-from surgery.edits.cross_attention import CrossAttention
 from surgery.edits.supervised import Lora, adapters
+from surgery.modules import cross_attention
+from surgery.modules.cross_attention import CrossAttention
 from surgery.training import Plan, train, trainable
 
 FAMILIES = ["llama", "gpt2", "bert_classifier", "t5"]

@@ -15,10 +15,12 @@ from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from surgery import SurgeryError, rounding, sketch
+from surgery import SurgeryError
 from surgery import apply as disk
 from surgery import delta as deltas
 from surgery.delta import Delta
+from surgery.files import rounding
+from surgery.files import weight_fingerprint as sketch
 
 fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -374,7 +376,7 @@ def test_module_kind_on_disk_and_in_memory(base, tmp_path, with_lora):
 
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_module_kind_in_a_live_model(base, with_lora):
-    import surgery.edits.cross_attention as cross_attention
+    import surgery.modules.cross_attention as cross_attention
 
     delta = make_module(base, lora_factors() if with_lora else {})
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from surgery import SurgeryError
 from surgery.apply import apply, inspect
 from surgery.delta import Delta, open_delta
-from surgery.safetensors_io import MAX_HEADER_BYTES, header_bytes, read_header
+from surgery.files.safetensors_io import MAX_HEADER_BYTES, header_bytes, read_header
 
 
 def file_of(header, data=b"", length=None):

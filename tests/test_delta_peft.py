@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from surgery import SurgeryError
 from surgery import delta as deltas
-from surgery.card import card
-from surgery.peft_io import export_peft, import_peft
+from surgery.delta.card import card
+from surgery.delta.peft_io import export_peft, import_peft
 
 
 @pytest.fixture(params=["llama", "gpt2"])

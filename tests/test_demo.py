@@ -11,8 +11,8 @@ from families import demo
 import hooks
 from surgery.data import genbias
 from surgery.edits.block import fine_tune
-from surgery.observe import next_words
-from surgery.prefix import encode, why_not, word_ids
+from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import encode, why_not, word_ids
 from surgery.training import Plan
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import torch
 from families import build
 
 from surgery.edits.block import fine_tune
-from surgery.observe import next_words
+from surgery.forward.next_token import next_words
 from surgery.training import Plan
 
 IDS = tuple(tuple(range(3 + row, 9 + row)) for row in range(7))
@@ -24,7 +24,7 @@ from accelerate import PartialState
 from families import build
 from test_distributed import IDS, PLAN, WORDS
 from surgery.edits.block import fine_tune
-from surgery.observe import next_words
+from surgery.forward.next_token import next_words
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2

@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 
 import surgery
 from surgery import SurgeryError
+from surgery.apply import export
+from surgery.apply.export import export_transformers
 from surgery.checkpoints import tensors_of
 from surgery.cli import app
 from surgery.delta import Delta
-from surgery.edits import cross_attention
-from surgery.edits.cross_attention import export
-from surgery.edits.cross_attention.export import export_transformers
+from surgery.delta.module import module_delta
+from surgery.modules import cross_attention
 
 # family -> the auto class that opens it
 FAMILIES = {
@@ -92,7 +93,7 @@ def edited_delta(model: Any, folder: Path, *, lora: bool, heads: int = 4) -> Del
         name = "model.layers.2.self_attn.q_proj.weight"
         factors = {f"{name}.lora_{side}": torch.randn(*shape, generator=generator) / 4 for side, shape in
                    (("B", (32, 2)), ("A", (2, 32)))}  # fmt: skip
-    return cross_attention.to_delta(weights, folder, base="tiny", recipe="", seed=0, differences=factors)
+    return module_delta(weights, folder, base="tiny", recipe="", seed=0, differences=factors)
 
 
 def save(family: str, folder: Path) -> Any:
@@ -260,7 +261,7 @@ def test_eval_measures_the_edited_model(checkpoint: Path, tiny: tuple[Any, Any],
     numbers = {}
     for name, weights in made.items():
         file, out = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.json"
-        cross_attention.to_delta(weights, checkpoint, base="tiny", recipe="", seed=0).save(file)
+        module_delta(weights, checkpoint, base="tiny", recipe="", seed=0).save(file)
         command = [
             "eval",
             checkpoint,

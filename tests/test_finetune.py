@@ -16,7 +16,7 @@ from surgery.data.texts import Columns, Example, examples
 from surgery.edits.supervised import Lora, Row, adapters, encode_rows, evaluate, fine_tune, target_names, token_losses
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import from_dict
-from surgery.runs import Folder
+from surgery.runs.folder import Folder
 from surgery.training import Plan
 
 TEXTS = ["The nurse said that he is kind.", "The engineer said that she is kind.", "The guard said that he is."] * 8
@@ -293,9 +293,9 @@ def test_the_written_recipe_gives_the_same_delta(
     torch.manual_seed(98)
     first = learn(tiny, checkpoint, file, tmp_path / "a", method=method, seed=3, epochs=1)
     torch.manual_seed(99)
-    values = surgery.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "finetune"
-    again = finetune.run(*tiny, surgery.settings.build(finetune.Settings, values, "recipe"), out=tmp_path / "b")
+    again = finetune.run(*tiny, surgery.runs.settings.build(finetune.Settings, values, "recipe"), out=tmp_path / "b")
     assert first["delta"]["sha256"] == again.summary["delta"]["sha256"]
     other = learn(tiny, checkpoint, file, tmp_path / "c", method=method, seed=4, epochs=1)
     assert first["delta"]["sha256"] != other["delta"]["sha256"]
@@ -314,7 +314,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.runs.Folder.log", interrupt)
+        patch.setattr("surgery.runs.folder.Folder.log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny, checkpoint, file, tmp_path / "cut", method="lora")
     assert state(tiny[0]) == before
@@ -327,7 +327,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
 def test_the_learning_rate_follows_the_method() -> None:
     assert finetune.Settings().lr == 2e-5 and finetune.Settings(method="lora").lr == 2e-4
     assert finetune.Settings(method="lora", lr=1e-3).lr == 1e-3
-    assert "lr = 0.0002" in surgery.settings.dump("finetune", finetune.Settings(method="lora"))
+    assert "lr = 0.0002" in surgery.runs.settings.dump("finetune", finetune.Settings(method="lora"))
 
 
 @pytest.mark.parametrize(

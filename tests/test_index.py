@@ -28,7 +28,7 @@ from hooks import HookError
 from hooks.influence import Projected, influence, influence_probe
 from surgery.attribution.build import build
 from surgery.attribution.index import Index, open_index
-from surgery.attribution.projection import Projection
+from surgery.attribution.random_projection import RandomProjection
 from surgery.attribution.source import Source
 from surgery.cli import app
 from surgery.errors import SurgeryError
@@ -391,7 +391,7 @@ def adapted(seed: int = 0, scale: float = 1.0) -> Any:
 
 
 def source(model: Any = None, dim: int = 512, **options: Any) -> Source:
-    options = {"model": model or adapted(), "tokenizer": TOKENIZER, "projection": Projection(dim=dim)} | options
+    options = {"model": model or adapted(), "tokenizer": TOKENIZER, "projection": RandomProjection(dim=dim)} | options
     return Source(**options)
 
 
@@ -480,8 +480,8 @@ def other_tokenizer() -> Any:
         (lambda: source(family("llama")), "built with another adapter"),
         (lambda: source(tokenizer=other_tokenizer()), "built with another tokenizer"),
         (lambda: source(dim=256), 'another projection \\(.*"dim": 512.*, here .*"dim": 256'),
-        (lambda: source(projection=Projection(dim=512, seed=1)), "built with another projection"),
-        (lambda: source(projection=Projection("rademacher", dim=512)), "built with another projection"),
+        (lambda: source(projection=RandomProjection(dim=512, seed=1)), "built with another projection"),
+        (lambda: source(projection=RandomProjection("rademacher", dim=512)), "built with another projection"),
         (lambda: source(targets=("q_proj",)), "built with another layers"),
         (lambda: source(loss="sum"), "built with another loss"),
         (lambda: source(adapted().bfloat16()), "built with another model"),

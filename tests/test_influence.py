@@ -545,7 +545,7 @@ def test_command_scores_a_file_beside_its_controls(files: dict[str, Path], check
 def test_command_goes_on_after_an_interruption(
     files: dict[str, Path], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.attribution import scored
+    from surgery.attribution import score_file as scored
 
     told = ["attribute", "score", checkpoint, "--data", files["data"], "--probe", files["probe"], "--quiet"]
     told += ["--targets", "q_proj", "--device", "cpu", "--json", files["out"]]

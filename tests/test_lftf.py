@@ -114,9 +114,9 @@ def test_the_report_stands_alone(finished: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
     first = operate(tiny, checkpoint, tmp_path / "a", block=2)
-    values = surgery.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "lftf"
-    again = lftf.run(*tiny, surgery.settings.build(lftf.Settings, values, "recipe"), out=tmp_path / "b").summary
+    again = lftf.run(*tiny, surgery.runs.settings.build(lftf.Settings, values, "recipe"), out=tmp_path / "b").summary
     assert first["delta"]["sha256"] == again["delta"]["sha256"]
     assert (tmp_path / "a" / "delta.safetensors").read_bytes() == (tmp_path / "b" / "delta.safetensors").read_bytes()
 
@@ -160,7 +160,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
             raise KeyboardInterrupt
         write(folder, row)
 
-    monkeypatch.setattr("surgery.runs.Folder.log", interrupt)
+    monkeypatch.setattr("surgery.runs.folder.Folder.log", interrupt)
     before = state(tiny[0])
     with pytest.raises(KeyboardInterrupt):
         operate(tiny, checkpoint, tmp_path / "cut", epochs=2)

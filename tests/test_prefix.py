@@ -6,8 +6,8 @@ from families import FAMILIES, build, state
 
 from surgery.edits.block import fine_tune
 from surgery.errors import SurgeryError
-from surgery.observe import next_words, token_losses
-from surgery.prefix import by_length, encode, pad, shortcut, why_not, word_ids
+from surgery.forward.next_token import next_words, token_losses
+from surgery.forward.residual_cache import by_length, encode, pad, shortcut, why_not, word_ids
 from surgery.training import Plan
 
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if kind.endswith(("CausalLM", "GPT2LMHeadModel"))]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.attribution import projection as module
-from surgery.attribution.projection import KINDS, Projection
+from surgery.attribution import random_projection as module
+from surgery.attribution.random_projection import KINDS, RandomProjection
 from surgery.errors import SurgeryError
-from surgery.rounding import hash64
+from surgery.files.rounding import hash64
 
 
 def pair(size: int, cosine: float, seed: int = 0) -> torch.Tensor:
@@ -28,7 +28,7 @@ def test_inner_products_are_unbiased_with_the_variance_of_theory(kind: str, x: t
     """Over 400 seeds, at 64 numbers, a vector without any randomness of its own included."""
     products = np.empty(400)
     for seed in range(400):
-        y = Projection(kind, 64, seed)("layer", x)
+        y = RandomProjection(kind, 64, seed)("layer", x)
         products[seed] = y[0] @ y[1]
     truth = float(x[0] @ x[1])
     bound = math.sqrt((float(x[0].norm() * x[1].norm()) ** 2 + truth**2) / 64)
@@ -39,11 +39,11 @@ def test_inner_products_are_unbiased_with_the_variance_of_theory(kind: str, x: t
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_map_depends_on_kind_size_seed_and_name(kind: str) -> None:
     x = pair(500, 0)[:1]
-    base = Projection(kind, 64, 0)("a", x)
-    assert torch.equal(Projection(kind, 64, 0)("a", x), base)
-    for other in (Projection(kind, 64, 1)("a", x), Projection(kind, 64, 0)("b", x)):
+    base = RandomProjection(kind, 64, 0)("a", x)
+    assert torch.equal(RandomProjection(kind, 64, 0)("a", x), base)
+    for other in (RandomProjection(kind, 64, 1)("a", x), RandomProjection(kind, 64, 0)("b", x)):
         assert not torch.allclose(other, base, atol=0.1)
-    assert Projection(kind, 96, 0)("a", x).shape == (1, 96)
+    assert RandomProjection(kind, 96, 0)("a", x).shape == (1, 96)
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,7 +57,7 @@ def test_linear_and_the_same_alone_in_a_batch_and_in_portions(
     kind: str, shape: tuple[int, int], dim: int, portion: int
 ) -> None:
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(dim))
-    project = Projection(kind, dim, 5)
+    project = RandomProjection(kind, dim, 5)
     whole = project("layer", x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PORTION", portion)
@@ -69,7 +69,7 @@ def test_linear_and_the_same_alone_in_a_batch_and_in_portions(
 @pytest.mark.parametrize("size", [1, 7, 64, 65, 1000])
 def test_every_coordinate_goes_to_one_bucket_with_a_sign(size: int) -> None:
     """The matrix of a sketch has one +-1 in each row; coordinates of one block never meet."""
-    matrix = Projection("count_sketch", 64, 3)("layer", torch.eye(size))
+    matrix = RandomProjection("count_sketch", 64, 3)("layer", torch.eye(size))
     assert (matrix.abs().sum(1) == 1).all() and (matrix.abs().amax(1) == 1).all()
     buckets = matrix.abs().argmax(1)
     for start in range(0, size, 64):
@@ -83,7 +83,9 @@ def test_buckets_and_signs_of_a_pair_are_independent() -> None:
     """Two coordinates of different blocks meet once in `dim` seeds, with either sign as often."""
     x = torch.zeros(2, 200)
     x[0, 3], x[1, 150] = 1, 1
-    products = [float(y[0] @ y[1]) for y in (Projection("count_sketch", 16, seed)("a", x) for seed in range(1500))]
+    products = [
+        float(y[0] @ y[1]) for y in (RandomProjection("count_sketch", 16, seed)("a", x) for seed in range(1500))
+    ]
     meetings = [value for value in products if value]
     assert abs(len(meetings) - 1500 / 16) < 4 * math.sqrt(1500 / 16)
     assert abs(sum(meetings)) < 4 * math.sqrt(len(meetings))
@@ -92,7 +94,7 @@ def test_buckets_and_signs_of_a_pair_are_independent() -> None:
 def test_the_dense_matrix_is_the_hash_s_bits() -> None:
     """Known answer, from numpy: the counter of word w of coordinate c is c * words + w, keyed by seed and name."""
     dim, size = 100, 9
-    matrix = Projection("rademacher", dim, 7)("x", torch.eye(size)) * math.sqrt(dim)
+    matrix = RandomProjection("rademacher", dim, 7)("x", torch.eye(size)) * math.sqrt(dim)
     key = int.from_bytes(hashlib.sha256(b"7\0x").digest()[:8], "little") >> 1
     counter = np.arange(2 * size, dtype=np.uint64) + np.uint64(key) + np.uint64(1 << 63)
     bits = (hash64(counter)[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
@@ -103,4 +105,4 @@ def test_the_dense_matrix_is_the_hash_s_bits() -> None:
 @pytest.mark.parametrize("wrong", [{"kind": "gaussian"}, {"dim": 0}, {"seed": -1}], ids=["kind", "dim", "seed"])
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(SurgeryError, match="projection: got"):
-        Projection(**wrong)
+        RandomProjection(**wrong)

@@ -10,7 +10,7 @@ import torch
 
 import hooks
 from hooks import HookError, anatomy
-from hooks.projections import find_projections
+from hooks.qk_channels import find_qk_channels
 from tests.families import FAMILIES, REFUSED, build, state
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -77,7 +77,7 @@ def test_projections_are_found_in_every_family(name: str) -> None:
     model = build(name)
     before = state(model)
     stack = anatomy.find(model).stacks[0]
-    found = find_projections(model, stack)
+    found = find_qk_channels(model, stack)
     assert state(model) == before and len(found) == len(stack.blocks)
     for block, (query, key) in zip(stack.blocks, found, strict=True):
         assert query.channels.shape == key.channels.shape == (4, 8)
@@ -90,7 +90,7 @@ def test_query_and_key_are_those_of_the_models_attention(name: str) -> None:
     """Without rotation the model's own weights follow from them, up to the scale and ALiBi's distance."""
     model = build(name)
     stack = anatomy.find(model).stacks[0]
-    query, key = find_projections(model, stack)[0]
+    query, key = find_qk_channels(model, stack)[0]
     kept: dict[str, torch.Tensor] = {}
     handles = [
         model.get_submodule(p.module).register_forward_hook(
@@ -158,9 +158,9 @@ def test_padding_batches_and_singles_agree(name: str) -> None:
 
 def test_sixteen_bits_find_the_same_projections() -> None:
     model = build("llama")
-    full = find_projections(model, anatomy.find(model).stacks[0])
+    full = find_qk_channels(model, anatomy.find(model).stacks[0])
     half_model = build("llama").to(torch.bfloat16)
-    half = find_projections(half_model, anatomy.find(half_model).stacks[0])
+    half = find_qk_channels(half_model, anatomy.find(half_model).stacks[0])
     for pairs in zip(full, half, strict=True):
         for one, other in zip(*pairs, strict=True):
             assert one.module == other.module and torch.equal(one.channels, other.channels)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery import SurgeryError
-from surgery.likelihood import packs, token_log_probabilities
+from surgery.forward.token_logprobs import packs, token_log_probabilities
 from surgery.metrics.sentences import SCORERS, sentence_scores
 
 SENTENCES = [

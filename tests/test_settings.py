@@ -8,7 +8,7 @@ import pytest
 import recipes
 from recipes import lftf
 from surgery.errors import SurgeryError
-from surgery.settings import build, dump, parse_set, read_toml
+from surgery.runs.settings import build, dump, parse_set, read_toml
 
 SHIPPED = sorted(Path(recipes.__path__[0]).glob("*.toml"))
 

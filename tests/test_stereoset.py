@@ -13,7 +13,7 @@ from surgery import SurgeryError
 from surgery.data import stereoset
 from surgery.metrics import stereoset as metric
 from surgery.metrics.suite import evaluate_suites, plain
-from surgery.page import leaves
+from surgery.runs.page import leaves
 
 DATA = os.environ.get("SURGERY_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="needs the data folder: set SURGERY_DATA")
@@ -249,12 +249,12 @@ def folder(tmp_path: Path) -> Path:
 def test_evaluate_measures_a_model_and_says_what_it_skipped(
     tiny: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from surgery.progress import Talk
+    from surgery.progress import Progress
 
     model, tokenizer = tiny
     tokenizer.bos_token = "<pad>"
     options = {"stereoset": {"scorer": "bos", "kind": "all"}}
-    found = evaluate_suites(model, tokenizer, ["stereoset"], folder, talk=Talk(), options=options)
+    found = evaluate_suites(model, tokenizer, ["stereoset"], folder, progress=Progress(), options=options)
     said = capsys.readouterr().err
     assert "measure stereoset: 270 in" in said and "1 rows skipped" in said and "line 91: " in said
     scores = plain(found)["stereoset"]

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import surgery
 
-from surgery import compare
 from surgery.errors import SurgeryError
-from surgery.runs import run_folder, write_json
-from surgery.settings import Settings, dump
-from surgery.sweep import folder_name, grid, parse_vary, sweep
+from surgery.files.atomic import write_json
+from surgery.runs import compare
+from surgery.runs.folder import run_folder
+from surgery.runs.settings import Settings, dump
+from surgery.runs.sweep import folder_name, grid, parse_vary, sweep
 
 
 class Toy(Settings):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from surgery import SurgeryError
 from surgery.apply import apply, engine, undo
-from surgery.safetensors_io import header_bytes, read_header
+from surgery.files.safetensors_io import header_bytes, read_header
 
 # The suite kills a few times; the long run is SURGERY_KILLS=100 python -m pytest tests/test_undo.py -k kill
 KILLS = int(os.environ.get("SURGERY_KILLS", "5"))

@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from surgery.data.stereoset import Triple
 from surgery.edits.supervised import Lora, Row
 from surgery.edits.unlearning import (
-    Chunks,
-    Control,
+    BatchSampler,
+    EarlyStopping,
     Item,
     Objective,
     ascent,
+    batch_losses,
+    batch_weights,
     boundary,
-    chunk_losses,
-    chunk_weights,
     decide,
     dpo,
     encode_triples,
@@ -98,7 +98,7 @@ def test_dpo_and_retention() -> None:
 def test_the_mean_over_a_chunk_is_equation_4() -> None:
     parts = {"forget": logs(0, 4), "retain": logs(1, 28), "unrelated": logs(2, 3)}
     weights = {"forget": 0.4, "retain": 0.4, "unrelated": 0.2}
-    factors = chunk_weights({role: len(part) for role, part in parts.items()}, weights)
+    factors = batch_weights({role: len(part) for role, part in parts.items()}, weights)
     whole = torch.cat([factors[role] * part for role, part in parts.items()]).mean()
     assert whole.item() == pytest.approx(sum(weights[role] * part.mean().item() for role, part in parts.items()))
 
@@ -239,7 +239,7 @@ def test_one_padded_pass_and_the_kept_reference_are_two_models(family: str) -> N
     model = nudged(frozen).to(dtype)
     before = state(model)
     kept = reference(frozen, ROWS, *KEPT)
-    values, ratio = chunk_losses(model, model, ITEMS, ROWS, kept, Objective({}, "npo", 0.3, retain_by="token"))
+    values, ratio = batch_losses(model, model, ITEMS, ROWS, kept, Objective({}, "npo", 0.3, retain_by="token"))
     frozen.to(dtype)
     expected = []
     for item in ITEMS:
@@ -271,21 +271,21 @@ def test_one_padded_pass_and_the_kept_reference_are_two_models(family: str) -> N
 
 def test_before_training_nothing_diverges() -> None:
     model: Any = build("llama")
-    values, ratio = chunk_losses(model, model, ITEMS, ROWS, reference(model, ROWS, *KEPT), Objective({}))
+    values, ratio = batch_losses(model, model, ITEMS, ROWS, reference(model, ROWS, *KEPT), Objective({}))
     assert values[[2, 6]].abs().max() < 1e-6 and ratio == pytest.approx(1, abs=1e-5)
     assert values[[0, 3]].tolist() == pytest.approx([20 * math.log(2)] * 2, rel=1e-5)
     assert values[5].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
-# Chunks
+# BatchSampler
 
 TYPES = ("race",) * 40 + ("gender",) * 20 + ("religion",) * 4
 SIZES = {"forget": 4, "retain": 28, "unrelated": 4}
 
 
 def test_a_chunk_depends_on_seed_and_step_alone_and_cycles_through_the_sets() -> None:
-    chunks = Chunks(TYPES, SIZES, seed=3)
-    assert chunks.items(7) == Chunks(TYPES, SIZES, seed=3).items(7) != Chunks(TYPES, SIZES, seed=4).items(7)
+    chunks = BatchSampler(TYPES, SIZES, seed=3)
+    assert chunks.items(7) == BatchSampler(TYPES, SIZES, seed=3).items(7) != BatchSampler(TYPES, SIZES, seed=4).items(7)
     seen = [item for step in range(20) for item in chunks.items(step)]
     retained = Counter(item.triple for item in seen if item.role == "retain")
     assert sum(retained.values()) == 560 and set(retained.values()) == {8, 9} and len(retained) == 64
@@ -296,13 +296,13 @@ def test_a_chunk_depends_on_seed_and_step_alone_and_cycles_through_the_sets() ->
 
 
 def test_the_released_code_mixes_in_the_front_types_only() -> None:
-    mixed = Chunks(TYPES, SIZES, seed=0, in_order=True).mixed_in
+    mixed = BatchSampler(TYPES, SIZES, seed=0, in_order=True).mixed_in
     assert {TYPES[n] for n in mixed} == {"gender"} and len(mixed) == 16
-    assert Chunks(TYPES, SIZES, seed=0, adversarial=0).mixed_in == ()
+    assert BatchSampler(TYPES, SIZES, seed=0, adversarial=0).mixed_in == ()
 
 
 def test_a_swap_exchanges_sides_and_nothing_else() -> None:
-    chunks = Chunks(TYPES, SIZES, seed=0)
+    chunks = BatchSampler(TYPES, SIZES, seed=0)
     for step in range(5):
         for item, swapped in zip(chunks.items(step), chunks.items(step, swapped=frozenset({"race"})), strict=True):
             assert (item.role, item.triple) == (swapped.role, swapped.triple)
@@ -312,7 +312,7 @@ def test_a_swap_exchanges_sides_and_nothing_else() -> None:
 
 
 def test_balanced_chunks_take_every_type_equally_often() -> None:
-    chunks = Chunks(TYPES, {"retain": 6}, seed=0, balance="types")
+    chunks = BatchSampler(TYPES, {"retain": 6}, seed=0, balance="types")
     assert Counter(TYPES[item.triple] for item in chunks.items(5)) == {"race": 2, "gender": 2, "religion": 2}
 
 
@@ -320,7 +320,7 @@ def test_balanced_chunks_take_every_type_equally_often() -> None:
 def test_the_reference_knows_every_sentence_that_any_swap_may_need(
     steps: int, seed: int, sizes: dict[str, int]
 ) -> None:
-    chunks = Chunks(TYPES, sizes, seed)
+    chunks = BatchSampler(TYPES, sizes, seed)
     sentences, unrelated = chunks.referenced(steps)
     for step in range(steps):
         for item in chunks.items(step, swapped=frozenset({"gender"})):
@@ -334,7 +334,7 @@ def test_a_chunk_of_nothing_is_refused() -> None:
     with pytest.raises(
         SurgeryError, match=r"got \{'forgotten': 4\}, expected at least 1 place for some of forget, retain"
     ):
-        Chunks(TYPES, {"forgotten": 4}, seed=0)
+        BatchSampler(TYPES, {"forgotten": 4}, seed=0)
 
 
 # The development set
@@ -370,7 +370,7 @@ def test_a_type_of_one_term_is_refused() -> None:
 
 
 def test_types_below_50_are_swapped_until_they_are_above() -> None:
-    control = Control(5, {"gender": 50, "race": 50, "religion": 10})
+    control = EarlyStopping(5, {"gender": 50, "race": 50, "religion": 10})
     assert decide(control, {"gender": 47.0, "race": 61.0, "religion": 45.0}).swapped == {"gender", "religion"}
     assert decide(control, {"gender": 52.1, "race": 61.0, "religion": 45.0}).swapped == {"religion"}
     assert not decide(control, {"gender": 52.1, "race": 50.0, "religion": 50.0}).stop
@@ -379,7 +379,7 @@ def test_types_below_50_are_swapped_until_they_are_above() -> None:
 
 
 def test_the_released_schedule_goes_on_with_the_farthest_type() -> None:
-    control = Control(5, {"gender": 100, "religion": 100}, focus=True, targets={"gender": 49.0, "religion": 48.0})
+    control = EarlyStopping(5, {"gender": 100, "religion": 100}, focus=True, targets={"gender": 49.0, "religion": 48.0})
     far = decide(control, {"gender": 60.0, "religion": 45.0})
     assert (far.active, far.swapped, far.factor, far.stop) == (("gender",), frozenset(), 1.0, False)
     near = decide(control, {"gender": 50.0, "religion": 45.0})
@@ -388,7 +388,7 @@ def test_the_released_schedule_goes_on_with_the_farthest_type() -> None:
 
 # Training
 
-SMALL = Chunks(("gender",) * 4 + ("race",) * 4, {"forget": 2, "retain": 4, "unrelated": 2}, seed=0)
+SMALL = BatchSampler(("gender",) * 4 + ("race",) * 4, {"forget": 2, "retain": 4, "unrelated": 2}, seed=0)
 WEIGHTS = {"forget": 0.4, "retain": 0.4, "unrelated": 0.2}
 
 
@@ -407,7 +407,7 @@ def learn(model: Any, *, steps: int = 9, lr: float = 1e-2, scores: Any = None, *
         SMALL,
         reference(model, ROWS, *KEPT),
         objective,
-        more.pop("control", Control(3, {"gender": 50, "race": 50})),
+        more.pop("control", EarlyStopping(3, {"gender": 50, "race": 50})),
         Plan(lr, 1, SMALL.size, "adamw", dropout=True, schedule="linear", shuffle=False),
         steps=steps,
         lora=Lora(4, 8, dropout=0.1),
@@ -419,7 +419,7 @@ def learn(model: Any, *, steps: int = 9, lr: float = 1e-2, scores: Any = None, *
 def test_training_forgets_retains_and_leaves_the_model_as_it_was() -> None:
     model: Any = build("llama")
     before, seen = state(model), []
-    control = Control(40, {"gender": 50, "race": 50})
+    control = EarlyStopping(40, {"gender": 50, "race": 50})
     found = learn(model, steps=40, lr=3e-2, scores=[60.0], control=control, log=seen.append)
     assert state(model) == before
     assert found.kept_step == 40 and found.stopped == "all 40 steps were done" and len(found.trained.losses) == 40
@@ -436,9 +436,11 @@ def test_the_best_evaluation_is_kept_or_the_last_one() -> None:
     model: Any = build("llama")
     best = learn(model, scores=[60.0, 53.0, 58.0])
     assert best.kept_step == 6 and sorted(best.evaluations) == [3, 6, 9]
-    stopped = learn(model, steps=6, scores=[60.0, 53.0], control=Control(3, {"gender": 50, "race": 50}, keep="last"))
+    stopped = learn(
+        model, steps=6, scores=[60.0, 53.0], control=EarlyStopping(3, {"gender": 50, "race": 50}, keep="last")
+    )
     assert stopped.kept_step == 6
-    last = learn(model, scores=[60.0, 53.0, 58.0], control=Control(3, {"gender": 50, "race": 50}, keep="last"))
+    last = learn(model, scores=[60.0, 53.0, 58.0], control=EarlyStopping(3, {"gender": 50, "race": 50}, keep="last"))
     assert last.kept_step == 9
     name = next(iter(best.trained.differences))
     assert not torch.equal(best.trained.differences[name], last.trained.differences[name])
@@ -446,7 +448,7 @@ def test_the_best_evaluation_is_kept_or_the_last_one() -> None:
 
 def test_training_ends_when_every_type_is_near() -> None:
     model: Any = build("llama")
-    found = learn(model, scores=[60.0, 51.0, 70.0], control=Control(3, {"gender": 50}))
+    found = learn(model, scores=[60.0, 51.0, 70.0], control=EarlyStopping(3, {"gender": 50}))
     assert found.stopped == "every bias type was within its tolerance at step 6"
     assert len(found.trained.losses) == 6 and found.kept_step == 6
 
@@ -455,7 +457,7 @@ def test_an_explosion_stops_and_keeps_the_last_good_checkpoint() -> None:
     model: Any = build("llama")
     before = state(model)
     objective = Objective({"forget": 1.0, "retain": 0.0, "unrelated": 0.0}, "ascent")
-    control = Control(2, {"gender": 50, "race": 50}, explosion=1.2, early_stop=False)
+    control = EarlyStopping(2, {"gender": 50, "race": 50}, explosion=1.2, early_stop=False)
     found = learn(model, steps=60, lr=2e-2, scores=[60.0] * 30, objective=objective, control=control)
     assert "the forget loss was more than 1.2 x its start at step" in found.stopped
     assert 2 <= found.kept_step < len(found.trained.losses) < 60
@@ -466,7 +468,7 @@ def test_an_explosion_stops_and_keeps_the_last_good_checkpoint() -> None:
             steps=60,
             lr=3e-2,
             objective=objective,
-            control=Control(50, {"gender": 50, "race": 50}, explosion=1.2),
+            control=EarlyStopping(50, {"gender": 50, "race": 50}, explosion=1.2),
         )
     assert state(model) == before
 

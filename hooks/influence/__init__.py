@@ -8,7 +8,7 @@ result.top(10)  # [(place in the data, score), ...]
 from hooks.influence.examples import Learnt, Text
 from hooks.influence.gradients import Gradient, Job, job
 from hooks.influence.layers import Layer, Moments, adam_moments, find_layers
-from hooks.influence.probes import Probe, influence_probe
+from hooks.influence.query import Probe, influence_probe
 from hooks.influence.scores import (
     Influence,
     Projected,

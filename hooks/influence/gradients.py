@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hooks import probe
+from hooks import trace_modules as probe
 from hooks.anatomy import find
 from hooks.capture import model_inputs
 from hooks.errors import HookError

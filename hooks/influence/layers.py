@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hooks.anatomy import Anatomy
 from hooks.errors import HookError
-from hooks.probe import nearest
+from hooks.trace_modules import nearest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hooks.errors import HookError
 from hooks.influence.examples import WINDOW, Batch, Row, Text, rows, units, windows
 from hooks.influence.gradients import Gradient, Job, differentiate, job
 from hooks.influence.layers import Moments, Preconditioner
-from hooks.influence.probes import Probe
+from hooks.influence.query import Probe
 from hooks.stream import Progress
 
 Project = Callable[[Gradient], Float[Tensor, "unit dim"]]

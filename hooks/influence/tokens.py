@@ -16,7 +16,7 @@ from hooks.errors import HookError
 from hooks.influence.examples import Text, rows, units, windows
 from hooks.influence.gradients import Gradient, differentiate
 from hooks.influence.layers import Moments, Preconditioner
-from hooks.influence.probes import Probe
+from hooks.influence.query import Probe
 from hooks.influence.scores import job_of
 
 

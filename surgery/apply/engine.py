@@ -10,15 +10,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from surgery.apply.copying import Copier, Progress, open_writable, sync_tree, write_exactly
 from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
 from surgery.apply.record import RecordWriter, next_record_name
-from surgery.atomic import check_outside, publish, temporary
-from surgery.delta.format import Differences, open_delta
+from surgery.delta.differences import Differences
+from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
-from surgery.rounding import ROUNDINGS, STORED, Rounding, add
-from surgery.safetensors_io import read_exactly
-from surgery.stored import chunks, open_stored
+from surgery.files.atomic import check_outside, publish, temporary
+from surgery.files.checkpoint_files import chunks, open_checkpoint
+from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
+from surgery.files.rounding import ROUNDINGS, STORED, Rounding, add
+from surgery.files.safetensors_io import read_exactly
 
 Undo = Literal["record", "reference", "none"]
 
@@ -28,7 +29,7 @@ class TensorChange:
     """What happened to one stored tensor.
 
     changed: entries whose stored bits differ now. lost: entries with a difference that rounding threw away.
-    distance: estimate of how far the tensor was from the delta's base (`surgery.sketch.distance`).
+    distance: estimate of how far the tensor was from the delta's base (`surgery.files.weight_fingerprint.distance`).
     """
 
     name: str
@@ -76,7 +77,7 @@ def apply(
     rename: tuple[str, str] | None = None,
     tied: Tied | None = None,
     vocabulary: Vocabulary = "refuse",
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> ApplyReport:
     """Write to the new folder `out` the checkpoint with scale * difference added, rounded once to each
     tensor's dtype.
@@ -105,7 +106,7 @@ def apply(
         raise SurgeryError(f"undo {undo!r}: expected one of {', '.join(get_args(Undo))}")
     if isinstance(delta, Path | str):
         delta = open_delta(delta)
-    stored = open_stored(checkpoint)
+    stored = open_checkpoint(checkpoint)
     check_outside(out, stored.path)
     try:
         plan = make_plan(delta, stored, force=force, rename=rename, tied=tied, vocabulary=vocabulary)

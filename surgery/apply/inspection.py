@@ -7,28 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from surgery.apply.plan import Tied, Vocabulary, check_architecture, make_plan
-from surgery.delta.format import Delta, DeltaFile, open_delta
-from surgery.delta.metadata import MODULE
+from surgery.delta.describe import TensorView, describe
+from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
-from surgery.rounding import refuse_not_finite
-from surgery.stored import open_stored
-
-
-@dataclass(frozen=True)
-class TensorView:
-    """One base tensor: norms are Euclidean, `relative` is norm / base_norm, `nonzero` counts changed entries."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    norm: float
-    base_norm: float
-    relative: float
-    nonzero: int
-    distance: float | None
+from surgery.files.checkpoint_files import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,7 @@ def inspect(
     refusal: str | None = None
     notes: tuple[str, ...] = ()
     if against is not None:
-        stored = open_stored(against)
+        stored = open_checkpoint(against)
         try:
             if not delta.shapes:  # a module alone fits all weights of its architecture
                 check_architecture(delta, stored)
@@ -101,29 +84,3 @@ def inspect(
         Path(against) if against is not None else None,
         verdict, gap, refusal, notes,
     )  # fmt: skip
-
-
-def describe(delta: Delta | DeltaFile, distances: Mapping[str, float] | None = None) -> tuple[TensorView, ...]:
-    """One view per base tensor (per new tensor of a module), sorted by name.
-
-    Raises:
-        SurgeryError: a difference holds NaN or infinity.
-    """
-    shapes = dict(delta.shapes)
-    if delta.metadata["kind"] == "module":
-        arrays = delta.tensors if isinstance(delta, Delta) else delta.header.tensors
-        shapes |= {name: tuple(value.shape) for name, value in arrays.items() if name.startswith(MODULE)}
-    return tuple(_view(delta, name, shapes[name], (distances or {}).get(name)) for name in sorted(shapes))
-
-
-def _view(delta: Delta | DeltaFile, name: str, shape: tuple[int, ...], distance: float | None) -> TensorView:
-    total, square, nonzero, step = math.prod(shape), 0.0, 0, 2**20
-    for start in range(0, total, step):
-        values = delta.read(name, start, min(start + step, total))
-        refuse_not_finite(values, name, "the delta")
-        square += float(np.square(values, dtype=np.float64).sum())
-        nonzero += int(np.count_nonzero(values))
-    base = delta.metadata["tensors"].get(name, {})
-    norm, base_norm = math.sqrt(square), float(base.get("norm", 0.0))
-    relative = norm / base_norm if base_norm else math.inf
-    return TensorView(name, shape, base.get("dtype", "F32"), norm, base_norm, relative, nonzero, distance)

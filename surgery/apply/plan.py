@@ -4,15 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from surgery import sketch
-from surgery.architecture import differences, is_embedding, is_head, tokenizer_fingerprint
-from surgery.delta.format import Differences
+from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
-from surgery.names import common_prefix, is_vocabulary, translate
-from surgery.rounding import STORED, refuse_not_finite
-from surgery.safetensors_io import Entry
-from surgery.stored import Stored, measure, require_float
+from surgery.files import weight_fingerprint as sketch
+from surgery.files.architecture import differences, is_embedding, is_head, tokenizer_fingerprint
+from surgery.files.checkpoint_files import CheckpointFiles, measure, require_float
+from surgery.files.rounding import STORED, refuse_not_finite
+from surgery.files.safetensors_io import Entry
+from surgery.files.tensor_names import common_prefix, is_vocabulary, translate
 
 Tied = Literal["embed", "head", "both"]
 Vocabulary = Literal["refuse", "first"]
@@ -28,7 +28,7 @@ class Edit:
     sources: tuple[str, ...]
     elements: int  # the first so many of the tensor; all of them but for an extended vocabulary
     sha256: str  # of those elements' bytes as they were when they were checked
-    distance: float  # from the delta's base; see surgery/sketch.py
+    distance: float  # from the delta's base; see surgery/files/weight_fingerprint.py
 
     @property
     def bytes(self) -> int:
@@ -48,7 +48,7 @@ class Plan:
 
 def make_plan(
     delta: Differences,
-    stored: Stored,
+    stored: CheckpointFiles,
     *,
     force: bool = False,
     rename: tuple[str, str] | None = None,
@@ -102,7 +102,7 @@ def make_plan(
     return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
 
 
-def check_architecture(delta: Differences, stored: Stored) -> None:
+def check_architecture(delta: Differences, stored: CheckpointFiles) -> None:
     """Raises: SurgeryError when the checkpoint's config states another architecture than the delta's base."""
     odd = differences(delta.metadata["architecture"], stored.facts)
     if odd:
@@ -111,7 +111,7 @@ def check_architecture(delta: Differences, stored: Stored) -> None:
 
 
 def _targets(
-    delta: Differences, stored: Stored, rename: tuple[str, str] | None, tied: Tied | None
+    delta: Differences, stored: CheckpointFiles, rename: tuple[str, str] | None, tied: Tied | None
 ) -> dict[str, tuple[str, ...]]:
     """{stored tensor: the delta's tensors to add to it}."""
     base_tied = bool(delta.metadata["architecture"].get("tied", False))
@@ -142,7 +142,7 @@ def _targets(
     return targets
 
 
-def _untie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
+def _untie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
     if not matrices:
         return {}
     if tied is None:
@@ -159,7 +159,7 @@ def _untie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, 
     return {other: (matrices[0],) for other in chosen}
 
 
-def _tie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
+def _tie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> dict[str, tuple[str, ...]]:
     if tied is None:
         raise SurgeryError(
             f"{stored.path}: embedding and head are one tensor, in the delta's base they are two, of which it changes "
@@ -172,7 +172,7 @@ def _tie(stored: Stored, matrices: list[str], tied: Tied | None) -> dict[str, tu
     return {other: sources for other in stored.places if is_vocabulary(other)}
 
 
-def _no_such_names(stored: Stored, lost: list[str], names: list[str]) -> SurgeryError:
+def _no_such_names(stored: CheckpointFiles, lost: list[str], names: list[str]) -> SurgeryError:
     known = stored.places
     change = common_prefix([name for name in names if not is_vocabulary(name) or name in lost], known)
     if change is not None and change != ("", ""):
@@ -191,7 +191,9 @@ def _no_such_names(stored: Stored, lost: list[str], names: list[str]) -> Surgery
     )
 
 
-def _elements(delta: Differences, stored: Stored, target: str, sources: tuple[str, ...], vocabulary: Vocabulary) -> int:
+def _elements(
+    delta: Differences, stored: CheckpointFiles, target: str, sources: tuple[str, ...], vocabulary: Vocabulary
+) -> int:
     entry, where = stored.entry(target), stored.path / stored.places[target]
     require_float(entry.dtype, target, where)
     for name in sources:
@@ -217,7 +219,7 @@ def _elements(delta: Differences, stored: Stored, target: str, sources: tuple[st
     return math.prod(delta.shapes[sources[0]])
 
 
-def _notes(delta: Differences, stored: Stored) -> list[str]:
+def _notes(delta: Differences, stored: CheckpointFiles) -> list[str]:
     notes = []
     unknown = sorted(set(delta.metadata["architecture"]) - set(stored.facts))
     if unknown:

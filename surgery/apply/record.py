@@ -3,8 +3,8 @@
 The record is a safetensors file `undo.surgery` inside the edited folder (`undo-2.surgery` after a second
 edit, ...; undo takes the last). Its metadata key "surgery_undo" holds JSON with, for each edited tensor, its
 file, dtype, the number of elements and the sha256 of their bytes before and after. The data of a tensor is a
-zlib stream of old XOR new, cut into the chunks of `surgery.stored.chunks`, with the low and high bytes of
-each chunk apart: rounding keeps most high bytes as they are, so that this is a fraction of the tensor.
+zlib stream of old XOR new, cut into the chunks of `surgery.files.checkpoint_files.chunks`, with the low and high
+bytes of each chunk apart: rounding keeps most high bytes as they are, so that this is a fraction of the tensor.
 Adding -1 x the delta would not do: it does not restore what rounding lost.
 """
 
@@ -21,8 +21,9 @@ import numpy as np
 from surgery import __version__
 from surgery.apply.plan import Edit
 from surgery.errors import SurgeryError
-from surgery.rounding import STORED
-from surgery.safetensors_io import (
+from surgery.files.checkpoint_files import CheckpointFiles
+from surgery.files.rounding import STORED
+from surgery.files.safetensors_io import (
     Entry,
     Header,
     header_bytes,
@@ -31,14 +32,13 @@ from surgery.safetensors_io import (
     read_exactly,
     read_header,
 )
-from surgery.stored import Stored
 
 KEY = "surgery_undo"
 FORMAT = 1
 _NAME = re.compile(r"undo(?:-([2-9]|[1-9][0-9]{1,4}))?\.surgery")
 
 
-def records(stored: Stored) -> list[int]:
+def records(stored: CheckpointFiles) -> list[int]:
     matches = [_NAME.fullmatch(name) for name in stored.files]
     return sorted(int(match.group(1) or 1) for match in matches if match)
 
@@ -47,7 +47,7 @@ def record_name(number: int) -> str:
     return "undo.surgery" if number == 1 else f"undo-{number}.surgery"
 
 
-def next_record_name(stored: Stored) -> str:
+def next_record_name(stored: CheckpointFiles) -> str:
     """The name for the record of one more edit."""
     return record_name(max(records(stored), default=0) + 1)
 
@@ -131,7 +131,7 @@ class Record:
     tensors: dict[str, dict[str, Any]]
 
 
-def read_record(stored: Stored, name: str) -> Record:
+def read_record(stored: CheckpointFiles, name: str) -> Record:
     path = stored.path / name
     header = read_header(path)
     content = parse_json(header.metadata.get(KEY, "null").encode("utf-8", "surrogatepass"), str(path))

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from surgery.apply.copying import Copier, Progress, open_writable, sync_tree, write_exactly
 from surgery.apply.record import Blob, Record, read_record, record_name, records, unshuffle
-from surgery.atomic import check_outside, publish, temporary
 from surgery.errors import SurgeryError
-from surgery.rounding import STORED
-from surgery.safetensors_io import open_regular, read_exactly
-from surgery.stored import Stored, chunks, open_stored
+from surgery.files.atomic import check_outside, publish, temporary
+from surgery.files.checkpoint_files import CheckpointFiles, chunks, open_checkpoint
+from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
+from surgery.files.rounding import STORED
+from surgery.files.safetensors_io import open_regular, read_exactly
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class UndoReport:
     settings: dict[str, Any]
 
 
-def undo(checkpoint: Path | str, out: Path | str, *, progress: Progress | None = None) -> UndoReport:
+def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = None) -> UndoReport:
     """Write to the new folder `out` the checkpoint as it was before the last `apply`, byte for byte.
 
     Raises:
@@ -38,14 +38,14 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: Progress | None =
             that a "reference" record points to is gone or changed; then nothing was created.
     """
     out = Path(out)
-    stored = open_stored(checkpoint)
+    stored = open_checkpoint(checkpoint)
     check_outside(out, stored.path)
     numbers = records(stored)
     if not numbers:
         raise SurgeryError(f"{stored.path}: holds no undo.surgery; it was not edited, or with --undo none")
     name = record_name(numbers[-1])
     record = read_record(stored, name)
-    original = open_stored(record.source) if record.source else None
+    original = open_checkpoint(record.source) if record.source else None
     for tensor, entry in record.tensors.items():
         place = stored.entry(tensor)
         if _hash(stored, tensor, entry["elements"]) != entry["after"]:
@@ -75,7 +75,7 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: Progress | None =
     return UndoReport(out, tuple(record.tensors), len(names), size, name, record.settings)
 
 
-def _hash(stored: Stored, tensor: str, elements: int) -> str:
+def _hash(stored: CheckpointFiles, tensor: str, elements: int) -> str:
     entry, path = stored.entry(tensor), stored.path / stored.places[tensor]
     size = STORED[entry.dtype].itemsize
     digest = hashlib.sha256()
@@ -88,7 +88,9 @@ def _hash(stored: Stored, tensor: str, elements: int) -> str:
     return digest.hexdigest()
 
 
-def _restore(stored: Stored, original: Stored | None, record: Record, tensor: str, folder: Path) -> None:
+def _restore(
+    stored: CheckpointFiles, original: CheckpointFiles | None, record: Record, tensor: str, folder: Path
+) -> None:
     """Put the original bytes of one tensor into its fresh copy below `folder`, and check them by their hash."""
     entry, file = stored.entry(tensor), stored.places[tensor]
     elements, kind = record.tensors[tensor]["elements"], STORED[entry.dtype]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from hooks.influence import Projected
-from surgery.atomic import check_destination, sync_folder
 from surgery.attribution.index import (
     DTYPES,
     FACTS,
@@ -30,8 +29,8 @@ from surgery.attribution.index import (
     text_hash,
 )
 from surgery.errors import SurgeryError
+from surgery.files.atomic import check_destination, sync_folder, write_json
 from surgery.progress import Advance
-from surgery.runs import write_json
 
 SHARD = 1024  # texts; a killed build loses less than this much work
 Texts = Callable[[], Iterable[str]]  # opens the texts anew, from the first one

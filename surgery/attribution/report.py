@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.atomic import publish, temporary
 from surgery.attribution.index import Index, text_hash
 from surgery.attribution.select import Chosen, Comparison, Scores, compare, controls
 from surgery.attribution.source import Source
 from surgery.attribution.tfidf import similarity
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
+from surgery.files.atomic import publish, temporary
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

@@ -22,7 +22,7 @@ METHODS = ("influence", "contrast")
 
 
 @dataclass(frozen=True)
-class Way:
+class InfluenceConfig:
     """Which gradients are compared, and how.
 
     ``at``: "lora" the factors that were trained (the paper), "weights" the linear layers of the blocks themselves.
@@ -55,25 +55,29 @@ class Probes:
 
 
 @contextmanager
-def opened(model: PreTrainedModel, lora: Lora, epoch: Epoch | None, way: Way, *, seed: int) -> Iterator[None]:
-    """Inside, the model is that of ``epoch`` (None: of before the warm-up), with the layers of ``way`` to look at."""
+def opened(
+    model: PreTrainedModel, lora: Lora, epoch: Epoch | None, config: InfluenceConfig, *, seed: int
+) -> Iterator[None]:
+    """Inside, the model is that of ``epoch`` (None: before the warm-up), with the layers of ``config`` to look at."""
     with ExitStack() as stack:
-        if way.at == "lora":
+        if config.at == "lora":
             stack.enter_context(at_epoch(model, lora, epoch, seed=seed))
         elif epoch is not None:
             stack.enter_context(merged(model, low_rank(model, lora, epoch, seed=seed)))
         yield
 
 
-def probe_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Probes, way: Way) -> Probe:
+def probe_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Probes, config: InfluenceConfig
+) -> Probe:
     """One probe with a vector for "influence" and, where there are twins, one for "contrast".
 
     Raises ``hooks.HookError`` for an empty probe or texts that cannot be learnt.
     """
-    options: Any = {"targets": list(way.targets) or None, "batch_tokens": way.batch_tokens}
+    options: Any = {"targets": list(config.targets) or None, "batch_tokens": config.batch_tokens}
     plain = influence_probe(model, tokenizer, {"influence": given.texts}, **options)
     if not given.antis:
-        return _weighed(plain, way)
+        return _weighed(plain, config)
     other = influence_probe(model, tokenizer, {"contrast": given.texts}, contrast={"contrast": given.antis}, **options)
     both = Probe(
         plain.names + other.names,
@@ -83,12 +87,12 @@ def probe_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: 
         plain.digests | other.digests,
         {**plain.settings, "contrast": "of the second"},
     )
-    return _weighed(both, way)
+    return _weighed(both, config)
 
 
-def _weighed(probe: Probe, way: Way) -> Probe:
-    """The probe with its layers as ``way.layers`` says."""
-    if way.layers == "summed":
+def _weighed(probe: Probe, config: InfluenceConfig) -> Probe:
+    """The probe with its layers as ``config.layers`` says."""
+    if config.layers == "summed":
         return probe
     vectors = {}
     for name, vector in probe.vectors.items():
@@ -105,7 +109,7 @@ def scores_at(
     twins: Probes,
     lora: Lora,
     epoch: Epoch | None,
-    way: Way,
+    config: InfluenceConfig,
     *,
     seed: int,
     progress: Callable[[int, int | None], None] | None = None,
@@ -117,19 +121,19 @@ def scores_at(
     """
     every = [*rows, *twins.texts, *twins.antis]
     moments = None
-    if epoch is not None and way.optimizer != "none":
+    if epoch is not None and config.optimizer != "none":
         moments = Moments(epoch.exp_avg, epoch.exp_avg_sq)
-    with opened(model, lora, epoch, way, seed=seed):
-        probe = probe_of(model, tokenizer, given, way)
+    with opened(model, lora, epoch, config, seed=seed):
+        probe = probe_of(model, tokenizer, given, config)
         found: Influence = influence(
             model,
             tokenizer,
             every,
             probe,
-            optimizer=way.optimizer if moments else "none",
+            optimizer=config.optimizer if moments else "none",
             moments=moments,
-            normalise=way.normalise,
-            batch_tokens=way.batch_tokens,
+            normalise=config.normalise,
+            batch_tokens=config.batch_tokens,
             progress=progress,
         )
     count, pairs = len(rows), len(twins.texts)
@@ -170,7 +174,7 @@ def tokens_at(
     given: Probes,
     lora: Lora,
     epoch: Epoch | None,
-    way: Way,
+    config: InfluenceConfig,
     *,
     method: str,
     seed: int,
@@ -179,8 +183,8 @@ def tokens_at(
 
     ``values`` and ``score`` of the result have that one probe.
     """
-    with opened(model, lora, epoch, way, seed=seed):
-        probe = probe_of(model, tokenizer, given if method == "contrast" else Probes(given.texts), way)
+    with opened(model, lora, epoch, config, seed=seed):
+        probe = probe_of(model, tokenizer, given if method == "contrast" else Probes(given.texts), config)
         place = probe.names.index(method)
         one = Probe(
             (method,),
@@ -190,7 +194,7 @@ def tokens_at(
             probe.digests,
             probe.settings,
         )
-        frozen = epoch is not None and way.optimizer != "none"
+        frozen = epoch is not None and config.optimizer != "none"
         return token_influence(
             model,
             tokenizer,
@@ -198,6 +202,6 @@ def tokens_at(
             one,
             optimizer="frozen_v" if frozen else "none",
             moments=Moments(epoch.exp_avg, epoch.exp_avg_sq) if frozen and epoch else None,
-            normalise=way.normalise,
-            batch_tokens=way.batch_tokens,
+            normalise=config.normalise,
+            batch_tokens=config.batch_tokens,
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hooks.influence import Gradient, Job, Moments, Projected, example_gradients, influence_probe, job
 from hooks.influence.examples import rows
-from surgery.attribution.projection import Projection
+from surgery.attribution.random_projection import RandomProjection
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Source:
 
     model: nn.Module
     tokenizer: Any
-    projection: Projection
+    projection: RandomProjection
     targets: tuple[str, ...] | None = None
     loss: Literal["mean", "sum"] = "mean"
     cut: int | None = None

@@ -45,12 +45,12 @@ def sweep(
 
     Runs that are finished are skipped, and an interrupted one is taken up. At the end compare.html stands beside them.
     """
-    from surgery.progress import Talk
-    from surgery.sweep import parse_vary
-    from surgery.sweep import sweep as run_all
+    from surgery.progress import Progress
+    from surgery.runs.sweep import parse_vary
+    from surgery.runs.sweep import sweep as run_all
 
     module, values, _ = chosen_recipe(recipe, model, settings or [], None)
-    talk = Talk(quiet)
+    progress = Progress(quiet)
     opened: dict[tuple[str, str], Any] = {}
 
     def run(ready: Any, folder: Path, resume: bool) -> None:
@@ -58,10 +58,10 @@ def sweep(
         if key not in opened:
             opened.clear()  # one model at a time
             opened[key] = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
-        module.run(*opened[key], ready, out=folder, resume=resume, talk=talk)
+        module.run(*opened[key], ready, out=folder, resume=resume, progress=progress)
 
     name = module.__name__.rpartition(".")[2]
-    folders = run_all(module.Settings, name, values, parse_vary(vary or []), out, run, talk=talk)
+    folders = run_all(module.Settings, name, values, parse_vary(vary or []), out, run, progress=progress)
     _show(folders, only or [], pareto, out / "compare.html", None)
 
 
@@ -90,10 +90,10 @@ def compare(
 def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path | None, json_file: Path | None) -> None:
     from dataclasses import asdict
 
-    from surgery.compare import axis, cases, differing, read_run, table
-    from surgery.compare import pareto as picture
-    from surgery.page import page
-    from surgery.runs import write_json
+    from surgery.files.atomic import write_json
+    from surgery.runs.compare import axis, cases, differing, read_run, table
+    from surgery.runs.compare import pareto as picture
+    from surgery.runs.page import page
 
     runs = [read_run(folder) for folder in folders]
     found = cases(runs)

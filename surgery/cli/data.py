@@ -44,7 +44,7 @@ def mix(
     """Draw a shuffled, labelled mixture from files, or build one of the paper with its probe and test pairs."""
     from surgery.data import mix as mixing
     from surgery.data import mixtures
-    from surgery.progress import Talk
+    from surgery.progress import Progress
 
     preset = next((name for name in sources if name in mixtures.PRESETS), None)
     if preset is not None:
@@ -54,7 +54,7 @@ def mix(
             raise SurgeryError(f"{preset}: needs the folder with its files; give --data DIR")
         made = mixtures.build(preset, folder, out, seed=seed, rows=rows)
         counts = made["rows"]
-        Talk(quiet).say("pairs: " + ", ".join(f"{part} {count:,}" for part, count in made["pairs"].items()))
+        Progress(quiet).say("pairs: " + ", ".join(f"{part} {count:,}" for part, count in made["pairs"].items()))
     else:
         counts = mixing.mix([mixing.parse(spec) for spec in sources], out, seed=seed, rows=rows)
     print(f"{out}: {sum(counts.values()):,} rows ({', '.join(f'{name} {n:,}' for name, n in counts.items())})")

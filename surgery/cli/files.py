@@ -34,7 +34,7 @@ def apply(
 ) -> None:
     """Write a new checkpoint with the delta added: all checks first, streaming, without torch."""
     from surgery.apply import apply as apply_to
-    from surgery.progress import Talk
+    from surgery.progress import Progress
 
     if rename is not None and "=" not in rename:
         raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
@@ -42,9 +42,9 @@ def apply(
     options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
     options |= {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "link": link}
     report = apply_to(delta, local(checkpoint), out, **options)
-    talk = Talk(quiet)
+    progress = Progress(quiet)
     for note in report.notes:
-        talk.say(note)
+        progress.say(note)
     print(
         f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} left as they were "
         f"by rounding ({report.rounding}); distance to the base {report.distance:.4f} at {report.farthest} "
@@ -177,7 +177,7 @@ def export(
 
     found = Delta.load(delta)
     if transformers is not None and peft is None:
-        from surgery.edits.cross_attention.export import export_transformers
+        from surgery.apply.export import export_transformers
 
         if checkpoint is None:
             raise SurgeryError("export --transformers: needs the base or a relative of it; add --checkpoint CHECKPOINT")
@@ -191,7 +191,7 @@ def export(
         return
     if peft is None or transformers is not None:
         raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
-    from surgery.peft_io import export_peft
+    from surgery.delta.peft_io import export_peft
 
     report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors)
     for name, error in report.errors.items():
@@ -210,7 +210,7 @@ def import_(
     debug: Debug = False,
 ) -> None:
     """Write a PEFT LoRA adapter as a delta."""
-    from surgery.peft_io import import_peft
+    from surgery.delta.peft_io import import_peft
 
     found = import_peft(adapter, local(checkpoint), base=checkpoint, kind=kind)
     print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")
@@ -224,8 +224,8 @@ def card(
     """Print the Markdown model card that goes beside a delta on a hub."""
     from dataclasses import replace
 
-    from surgery.card import card as text
     from surgery.delta import Delta
+    from surgery.delta.card import card as text
 
     found = Delta.load(delta)
     beside = delta.parent / "run.json"

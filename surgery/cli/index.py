@@ -64,26 +64,26 @@ def build(
     from accelerate import PartialState
 
     from surgery.attribution.build import build as build_index
-    from surgery.attribution.projection import Projection
+    from surgery.attribution.random_projection import RandomProjection
     from surgery.attribution.source import Source
     from surgery.data.texts import Columns, stream
-    from surgery.progress import Talk
+    from surgery.progress import Progress
 
     texts = Columns(text=column, prompt="", answer="")
     stream(data, columns=texts)  # refused before the model is opened
-    chosen = Projection(projection, dim, seed)
+    chosen = RandomProjection(projection, dim, seed)
     state = PartialState() if "WORLD_SIZE" in os.environ else None  # sets this process's own device
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)
     names = tuple(name.strip() for name in targets.split(",") if name.strip()) or None
     source = Source(opened, tokenizer, chosen, targets=names, cut=cut or None, batch_tokens=batch_tokens)
-    talk = Talk(quiet or (state is not None and not state.is_main_process))
+    progress = Progress(quiet or (state is not None and not state.is_main_process))
     options: dict[str, Any] = {}
     if state is not None:
         options = {"process": (state.process_index, state.num_processes), "wait": state.wait_for_everyone}
-    with talk.work("read the texts", None) as step:
+    with progress.work("read the texts", None) as step:
         total = sum(1 for _ in stream(data, columns=texts))
         step(total)
-    with talk.work("project the gradients", total) as step:
+    with progress.work("project the gradients", total) as step:
         build_index(
             out,
             lambda: (example.answer for example in stream(data, columns=texts)),
@@ -125,7 +125,7 @@ def query(
     import numpy as np
 
     from surgery.attribution.index import open_index
-    from surgery.runs import write_json
+    from surgery.files.atomic import write_json
 
     found = open_index(index)
     if verify:
@@ -178,11 +178,10 @@ def select(
     debug: Debug = False,
 ) -> None:
     """Select texts by their score; where labels are known, print what was found beside every cheap control."""
-    from surgery.atomic import check_destination
     from surgery.attribution.index import open_index
     from surgery.attribution.report import against_controls, twin_scores, write_selected
     from surgery.attribution.select import select as take
-    from surgery.runs import write_json
+    from surgery.files.atomic import check_destination, write_json
 
     for path in (out, rest):
         if path is not None:
@@ -227,7 +226,7 @@ def _contrasted(wanted: bool, twins: list[str], path: Path | None) -> None:
 
 def _source(found: Any, model: str, adapter: Path | None, quiet: bool, device: str | None) -> Any:
     """The model of the index, looked at as the index was; refused where it is another."""
-    from surgery.attribution.projection import Projection
+    from surgery.attribution.random_projection import RandomProjection
     from surgery.attribution.source import Source
 
     made = found.manifest
@@ -235,7 +234,7 @@ def _source(found: Any, model: str, adapter: Path | None, quiet: bool, device: s
     source = Source(
         opened,
         tokenizer,
-        Projection(**made["projection"]),
+        RandomProjection(**made["projection"]),
         targets=None if made["targets"] is None else tuple(made["targets"]),
         loss=made["loss"],
         cut=made["cut"],

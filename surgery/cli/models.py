@@ -56,11 +56,11 @@ def locate(
     """Rank the blocks of a model by what they do to the prompts of a data set."""
     from surgery.data import genbias
     from surgery.data.prompts import load_prompt_set
+    from surgery.files.atomic import write_json
     from surgery.locate import LIMIT, check, key, methods, picture, rank, tables
-    from surgery.progress import Talk
-    from surgery.runs import write_json
+    from surgery.progress import Progress
 
-    chosen, talk = methods(by), Talk(quiet)
+    chosen, progress = methods(by), Progress(quiet)
     prompts = load_prompt_set(data)
     every = genbias.records("profession", "train", prompts=prompts)
     alone = by == "bmi" and not compare
@@ -69,14 +69,14 @@ def locate(
     options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
     found = []
     for method in chosen:
-        with talk.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
+        with progress.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
             found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
     if not alone:
         print(f"the first {len(rows)} of {len(every)} training prompts of {prompts.name} (--limit)\n")
     print(tables(found))
     numbers: dict[str, Any] = {key(ranking): ranking.to_dict() for ranking in found}
     if compare:
-        with talk.work("two halves and mean-ablation", len(rows)) as step:
+        with progress.work("two halves and mean-ablation", len(rows)) as step:
             checked = check(opened, tokenizer, prompts, rows, chosen, found, **options)
             step(len(rows))
         print(f"\n{checked.table()}")
@@ -108,9 +108,9 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a whole operation: locate, edit, write the delta, apply it on disk, measure before and after, report."""
-    from surgery.progress import Talk
-    from surgery.report import verdict
-    from surgery.settings import build
+    from surgery.progress import Progress
+    from surgery.runs.report import verdict
+    from surgery.runs.settings import build
 
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
@@ -118,12 +118,12 @@ def run(
     # Every process of a distributed run computes the same; the first one writes, the others into a scratch folder.
     if int(os.environ.get("RANK", "0")) > 0:
         quiet, folder, resume = True, Path(tempfile.mkdtemp()) / "run", False
-    from surgery.runs import check_free
+    from surgery.runs.folder import check_free
 
     check_free(folder, resume=resume)
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     try:
-        finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, talk=Talk(quiet))
+        finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, progress=Progress(quiet))
     except KeyboardInterrupt:
         again = f"surgery run {folder}.part/recipe.toml --out {folder} --resume"
         print(
@@ -177,12 +177,12 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint by the chosen suites: every number with its scorer, its data and its interval."""
     from surgery.data.prompts import load_prompt_set
+    from surgery.files.atomic import write_json
     from surgery.metrics import lm_eval as benchmarks
     from surgery.metrics.sentences import check_scorer
     from surgery.metrics.suite import SUITES, check_suites, evaluate_suites, material, measure, plain
-    from surgery.page import leaves
-    from surgery.progress import Talk
-    from surgery.runs import write_json
+    from surgery.progress import Progress
+    from surgery.runs.page import leaves
 
     tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
     names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
@@ -198,7 +198,7 @@ def evaluate(
     scores: dict[str, Any] = {}
     if shipped:
         given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=shipped)
-        scores |= measure(opened, given, talk=Talk(quiet)).scores
+        scores |= measure(opened, given, progress=Progress(quiet)).scores
     scores |= evaluate_suites(
         opened,
         tokenizer,
@@ -206,7 +206,7 @@ def evaluate(
         data,
         limit=limit,
         seed=seed,
-        talk=Talk(quiet),
+        progress=Progress(quiet),
         options={name: {"scorer": scorer} for name in ("stereoset", "crows_pairs")},
     )
     if tasks:
@@ -262,7 +262,7 @@ def chosen_recipe(
     """The recipe's module; its TOML file's values with ``--set``, ``--model`` and ``--seed`` over them; the file."""
     from importlib import import_module
 
-    from surgery.settings import parse_set, read_toml
+    from surgery.runs.settings import parse_set, read_toml
 
     path = _recipe_file(recipe)
     values = read_toml(path)

@@ -77,12 +77,12 @@ def score(
     row by row, and memory does not grow with it, except for a few numbers a row with --top.
     """
     from hooks.influence import check_texts, influence, influence_probe, influence_windows
-    from surgery.attribution import scored
+    from surgery.attribution import score_file as scored
     from surgery.attribution.tfidf import scorer
     from surgery.data.texts import Columns, stream
-    from surgery.progress import Talk
+    from surgery.progress import Progress
 
-    columns, talk = Columns(text=column, prompt="", answer=""), Talk(quiet)
+    columns, progress = Columns(text=column, prompt="", answer=""), Progress(quiet)
 
     def texts() -> Iterator[str]:
         return (example.answer for example in stream(data, columns=columns))
@@ -99,13 +99,13 @@ def score(
     if top and not 0 < top < 1:
         raise SurgeryError(f"--top {top}: expected a share between 0 and 1")
     digest = hashlib.sha256()
-    with talk.work("count the words", None) as step:
+    with progress.work("count the words", None) as step:
         similar = scorer(_passing(texts(), digest, step), biased)
 
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)
     names = {"influence": biased, "contrast": biased} if antis else {"influence": biased}
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "cut": cut or None, "checkpointing": checkpointing}
-    with talk.work("probe", None) as step:
+    with progress.work("probe", None) as step:
         found = influence_probe(
             opened, tokenizer, names, contrast={"contrast": antis} if antis else None,
             targets=[name.strip() for name in targets.split(",") if name.strip()] or None, **options,
@@ -114,9 +114,9 @@ def score(
     way: Literal["example", "batch"] = "batch" if unit else "example"
     options |= {"normalise": normalise, "unit": way, "unit_size": unit or 1}
 
-    with talk.work("check the texts", None) as step:  # now, not after hours
+    with progress.work("check the texts", None) as step:  # now, not after hours
         step(check_texts(opened, tokenizer, texts(), found, cut=cut or None))
-    with talk.work("score", None) as step:
+    with progress.work("score", None) as step:
 
         def windows(start: int) -> Iterator[Any]:
             told = [start]
@@ -143,7 +143,9 @@ def score(
         }  # fmt: skip
         summary = scored.write_scores(json_file, header, windows, resume=resume)
     if unit:
-        talk.say("scores of batches: where rows of a kind stand together, they give the kind away; shuffle the file")
+        progress.say(
+            "scores of batches: where rows of a kind stand together, they give the kind away; shuffle the file"
+        )
     for name, gaps in summary["correlation"].items():
         print(f"{name}: correlation with minus the loss {gaps['minus_loss']:+.2f}, with TF-IDF {gaps['tfidf']:+.2f}")
     for place, text in _at(texts(), [row["row"] for row in summary["top"]["influence"][:10]]):
@@ -202,9 +204,9 @@ def _judge(
     """Coverage and precision beside the controls, printed and put into a file beside the scores."""
     import numpy as np
 
-    from surgery.attribution.scored import read_scores
+    from surgery.attribution.score_file import read_scores
     from surgery.attribution.select import compare, controls
-    from surgery.runs import write_json
+    from surgery.files.atomic import write_json
 
     keys = (*names, "loss", "tfidf")
     columns = np.array([[row[key] for key in keys] for row in read_scores(json_file)]).T

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from surgery.atomic import check_destination, publish, temporary
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
+from surgery.files.atomic import check_destination, publish, temporary
 
 BUCKET = 100_000  # rows shuffled in memory at once
 

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.atomic import check_destination, publish, temporary
 from surgery.data.mix import Source, labelled, sizes, write_shuffled
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
-from surgery.runs import write_json
+from surgery.files.atomic import check_destination, publish, temporary, write_json
 
 CROWS = "crows_pairs/crows_pairs_anonymized.csv"
 AGNEWS = "factual/ag_news_test.csv"

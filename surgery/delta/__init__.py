@@ -10,8 +10,8 @@ How to read one:
  6. module: `module.NAME` is the tensor NAME of a new part, which a plain checkpoint cannot hold; the metadata's
     `module` has its type and settings. What else is in the file are differences, as in 5 or 4.
  7. `tensors` has, per NAME of the base: `shape`, `dtype`, `sha256` of the base's stored bytes, `norm` and
-    `sketch` (64 little-endian fp32 in base64; `surgery/sketch.py`), which tell how far a target is from the
-    base.
+    `sketch` (64 little-endian fp32 in base64; `surgery/files/weight_fingerprint.py`), which tell how far a target
+    is from the base.
  8. `architecture` holds the facts of the base's config.json, `base` its name, `tokenizer` a hash of its
     tokens.
  9. `recipe` (TOML), `seed`, `tool` (version), `parents` (of a composed delta), `measured` (effects) and

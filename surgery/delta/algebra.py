@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from surgery import __version__, sketch
-from surgery.architecture import differences
+from surgery import __version__
 from surgery.delta.format import Delta
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
+from surgery.files import weight_fingerprint as sketch
+from surgery.files.architecture import differences
 
 
 def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery import __version__
-from surgery.architecture import is_embedding, is_head, tokenizer_fingerprint
 from surgery.delta.format import Delta
 from surgery.delta.metadata import FORMAT, KINDS, MODULE, check_metadata, encode, pack_sketch
 from surgery.errors import SurgeryError
-from surgery.names import common_prefix, resolve_tied, translate
-from surgery.rounding import STORED, refuse_not_finite, widen
-from surgery.safetensors_io import open_regular, read_exactly
-from surgery.stored import Stored, chunks, measure, open_stored, require_float
+from surgery.files.architecture import is_embedding, is_head, tokenizer_fingerprint
+from surgery.files.checkpoint_files import CheckpointFiles, chunks, measure, open_checkpoint, require_float
+from surgery.files.rounding import STORED, refuse_not_finite, widen
+from surgery.files.safetensors_io import open_regular, read_exactly
+from surgery.files.tensor_names import common_prefix, resolve_tied, translate
 
 if TYPE_CHECKING:
     import torch
@@ -43,14 +43,14 @@ def make(
         checkpoint: the directory that the model was loaded from; shapes, dtypes, hashes and sketches of the
             base are read from it. Names are resolved to its own (a missing or extra prefix; a tied head).
         base: the base's public name. recipe: TOML text. measured: effects, for the model card.
-        module: with kind "module", the module's type and settings (`surgery.edits.cross_attention.to_delta`).
+        module: with kind "module", the module's type and settings (`surgery.delta.module.module_delta`).
 
     Raises:
         SurgeryError: a name, shape or value that does not fit the checkpoint.
     """
     if kind not in KINDS:
         raise SurgeryError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-    stored = open_stored(checkpoint)
+    stored = open_checkpoint(checkpoint)
     arrays = {name: _array(value, name) for name, value in differences.items()}
     if (kind == "module") != (module is not None):
         raise SurgeryError(f"kind {kind!r}: a module's settings go with kind 'module', and only with it")
@@ -85,7 +85,7 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     Raises:
         SurgeryError: a tensor is missing or has another shape; nothing differs; values are not finite.
     """
-    left, right = open_stored(base_dir), open_stored(edited_dir)
+    left, right = open_checkpoint(base_dir), open_checkpoint(edited_dir)
     missing = sorted(set(left.places) ^ set(right.places))
     if missing:
         where = right.path if missing[0] in left.places else left.path
@@ -103,7 +103,7 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     return _assemble(left, tensors, sorted(tensors), "", base or left.path.name, recipe, 0, "dense", None, ())
 
 
-def _difference(left: Stored, right: Stored, name: str) -> np.ndarray | None:
+def _difference(left: CheckpointFiles, right: CheckpointFiles, name: str) -> np.ndarray | None:
     """edited - base as fp32 with the tensor's shape, or None where the stored values are equal."""
     result: np.ndarray | None = None
     for start, stop in chunks(left.entry(name)) if left.entry(name).dtype in STORED else [(0, 0)]:
@@ -118,7 +118,7 @@ def _difference(left: Stored, right: Stored, name: str) -> np.ndarray | None:
     return None if result is None else result.reshape(left.entry(name).shape)
 
 
-def values(stored: Stored, name: str, start: int, stop: int) -> np.ndarray:
+def values(stored: CheckpointFiles, name: str, start: int, stop: int) -> np.ndarray:
     """Elements start..stop of a stored tensor, widened to fp32. Raises: SurgeryError (dtype, truncated)."""
     entry, path = stored.entry(name), stored.path / stored.places[name]
     require_float(entry.dtype, name, path)
@@ -132,7 +132,7 @@ def values(stored: Stored, name: str, start: int, stop: int) -> np.ndarray:
 
 
 def _assemble(
-    stored: Stored,
+    stored: CheckpointFiles,
     tensors: dict[str, np.ndarray],
     changed: Iterable[str],
     prefix: str,
@@ -192,7 +192,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _to_stored(names: list[str], stored: Stored) -> tuple[dict[str, str], str]:
+def _to_stored(names: list[str], stored: CheckpointFiles) -> tuple[dict[str, str], str]:
     """{model name: checkpoint name} and what the model's names have in front of the checkpoint's."""
     tied = {name: resolve_tied(name, stored.places) for name in names if stored.tied}
     plain = [name for name in names if tied.get(name) is None]

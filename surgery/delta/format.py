@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.atomic import check_destination, publish, temporary
 from surgery.delta.metadata import KEY, MODULE, base_shapes, check_metadata, encode
 from surgery.errors import SurgeryError
-from surgery.rounding import Rounding, refuse_not_finite
-from surgery.safetensors_io import Header, file_parts, open_regular, parse_json, read_exactly, read_header
+from surgery.files.atomic import check_destination, publish, temporary
+from surgery.files.rounding import Rounding, refuse_not_finite
+from surgery.files.safetensors_io import Header, file_parts, open_regular, parse_json, read_exactly, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,20 +23,6 @@ if TYPE_CHECKING:
 # Rows of a product lora_B @ lora_A are computed in blocks of this many elements, always the same blocks, so
 # that the numbers do not depend on how much of the matrix a caller asks for at a time.
 PRODUCT_BLOCK = 2**20
-
-
-class Differences(Protocol):
-    """What `Delta` and `DeltaFile` share: enough to apply either without knowing which it is."""
-
-    @property
-    def metadata(self) -> dict[str, Any]: ...
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    @property
-    def sha256(self) -> str: ...
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The difference of the base tensor `name`, elements start..stop in row-major order, fp32 [stop - start]."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,19 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from surgery import sketch
-from surgery.architecture import differences, facts
-from surgery.delta.format import Differences
+from surgery.delta.differences import Differences, Edit
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
-from surgery.names import common_prefix, is_vocabulary, resolve_tied, translate
-from surgery.rounding import ROUNDINGS, STORED, add, narrow, refuse_not_finite, widen
-
-if TYPE_CHECKING:
-    from surgery.delta.format import Delta
+from surgery.files import weight_fingerprint as sketch
+from surgery.files.architecture import differences, facts
+from surgery.files.rounding import ROUNDINGS, STORED, add, narrow, refuse_not_finite, widen
+from surgery.files.tensor_names import common_prefix, is_vocabulary, resolve_tied, translate
+from surgery.modules import cross_attention
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -70,7 +67,7 @@ def from_stored(stored: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 
 
 def apply_live(
-    delta: "Delta",
+    delta: Edit,
     model: nn.Module,
     *,
     scale: float,
@@ -94,15 +91,13 @@ def apply_live(
     """
     edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
     if delta.kind == "module":
-        from surgery.edits import cross_attention
-
         cross_attention.attach(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
     _write(edited)
 
 
 @contextmanager
 def applied_live(
-    delta: "Delta",
+    delta: Edit,
     model: nn.Module,
     *,
     scale: float,
@@ -118,12 +113,10 @@ def applied_live(
         yield
 
 
-def attached(delta: "Delta", model: nn.Module, *, scale: float = 1.0) -> AbstractContextManager[object]:
+def attached(delta: Edit, model: nn.Module, *, scale: float = 1.0) -> AbstractContextManager[object]:
     """Inside, the module of a delta of kind "module" stands in the model; nothing for the other kinds."""
     if delta.kind != "module":
         return nullcontext()
-    from surgery.edits import cross_attention
-
     return cross_attention.reattached(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
 
 

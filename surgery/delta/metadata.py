@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
-from surgery.sketch import BUCKETS
+from surgery.files.weight_fingerprint import BUCKETS
 
 FORMAT = 1
 KINDS = ("dense", "lora", "module")

@@ -1,6 +1,7 @@
 """Block fine-tuning (LFTF section 4.2): chosen blocks learn to give the compared words equal probability.
 
-Nothing else trains, the blocks before are computed once (``surgery.prefix``), and the model is left as it was.
+Nothing else trains, the blocks before are computed once (``surgery.forward.residual_cache``), and the model is
+left as it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hooks import anatomy
 from surgery.errors import SurgeryError
-from surgery.prefix import Batch, Prefix, pad, shortcut
+from surgery.forward.residual_cache import Batch, ResidualCache, pad, shortcut
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
@@ -124,7 +125,7 @@ def fine_tune(
     part: str = "all",
     objective: str = "log",
     seed: int,
-    prefix: Prefix | None = None,
+    prefix: ResidualCache | None = None,
     state: Path | None = None,
     log: Log | None = None,
     step_done: Callable[[int], None] | None = None,

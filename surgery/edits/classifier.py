@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils import logging
 
 from hooks.capture import model_inputs
-from surgery.edits import cross_attention, debiasing
+from surgery.edits import debiasing
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
-from surgery.prefix import by_length
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import by_length
+from surgery.modules import cross_attention
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 

@@ -12,10 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from surgery.edits import cross_attention, debiasing
+from surgery.edits import debiasing
 from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, token_losses
 from surgery.errors import SurgeryError
-from surgery.prefix import Batch
+from surgery.forward.residual_cache import Batch
+from surgery.modules import cross_attention
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks import anatomy, probe, sites
+from hooks import anatomy, sites
+from hooks import trace_modules as probe
 from hooks.capture import ask_for_weights
 from surgery.errors import SurgeryError
 from surgery.training import Log, Plan, train

@@ -19,7 +19,7 @@ from surgery.edits.block import Trained
 from surgery.edits.supervised import Lora, Row, fit, learnt_batch
 from surgery.edits.unlearning import losses as equations
 from surgery.errors import SurgeryError
-from surgery.likelihood import token_log_probabilities
+from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.progress import Advance
 from surgery.training import Log, Plan
 

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data.stereoset import Triples
 from surgery.edits.supervised import Row
-from surgery.edits.unlearning.scored import head_at, places_of
+from surgery.edits.unlearning.reference_logprobs import head_at, places_of
 from surgery.errors import SurgeryError
-from surgery.likelihood import evaluating
+from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.token_logprobs import evaluating
 from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, pooled, start_token
 from surgery.metrics.stereoset import score
-from surgery.prefix import by_length, pad
 from surgery.progress import Advance
 
 PROMPT = "The following text discriminates against people because of their {bias_type}:\n"

@@ -21,7 +21,7 @@ from hooks import anatomy
 from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
-from surgery.prefix import Batch, by_length, pad
+from surgery.forward.residual_cache import Batch, by_length, pad
 from surgery.progress import Advance
 from surgery.training import After, Log, Losses, Plan, train, trainable
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.capture import capture
 from surgery.data.seat import Association
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import by_length, encode, pad
 from surgery.metrics.metric import RESAMPLES, Metric, sampled_metric
-from surgery.prefix import by_length, encode, pad
 from surgery.progress import Advance
 
 EXACT = 100_000  # partitions up to which all are counted: 12,870 for two sets of eight words

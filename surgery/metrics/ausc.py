@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks import anatomy
 from hooks.capture import capture
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import by_length, encode, pad
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.weat import embeddings
-from surgery.prefix import by_length, encode, pad
 from surgery.progress import Advance
 
 Values = Float[np.ndarray, " tokens"]

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data import bios
 from surgery.data.capability import Question
+from surgery.forward.evaluation import evaluating
+from surgery.forward.next_token import token_losses
+from surgery.forward.residual_cache import encode
 from surgery.metrics import groups, perplexity
-from surgery.metrics.evaluating import evaluating
 from surgery.metrics.multiple_choice import SCORERS, Norm, score
-from surgery.observe import token_losses
-from surgery.prefix import encode
 from surgery.progress import Advance
 
 ASK = "{text}\nQuestion: What is the profession of this person?\nAnswer:"

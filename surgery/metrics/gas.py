@@ -26,9 +26,9 @@ from surgery.data import bios
 from surgery.data.prompts import read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import by_length, encode, pad
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.prefix import by_length, encode, pad
 from surgery.progress import Advance
 
 MALE = (

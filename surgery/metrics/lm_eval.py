@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
+from surgery.forward.evaluation import evaluating
 from surgery.metrics.metric import Metric
 
 

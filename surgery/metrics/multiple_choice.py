@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
-from surgery.metrics.evaluating import evaluating
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import by_length, pad, shortcut
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.prefix import by_length, pad, shortcut
 from surgery.progress import Advance
 
 Norm = Literal["sum", "characters"]

@@ -9,7 +9,7 @@ from surgery.metrics.metric import Metric, mean_metric
 def score(losses: Float[np.ndarray, " texts"], counts: Float[np.ndarray, " texts"], *, data: str) -> Metric:
     """exp of the mean negative log-likelihood per token (nats), over all tokens of all texts but each text's first.
 
-    ``losses`` and ``counts`` are per text (``surgery.observe.token_losses``); the interval resamples texts.
+    ``losses`` and ``counts`` are per text (``surgery.forward.next_token.token_losses``); the interval resamples texts.
     """
     return mean_metric(
         losses / counts,

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.errors import SurgeryError
-from surgery.likelihood import context_limit, token_log_probabilities
+from surgery.forward.token_logprobs import context_limit, token_log_probabilities
 from surgery.progress import Advance
 
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data import genbias, genhint, neutral
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
+from surgery.forward.next_token import next_words, token_losses
+from surgery.forward.residual_cache import ResidualCache, encode, word_ids
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
 from surgery.metrics import perplexity as perplexity_metric
 from surgery.metrics.metric import Metric
-from surgery.observe import next_words, token_losses
-from surgery.prefix import Prefix, encode, word_ids
-from surgery.progress import Talk
+from surgery.progress import Progress
 
 SUITES = ("genbias", "genhint", "perplexity")
 # Suites that read files of the user's data folder: what each is, for `surgery list`. The module of the same name in
@@ -38,7 +38,7 @@ FOLDER_SUITES = {
     "bios": "Bias in Bios: gaps between genders by profession",
 }
 Scores = dict[str, Any]
-Prefixes = Mapping[str, Prefix]
+Prefixes = Mapping[str, ResidualCache]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Measured:
 
     scores: Scores
     probabilities: Float[np.ndarray, "prompts words"] | None
-    prefixes: dict[int, dict[str, Prefix]]
+    prefixes: dict[int, dict[str, ResidualCache]]
 
 
 def material(
@@ -110,15 +110,15 @@ def measure(
     *,
     keep: Sequence[int] = (),
     prefixes: Prefixes | None = None,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
     label: str = "measure",
 ) -> Measured:
     """Score every suite of ``given``; from ``prefixes`` (one per suite) where the blocks before are unchanged."""
     start = prefixes or {}
     scores: Scores = {}
     probabilities: np.ndarray | None = None
-    kept: dict[int, dict[str, Prefix]] = {block: {} for block in keep}
-    with (talk or Talk(quiet=True)).work(label, sum(len(ids) for ids in given.ids.values())) as step:
+    kept: dict[int, dict[str, ResidualCache]] = {block: {} for block in keep}
+    with (progress or Progress(quiet=True)).work(label, sum(len(ids) for ids in given.ids.values())) as step:
         for suite, ids in given.ids.items():
             if suite == "perplexity":
                 sums, counts, found = token_losses(model, ids, keep=keep, prefix=start.get(suite), step=step)
@@ -160,7 +160,7 @@ def evaluate_suites(
     *,
     limit: int = 0,
     seed: int = 0,
-    talk: Talk | None = None,
+    progress: Progress | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Scores:
     """``{suite: scores}`` of the named suites on the data ``folder``; ``limit`` rows each, or all where it is 0.
@@ -171,16 +171,16 @@ def evaluate_suites(
     Raises ``SurgeryError`` for an unknown suite, before any is measured, and for a folder without its files.
     """
     check_suites(names)
-    talk, scores = talk or Talk(quiet=True), {}
+    progress, scores = progress or Progress(quiet=True), {}
     for name in names:
         module = import_module(f"surgery.metrics.{name}")
-        with talk.work(f"measure {name}", None) as step:
+        with progress.work(f"measure {name}", None) as step:
             scores[name] = module.evaluate(
                 model, tokenizer, Path(folder), limit=limit, seed=seed, step=step, **(options or {}).get(name, {})
             )
         skipped = scores[name].get("skipped", [])
         if skipped:
-            talk.say(f"{name}: {len(skipped)} rows skipped; {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
+            progress.say(f"{name}: {len(skipped)} rows skipped; {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
     return scores
 
 

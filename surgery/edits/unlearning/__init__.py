@@ -1,33 +1,33 @@
 """Unlearning stereotypes (BiasUnlearn): losses, chunks, the kept reference, and the training that they steer."""
 
-from surgery.edits.unlearning.chunks import Chunks, Item
-from surgery.edits.unlearning.control import RELEASED_TARGETS, Control, Decision, decide, merit
+from surgery.edits.unlearning.batches import BatchSampler, Item
+from surgery.edits.unlearning.dataset import Dataset, read_dataset
+from surgery.edits.unlearning.early_stopping import RELEASED_TARGETS, Decision, EarlyStopping, decide, merit
 from surgery.edits.unlearning.encoding import ANTI, STEREOTYPE, UNRELATED, EncodedTriples, boundary, encode_triples
-from surgery.edits.unlearning.given import Given, read_given
-from surgery.edits.unlearning.losses import ascent, chunk_weights, dpo, kl, npo, npo_batch, retention
-from surgery.edits.unlearning.scored import Reference, reference
+from surgery.edits.unlearning.losses import ascent, batch_weights, dpo, kl, npo, npo_batch, retention
+from surgery.edits.unlearning.reference_logprobs import Reference, reference
 from surgery.edits.unlearning.split import Split, split_terms
-from surgery.edits.unlearning.unlearn import Objective, Unlearned, chunk_losses, unlearn
+from surgery.edits.unlearning.unlearn import Objective, Unlearned, batch_losses, unlearn
 
 __all__ = [
     "ANTI",
     "RELEASED_TARGETS",
     "STEREOTYPE",
     "UNRELATED",
-    "Chunks",
-    "Control",
+    "BatchSampler",
+    "Dataset",
     "Decision",
+    "EarlyStopping",
     "EncodedTriples",
-    "Given",
     "Item",
     "Objective",
     "Reference",
     "Split",
     "Unlearned",
     "ascent",
+    "batch_losses",
+    "batch_weights",
     "boundary",
-    "chunk_losses",
-    "chunk_weights",
     "decide",
     "dpo",
     "encode_triples",
@@ -35,7 +35,7 @@ __all__ = [
     "merit",
     "npo",
     "npo_batch",
-    "read_given",
+    "read_dataset",
     "reference",
     "retention",
     "split_terms",

@@ -79,7 +79,7 @@ def dpo(
     return softplus(-beta * ((chosen - chosen_reference) - (rejected - rejected_reference)))
 
 
-def chunk_weights(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
+def batch_weights(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
     """Factors of the sentences of each part, with which the mean over a whole chunk is Eq. 4.
 
     Eq. 4 is sum_p weight_p * mean over part p; a part of ``sizes[p]`` among N sentences gets weight_p * N / sizes[p].

@@ -18,13 +18,13 @@ from hooks import anatomy
 from surgery.edits.block import Trained
 from surgery.edits.supervised import Lora, Row, fit, target_names
 from surgery.edits.unlearning import losses as equations
-from surgery.edits.unlearning.chunks import Chunks, Item, other
-from surgery.edits.unlearning.control import Control, Decision, decide, merit
-from surgery.edits.unlearning.scored import Reference, continuation_logp, head_at, places_of
+from surgery.edits.unlearning.batches import BatchSampler, Item, other
+from surgery.edits.unlearning.early_stopping import Decision, EarlyStopping, decide, merit
+from surgery.edits.unlearning.reference_logprobs import Reference, continuation_logp, head_at, places_of
 from surgery.errors import SurgeryError
-from surgery.prefix import pad
+from surgery.files.atomic import write_json
+from surgery.forward.residual_cache import pad
 from surgery.progress import Advance
-from surgery.runs import write_json
 from surgery.training import Log, Plan
 
 # Scores of the development set by name ("ss", "lms", "icat"), then by bias type.
@@ -55,7 +55,7 @@ class Unlearned:
     evaluations: dict[int, Scores]
 
 
-def chunk_losses(
+def batch_losses(
     model: PreTrainedModel,
     module: nn.Module,
     items: Sequence[Item],
@@ -119,10 +119,10 @@ def chunk_losses(
 def unlearn(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Row]],
-    chunks: Chunks,
+    chunks: BatchSampler,
     kept: Reference,
     objective: Objective,
-    control: Control,
+    control: EarlyStopping,
     plan: Plan,
     *,
     steps: int,
@@ -145,13 +145,13 @@ def unlearn(
     if state:
         state.mkdir(parents=True, exist_ok=True)
     watch = _Watch(control, chunks, evaluate, steps, state, log)
-    factors = equations.chunk_weights(chunks.sizes, objective.weights)
+    factors = equations.batch_weights(chunks.sizes, objective.weights)
 
     def losses(module: nn.Module, places: Sequence[int]) -> Tensor:
         now = watch.now
         items = chunks.items(places[0] // chunks.size, swapped=now.swapped, active=now.active)
         mine = [items[place % chunks.size] for place in places]
-        each, ratio = chunk_losses(model, module, mine, rows, kept, objective)
+        each, ratio = batch_losses(model, module, mine, rows, kept, objective)
         watch.seen(mine, each.detach(), ratio)
         return each * each.new_tensor([factors[item.role] for item in mine])
 
@@ -174,8 +174,8 @@ def unlearn(
 class _Watch:
     """Follows the steps of one training; its decisions depend on recorded scores alone, so they can be replayed."""
 
-    control: Control
-    chunks: Chunks
+    control: EarlyStopping
+    chunks: BatchSampler
     evaluate: Callable[[], Scores]
     steps: int
     folder: Path | None

@@ -1,0 +1,72 @@
+"""What an unlearning run measures: StereoSet's development and test rows, further suites, a few rows on the way."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from surgery.edits import self_debias
+from surgery.edits.unlearning.dataset import Dataset
+from surgery.edits.unlearning.unlearn import Scores
+from surgery.metrics.stereoset import evaluate_triples
+from surgery.metrics.suite import evaluate_suites, plain
+from surgery.progress import Progress
+
+SCORED = ("crows_pairs",)  # suites that take the name of a sentence scorer
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Dataset,
+    *,
+    scorer: str,
+    suites: Sequence[str] = (),
+    folder: str | Path = "",
+    limit: int = 0,
+    seed: int = 0,
+    debiased: bool = False,
+    progress: Progress,
+    when: str,
+) -> dict[str, Any]:
+    """``{"dev": {"stereoset": ...}, "test": {"stereoset": ..., suite: ...}}`` of the model as it is, for JSON.
+
+    ``suites`` are measured on the data ``folder``, ``limit`` rows each; all sentences are scored by ``scorer``.
+    ``debiased`` asks under Self-Debias. Where rows were skipped, ``"skipped"`` has their reasons, and they are said.
+    """
+    judge = self_debias.evaluate_triples if debiased else evaluate_triples
+    found: dict[str, Any] = {}
+    for part, triples in (("dev", given.held_out), ("test", given.test)):
+        with progress.work(f"StereoSet {part} {when}", 3 * len(triples.rows)) as step:
+            found[part] = {"stereoset": plain(judge(model, tokenizer, triples, scorer=scorer, step=step))}
+    for line in skipped_rows(found):
+        progress.say(line)
+    if suites:
+        options = {name: {"scorer": scorer} for name in SCORED}
+        found["test"] |= plain(
+            evaluate_suites(
+                model, tokenizer, suites, folder, limit=limit, seed=seed, progress=progress, options=options
+            )
+        )
+    return found
+
+
+def watched_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Dataset, scorer: str, progress: Progress
+) -> Scores:
+    """SS, LMS and ICAT of the rows that are scored while training, by bias type and overall; SS is said."""
+    scores = evaluate_triples(model, tokenizer, given.watched, scorer=scorer)
+    found = {name: {kind: metric.value for kind, metric in scores[name].items()} for name in ("ss", "lms", "icat")}
+    progress.say(", ".join(f"{kind} {value:.1f}" for kind, value in found["ss"].items()) + " (SS while training)")
+    return found
+
+
+def skipped_rows(found: dict[str, Any]) -> list[str]:
+    """A line for each set of rows of which some could not be scored; ``found`` is what ``measure`` returns."""
+    return [
+        f"{name}, {part} rows: {len(reasons)} skipped, not scored: {'; '.join(reasons[:3])}"
+        for part, suites in found.items()
+        for name, scores in suites.items()
+        if (reasons := scores.get("skipped"))
+    ]

@@ -1,0 +1,80 @@
+"""The report of an unlearning run: what happened in sentences, tables with intervals, scores along the steps."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
+from surgery.runs.page import Table, compared
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_FALL = 1.5  # of LMS; the paper's largest is 1.42
+SCORES = ("ss", "lms", "icat")
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """What happened, from the contents of ``run.json``, in a few plain sentences."""
+    before, after = (summary[when]["stereoset"] for when in ("before", "after"))
+    overall = {name: (before[name]["overall"]["value"], after[name]["overall"]["value"]) for name in SCORES}
+    lines = [
+        f"{summary['method']}, variant {summary['variant']}: {summary['edit']['objective']}.",
+        "Overall on the test rows: "
+        + ", ".join(f"{name.upper()} {was:.2f} to {now:.2f}" for name, (was, now) in overall.items())
+        + ".",
+    ]
+    if "stopped" in summary["edit"]:
+        lines.append(
+            f"Training ended because {summary['edit']['stopped']}; the checkpoint of step "
+            f"{summary['edit']['kept_step']} was kept."
+        )
+        applied = summary["applied"]
+        lines.append(
+            f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
+            f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding."
+        )
+    fall = overall["lms"][0] - overall["lms"][1]
+    if fall > LARGEST_FALL:
+        lines.append(f"Warning: the language modelling score fell by {fall:.2f}; the paper's largest fall is 1.42.")
+    return lines
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Test and development set before and after, and the development set's scores while training."""
+    found = [
+        compared({"before": summary["before"], "after": summary["after"]}, caption="Test"),
+        compared(summary["dev"], caption="Development set (held-out terms of the training source)"),
+    ]
+    evaluations = summary["edit"].get("evaluations", [])
+    if evaluations:
+        kinds = list(evaluations[0]["ss"])
+        rows = [
+            [
+                str(row["step"]),
+                *(f"{row['ss'][kind]:.1f}" for kind in kinds),
+                f"{row['lms']['overall']:.1f}",
+                f"{row['icat']['overall']:.1f}",
+            ]
+            for row in evaluations
+        ]
+        note = "On the rows of the development set that are scored while training; these numbers steer it."
+        head = ["step", *kinds, "LMS overall", "ICAT overall"]
+        found.append(Table("Stereotype score while training", head, rows, note))
+    return found
+
+
+def picture(evaluations: Sequence[Mapping[str, Any]], kept: int) -> "Figure":
+    """Stereotype score of each bias type, and LMS, along the steps; ``kept`` is the step of the kept checkpoint."""
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    steps = [row["step"] for row in evaluations]
+    colours, marks = (BLUE, ORANGE, GREEN, PINK, GREY) * 3, "osD^v" * 3
+    for kind, colour, mark in zip(sorted(evaluations[0]["ss"]), colours, marks, strict=False):
+        axes.plot(steps, [row["ss"][kind] for row in evaluations], color=colour, marker=mark, label=kind)
+    axes.plot(steps, [row["lms"]["overall"] for row in evaluations], color="black", linestyle=":", label="LMS")
+    axes.axhline(50, color="black", linewidth=0.8)
+    axes.axvline(kept, color=GREY, linestyle="--", linewidth=0.8)
+    axes.set_xlabel("step (dashed: the kept checkpoint)")
+    axes.set_ylabel("SS, LMS (%)")
+    axes.legend(ncols=3, fontsize="small")
+    return figure

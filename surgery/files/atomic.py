@@ -1,0 +1,110 @@
+"""Write a file or a folder so that its name appears only when it is complete, and sweep what a killed run
+left.
+
+A temporary stands beside its destination and is locked with flock for as long as its process lives; the
+kernel releases the lock when the process dies, however it dies, so a later run can tell rubbish from work in
+progress.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import SurgeryError
+
+SUFFIX = ".surgery-part"
+
+
+def check_destination(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a destination that exists (a dangling link counts) or whose folder does not.
+
+    Raises:
+        SurgeryError
+    """
+    if path.is_symlink():
+        raise SurgeryError(f"{path}: the destination is a symbolic link; name a path that does not exist")
+    if os.path.lexists(path) and not (overwrite and path.is_file()):
+        raise SurgeryError(f"{path}: the destination exists; choose another, or remove it yourself")
+    if not path.parent.is_dir():
+        raise SurgeryError(f"{path.parent}: no such folder for the destination; create it first")
+
+
+@contextmanager
+def temporary(destination: Path, *, folder: bool) -> Iterator[Path]:
+    """A locked temporary beside `destination`, removed at exit unless it was renamed; sweeps stale ones first."""
+    sweep(destination.parent)
+    path = destination.parent / f".{destination.name[:100]}.{secrets.token_hex(4)}{SUFFIX}"
+    if folder:
+        os.mkdir(path)
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        # A concurrent sweep may take the lock between creation and here; then its removal is our loss.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink == 0:
+            raise SurgeryError(f"{path}: another run swept it at the same moment; run the command again")
+        yield path
+    finally:
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        os.close(lock)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporaries in `folder` whose process is dead."""
+    for name in os.listdir(folder):
+        if not (name.startswith(".") and name.endswith(SUFFIX)):
+            continue
+        path = folder / name
+        with suppress(OSError):  # gone meanwhile, or somebody else's
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+            finally:
+                os.close(fd)
+
+
+def publish(temporary_path: Path, destination: Path, *, overwrite: bool = False) -> None:
+    """Give the complete temporary its name, durably. Raises: SurgeryError if the name was taken meanwhile."""
+    if not overwrite and os.path.lexists(destination):
+        raise SurgeryError(f"{destination}: appeared while its content was being written; nothing was changed")
+    os.rename(temporary_path, destination)
+    sync_folder(destination.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a directory, so that the names in it survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_outside(out: Path, source: Path) -> None:
+    """Refuse a destination that exists or that lies inside the source. Raises: SurgeryError."""
+    check_destination(out)
+    if out.parent.resolve().is_relative_to(source.resolve()):
+        raise SurgeryError(f"{out}: lies inside the checkpoint {source}; choose a folder elsewhere")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, path)

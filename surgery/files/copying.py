@@ -1,0 +1,171 @@
+"""Copy a checkpoint's files as cheaply as the file system allows, and make them durable."""
+
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Lock
+
+from surgery.errors import SurgeryError
+from surgery.files.atomic import sync_folder
+
+FICLONE = 0x40049409  # linux/fs.h: share the blocks until one side is written (btrfs, xfs, bcachefs)
+PIECE = 16 * 2**20
+_NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+
+
+OnBytes = Callable[[int, int], None]
+
+
+class Copier:
+    """Copies files of `source` into `out`, some at once (`copy`), the rest in a second thread (`start`).
+
+    Inside `with`; at its end the second thread has finished, after an exception it is stopped at the next
+    piece. Files in `link` become hard links.
+
+    Raises:
+        OSError: the disk is full, ...; SurgeryError: a hard link is impossible.
+    """
+
+    def __init__(
+        self, source: Path, out: Path, link: frozenset[str], total: int, progress: OnBytes | None = None
+    ) -> None:
+        self._source, self._out, self._link = source, out, link
+        self._total, self._progress, self._done = total, progress, 0
+        self._lock, self._stop = Lock(), Event()
+        self._thread = ThreadPoolExecutor(1)
+        self._rest: Future[None] | None = None
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Copy now, in this thread."""
+        for name in names:
+            target = self._out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if name in self._link:
+                self._hard_link(name, target)
+            else:
+                copy_file(self._source / name, target, self._seen)
+
+    def start(self, names: Iterable[str]) -> None:
+        """Copy in the second thread."""
+        self._rest = self._thread.submit(self.copy, names)
+
+    def _hard_link(self, name: str, target: Path) -> None:
+        source = self._source / name
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError as error:
+            raise SurgeryError(f"{source}: cannot be hard-linked ({error.strerror}); repeat without --link") from None
+        self._seen(source.stat().st_size)
+
+    def _seen(self, count: int) -> None:
+        if self._stop.is_set():
+            raise InterruptedError("stopped")
+        with self._lock:
+            self._done += count
+            if self._progress:
+                self._progress(self._done, self._total)
+
+    def __enter__(self) -> "Copier":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._thread.shutdown(wait=True)
+        if kind is None and self._rest is not None:
+            self._rest.result()
+
+
+def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
+    """Content, mode and times: by reference where the file system can, else inside the kernel, else read and write."""
+    fd_in = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd_in).st_size
+            if not _clone(fd_in, fd_out):
+                _copy(fd_in, fd_out, size, seen)
+            else:
+                seen(size)
+        finally:
+            os.close(fd_out)
+    finally:
+        os.close(fd_in)
+    shutil.copystat(source, target)
+
+
+def _clone(fd_in: int, fd_out: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(fd_out, FICLONE, fd_in)
+    except OSError as error:
+        if error.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def _copy(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None]) -> None:
+    done, in_kernel = 0, sys.platform == "linux"
+    while done < size:
+        count = min(PIECE, size - done)
+        if in_kernel:
+            try:
+                moved = os.copy_file_range(fd_in, fd_out, count, done, done)
+            except OSError as error:
+                if error.errno not in _NO_CLONE:
+                    raise
+                in_kernel = False
+                continue
+        else:
+            moved = os.pwrite(fd_out, os.pread(fd_in, min(count, 4 * 2**20), done), done)
+        if moved == 0:
+            raise SurgeryError(f"a source file became shorter while it was copied (at byte {done} of {size})")
+        # Begin to write this piece to the disk now, not at the fsync: Linux starts the write-back of dirty
+        # pages that it is told will not be needed, and keeps them until they are written.
+        if sys.platform == "linux":
+            os.posix_fadvise(fd_out, done, moved, os.POSIX_FADV_DONTNEED)
+        done += moved
+        seen(moved)
+
+
+def sync_tree(out: Path, names: Collection[str]) -> None:
+    """fsync the files `names` and all their folders, so that the rename after it publishes durable data."""
+    for name in names:
+        sync_file(out / name)
+    for folder in sorted({(out / name).parent for name in names} | {out}):
+        sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """fsync one file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_exactly(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data` at `offset` (a full disk writes a part first, then fails)."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def open_writable(path: Path) -> int:
+    """A descriptor to patch a fresh copy, which may have come from a read-only file."""
+    mode = path.stat().st_mode
+    if not mode & 0o200:
+        path.chmod(mode | 0o200)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            path.chmod(mode)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)

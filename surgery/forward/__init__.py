@@ -1,0 +1,1 @@
+"""Every forward pass that yields numbers: next-token probabilities, token log-probabilities, the residual cache."""

@@ -1,0 +1,210 @@
+"""One pass over prompts or texts: next-token probabilities, token losses, and the streams kept on the way."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks.bmi import BlockImportance, BmiReducer
+from hooks.capture import capture
+from surgery.errors import SurgeryError
+from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut
+
+Ids = Sequence[Sequence[int]]
+Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A running statistic: its sites, what it does with (rows of the batch, site, tensor, mask), which positions."""
+
+    sites: tuple[str, ...]
+    feed: Callable[[Sequence[int], str, Tensor, Tensor], None]
+    positions: Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass over the prompts gave.
+
+    ``probabilities`` are those of the compared words as the next token, over the full vocabulary;
+    ``prefixes`` maps a block to the stream that enters it.
+    """
+
+    probabilities: Float[np.ndarray, "prompts words"]
+    prefixes: dict[int, ResidualCache]
+
+
+@torch.no_grad()
+def next_words(
+    model: PreTrainedModel,
+    ids: Ids,
+    words: Sequence[int],
+    *,
+    keep: Sequence[int] = (),
+    prefix: ResidualCache | None = None,
+    watch: Watch | None = None,
+    step: Step | None = None,
+    shortcuts: bool = True,
+) -> Observation:
+    """P(word | prompt) of the token ids ``words`` as the next token, softmax over the full vocabulary.
+
+    ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
+    tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
+    ``shortcuts=False`` is the plain forward pass (every position through every block and the head).
+
+    Raises ``SurgeryError`` when a probability is not finite.
+    """
+    found = np.empty((len(ids), len(words)))
+    kept = _Kept(ids, keep)
+    with ExitStack() as stack:
+        run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
+        kept.attach(model, stack)
+        if watch is not None:
+            feed = watch.feed
+            stack.enter_context(
+                capture(
+                    model,
+                    watch.sites,
+                    reducer=lambda *seen: feed(kept.batch.rows, *seen),
+                    positions=watch.positions,
+                )
+            )
+        for rows in by_length(ids):
+            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+            kept.batch = batch
+            logits = run(batch)
+            logits = logits if shortcuts else logits[:, -1]
+            chosen = logits.float().log_softmax(-1)[:, list(words)].exp()
+            found[rows] = chosen.double().cpu().numpy()
+            if step:
+                step(len(rows))
+    if not np.isfinite(found).all():
+        where = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+        raise SurgeryError(
+            f"{type(model).__name__}: next-token probabilities of prompt {where} are not finite; "
+            f"expected numbers in 0..1; the weights or the dtype ({model.dtype}) are broken, try float32"
+        )
+    return Observation(found, kept.prefixes())
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel,
+    ids: Ids,
+    *,
+    keep: Sequence[int] = (),
+    prefix: ResidualCache | None = None,
+    step: Step | None = None,
+) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"], dict[int, ResidualCache]]:
+    """Per text: summed negative log-likelihood (nats) of its tokens after the first, and how many these are.
+
+    Raises ``SurgeryError`` for a text of a single token, which has nothing to predict.
+    """
+    short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
+    if short:
+        raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
+    sums, counts = np.empty(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
+    kept = _Kept(ids, keep)
+    # All positions go through the head here, so the batch is bounded by its logits (256 MB in float32).
+    budget = max(1, 2**26 // model.get_output_embeddings().weight.shape[0])
+    with ExitStack() as stack:
+        run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
+        kept.attach(model, stack)
+        for rows in by_length(ids, tokens=budget):
+            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+            kept.batch = batch
+            logits = run(batch)[:, :-1].float()
+            targets = batch.ids[:, 1:]
+            losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
+            # A target counts when the token before it is real: padding stands on the left.
+            sums[rows] = (losses * batch.mask[:, :-1]).sum(1).double().cpu().numpy()
+            if step:
+                step(len(rows))
+    return sums, counts, kept.prefixes()
+
+
+@dataclass(frozen=True)
+class Located:
+    """Block rankings, the streams kept on the way, and per ranking the mean variance of A.1 (5 draws of 100)."""
+
+    importance: BlockImportance
+    prefixes: dict[int, ResidualCache]
+    variances: dict[str, float]
+
+
+def rank_blocks(
+    model: PreTrainedModel,
+    ids: Ids,
+    words: Sequence[int],
+    *,
+    positions: Literal["last", "all"] = "last",
+    aggregate: Literal["mean", "sum"] = "mean",
+    keep: Sequence[int] = (),
+    step: Step | None = None,
+) -> Located:
+    """BMI of every block (LFTF Eq. 4) in the same pass that keeps streams, with its robustness (LFTF A.1).
+
+    The paper draws 100 of the training prompts with seeds 1 to 5 and averages each block's variance (of the mean)
+    over them; here the five draws are taken from the one pass.
+    """
+    reducer = BmiReducer.of(model, positions=positions)
+    entering: list[Tensor] = []
+    own: dict[tuple[str, int], list[Tensor]] = {}  # each prompt's BMI, by ranking and block, in the order of the pass
+    order: list[int] = []
+
+    def feed(rows: Sequence[int], site: str, stream: Tensor, mask: Tensor) -> None:
+        block = int(site.split(".")[1])
+        if site.endswith("hook_resid_pre"):
+            entering[:] = [stream if positions == "last" else stream.clone()]
+            return
+        each = reducer.score(block, entering.pop(), stream, mask if positions == "all" else None)
+        for column, values in zip(("raw", "final_norm"), each, strict=True):
+            own.setdefault((column, block), []).append(values)
+        if block == 0:
+            order.extend(rows)
+
+    # The shortcut cuts the last block to the last position, where nothing else is looked at.
+    watch = Watch(("blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"), feed, positions)
+    seen = next_words(model, ids, words, keep=keep, watch=watch, step=step, shortcuts=positions == "last")
+    size = min(100, len(ids))
+    draws = [np.random.default_rng(seed).choice(len(ids), size=size, replace=False) for seed in range(1, 6)]
+    variances = {}
+    for column in ("raw", "final_norm"):
+        table = np.empty((len(ids), reducer.blocks))
+        for block in range(reducer.blocks):
+            table[order, block] = torch.cat(own[column, block]).double().cpu().numpy()
+        variances[column] = float(np.var([table[draw].mean(axis=0) for draw in draws], axis=0, ddof=1).mean())
+    return Located(reducer.result(aggregate=aggregate, data="training prompts"), seen.prefixes, variances)
+
+
+class _Kept:
+    """Collects the stream entering some blocks, batch by batch, into one tensor a block."""
+
+    def __init__(self, ids: Ids, blocks: Sequence[int]) -> None:
+        self.ids = tuple(tuple(row) for row in ids)
+        self.rows: dict[str, list[Tensor]] = {
+            f"blocks.{block}.hook_resid_pre": [torch.empty(0)] * len(ids) for block in blocks
+        }
+        self.batch = Batch((), torch.empty(0), torch.empty(0))
+
+    def attach(self, model: PreTrainedModel, stack: ExitStack) -> None:
+        if self.rows:
+            stack.enter_context(capture(model, list(self.rows), reducer=self._take))
+
+    def _take(self, site: str, stream: Tensor, mask: Tensor) -> None:
+        for place, row in enumerate(self.batch.rows):
+            self.rows[site][row] = stream[place, -len(self.ids[row]) :].clone()
+
+    def prefixes(self) -> dict[int, ResidualCache]:
+        made = {}
+        for site, rows in self.rows.items():
+            block = int(site.split(".")[1])
+            made[block] = ResidualCache(block, self.ids, torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[-1])]))
+        return made

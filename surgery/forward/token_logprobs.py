@@ -1,0 +1,221 @@
+"""Log-probabilities of the tokens of many sequences, each shared beginning encoded once.
+
+Sorted, the sequences form trees: three sentences that begin alike share a stem, and so do all sentences after one
+start token. Each tree is laid into one row of the batch (a ``Pack``); a mask lets a token see its own ancestors and
+nothing else, and its position is its depth, so that every token gets what it would get in its own sequence. Sorted
+sequences fill packs of equal size, hence little padding. A sequence's last token is only predicted and never run,
+and only tokens whose successor is asked for go through the head.
+
+Architectures where a mask cannot say who sees whom (recurrent layers, biases by distance, sliding windows shorter
+than a sequence) are found by comparison and run one sequence a row.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks import anatomy
+from surgery.errors import SurgeryError
+from surgery.forward.evaluation import evaluating
+from surgery.progress import Advance
+
+Ids = Sequence[Sequence[int]]
+PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Token trees in one row. ``parents`` are indices into ``ids``, -1 at a root.
+
+    ``rows`` are the sequences in it. Each entry of ``wanted`` is (node, next token, sequence, place): the
+    log-probability of that token after that node is the one at ``place`` of the sequence.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    depths: list[int]
+    wanted: list[tuple[int, int, int, int]]
+    rows: list[int]
+
+    def sees(self, width: int) -> Bool[np.ndarray, "width width"]:
+        """Which node (row) sees which (column): itself and its ancestors; padding sees itself."""
+        seen = np.eye(width, dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
+    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); one a pack if not ``shared``.
+
+    The log-probabilities of the tokens from ``starts[i]`` (at least 1) on are wanted of sequence i.
+    """
+    found: list[Pack] = []
+    path: list[int] = []  # the nodes of the previous sequence in the open pack
+    for row in sorted(range(len(rows)), key=lambda row: tuple(rows[row])):
+        inputs = rows[row][:-1]
+        common = 0
+        if found and shared:
+            ids = found[-1].ids
+            while common < min(len(inputs), len(path)) and ids[path[common]] == inputs[common]:
+                common += 1
+        if not (found and shared) or len(found[-1].ids) + len(inputs) - common > size:
+            found.append(Pack([], [], [], [], []))
+            common = 0
+        pack = found[-1]
+        path = path[:common]
+        for depth in range(common, len(inputs)):
+            pack.parents.append(path[-1] if path else -1)
+            path.append(len(pack.ids))
+            pack.ids.append(inputs[depth])
+            pack.depths.append(depth)
+        pack.wanted.extend(
+            (path[at - 1], rows[row][at], row, at - starts[row]) for at in range(starts[row], len(path) + 1)
+        )
+        pack.rows.append(row)
+    return found
+
+
+def token_log_probabilities(
+    model: PreTrainedModel, rows: Ids, *, starts: Sequence[int] | None = None, step: Advance | None = None
+) -> list[Float[np.ndarray, " tokens"]]:
+    """For each sequence the natural log of P(token | all tokens before it), of its tokens from ``starts[i]`` on.
+
+    ``starts`` defaults to 1: every token that has one before it. Softmax over the full vocabulary, in float32.
+    ``step`` is told of finished sequences. The model is in evaluation mode inside and as it was afterwards.
+
+    Raises ``SurgeryError`` for a sequence with nothing to predict, one longer than the model's context, and values
+    that are not finite.
+    """
+    _head(model)
+    starts = [1] * len(rows) if starts is None else list(starts)
+    limit = context_limit(model)
+    for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+        if not 1 <= start < len(ids):
+            raise SurgeryError(
+                f"sequence {row}: token {start} of {len(ids)} is asked for; expected 1 to {len(ids) - 1}"
+            )
+        if limit and len(ids) > limit:
+            raise SurgeryError(f"sequence {row}: {len(ids)} tokens, the model takes {limit}; shorten or remove it")
+    with evaluating(model):
+        reason = why_not_shared(model, rows)
+        if reason:
+            warnings.warn(f"{type(model).__name__}: shared beginnings are encoded each time: {reason}", stacklevel=2)
+        found = _run(model, rows, starts, shared=reason is None, step=step)
+    broken = next((row for row, values in enumerate(found) if not np.isfinite(values).all()), None)
+    if broken is not None:
+        raise SurgeryError(
+            f"{type(model).__name__}: log-probabilities of sequence {broken} are not finite; the weights or the dtype "
+            f"({model.dtype}) are broken, try float32"
+        )
+    return found
+
+
+def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
+    """Why this model cannot take trees, or None: the tree of the longest sequence against the plain pass.
+
+    Its first and last sequence are far apart in the row and the longest spans most positions, so that a sliding
+    window or a distance counted along the row shows. Largest difference of a log-probability: 1e-3 in float32, and
+    0.25 in 16-bit types, whose rounding is of that order.
+    """
+    if len(rows) < 2:
+        return None
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    tree = next(pack for pack in packs(rows, [1] * len(rows), size=_size(model)) if longest in pack.rows)
+    compared = list(dict.fromkeys((tree.rows[0], longest, tree.rows[-1])))
+    try:
+        fast = _run(model, [rows[row] for row in tree.rows], [1] * len(tree.rows), shared=True)
+    except Exception as error:  # an unknown architecture may break anywhere; the reason is said
+        return f"it takes no tree-shaped mask ({type(error).__name__}: {error})"[:200]
+    plain = _run(model, [rows[row] for row in compared], [1] * len(compared), shared=False)
+    gap = max(np.abs(fast[tree.rows.index(row)] - values).max() for row, values in zip(compared, plain, strict=True))
+    bound = 1e-3 if model.dtype == torch.float32 else 0.25
+    return None if gap <= bound else f"log-probabilities with a tree-shaped mask differ by {gap:.2g}"
+
+
+def _run(
+    model: PreTrainedModel, rows: Ids, starts: Sequence[int], *, shared: bool, step: Advance | None = None
+) -> list[Float[np.ndarray, " tokens"]]:
+    found = [np.empty(len(ids) - start) for ids, start in zip(rows, starts, strict=True)]
+    for batch in _batches(model, packs(rows, starts, size=_size(model), shared=shared)):
+        width = max(len(pack.ids) for pack in batch)
+        nodes = [
+            (place * width + node, token, row, at)
+            for place, pack in enumerate(batch)
+            for node, token, row, at in pack.wanted
+        ]
+        index, inverse = np.unique([node for node, *_ in nodes], return_inverse=True)
+        logits = _logits(model, batch, width, torch.from_numpy(index), shared=shared)
+        # A few rows at a time: their float32 copy stays small, and on a CPU in the cache.
+        totals = torch.cat([few.float().logsumexp(-1) for few in logits.split(64)])
+        chosen = torch.from_numpy(inverse).to(logits.device)
+        tokens = torch.tensor([token for _, token, *_ in nodes], device=logits.device)
+        values = (logits[chosen, tokens].float() - totals[chosen]).double().cpu().numpy()
+        for (_, _, row, at), value in zip(nodes, values, strict=True):
+            found[row][at] = value
+        if step:
+            step(sum(len(pack.rows) for pack in batch))
+    return found
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model takes, or None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _head(model: PreTrainedModel) -> str:
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SurgeryError(f"{type(model).__name__}: expected a causal language model with its head; open one")
+    found = anatomy.find(model).head
+    if found is None:
+        raise SurgeryError(f"{type(model).__name__}: the module of its head could not be found; open another model")
+    return found
+
+
+def _size(model: PreTrainedModel) -> int:
+    """Tokens of a tree; some architectures keep a mask as wide as their context and take no wider row."""
+    return min(PACK, context_limit(model) or PACK)
+
+
+def _batches(model: PreTrainedModel, every: list[Pack]) -> Iterator[list[Pack]]:
+    """Packs of like size, as many as a budget of logits allows: 256 MB of float32 on a CPU, 1 GB elsewhere."""
+    budget = (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size
+    batch: list[Pack] = []
+    for pack in sorted(every, key=lambda pack: -len(pack.ids)):
+        if batch and (len(batch) + 1) * len(batch[0].ids) > budget:
+            yield batch
+            batch = []
+        batch.append(pack)
+    if batch:
+        yield batch
+
+
+def _logits(
+    model: PreTrainedModel, batch: list[Pack], width: int, index: Tensor, *, shared: bool
+) -> Float[Tensor, "nodes vocab"]:
+    """The logits of the nodes ``index`` of the flattened batch; nothing else goes through the head."""
+    device, dtype = model.device, model.dtype
+    ids = torch.tensor([pack.ids + [0] * (width - len(pack.ids)) for pack in batch], device=device)
+    inputs = {"input_ids": ids}  # padded on the right, where no causal model looks
+    if shared:
+        sees = torch.from_numpy(np.stack([pack.sees(width) for pack in batch])).to(device)
+        closed = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)
+        depths = [pack.depths + [0] * (width - len(pack.ids)) for pack in batch]
+        inputs |= {"attention_mask": closed[:, None], "position_ids": torch.tensor(depths, device=device)}
+    where = index.to(device)
+
+    def cut(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[where], *args[1:])
+
+    handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()

@@ -1,0 +1,1 @@
+"""Modules that an edit may add to a model (CrAWD's cross-attention)."""

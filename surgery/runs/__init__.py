@@ -1,0 +1,1 @@
+"""A run's folder, settings, sweeps, comparison, and the one report."""

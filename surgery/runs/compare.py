@@ -1,0 +1,194 @@
+"""Finished runs side by side: a row for every setting that differs, the mean over seeds, and who dominates whom."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hooks.plots import BLUE, GREY, ORANGE, new_figure
+from surgery.errors import SurgeryError
+from surgery.runs.page import Table, cell, leaves
+from surgery.runs.settings import read_toml
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Scores = dict[str, dict[str, Any]]
+# Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom; the normal one beyond the table.
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: the settings it was made with, and what it wrote into ``run.json``."""
+
+    folder: Path
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: runs that differ only in their seed, or what they were compared with (``reference``)."""
+
+    name: str
+    scores: Scores
+    """Metrics by their place in the scores, such as "perplexity" or "gas.share"; means over the seeds."""
+    seeds: int
+    reference: bool = False
+
+
+def read_run(folder: str | Path) -> Finished:
+    """A run's folder, as ``surgery run`` leaves it. Raises ``SurgeryError`` when it is not a finished run."""
+    folder = Path(folder)
+    try:
+        summary = json.loads((folder / "run.json").read_text("utf-8"))
+    except OSError as error:
+        raise SurgeryError(
+            f"{folder}: no finished run (run.json: {error.strerror}); give the folder of a surgery run"
+        ) from None
+    except ValueError as error:
+        raise SurgeryError(f"{folder / 'run.json'}: not JSON ({error}); run it again") from None
+    if not isinstance(summary, dict) or not isinstance(summary.get("after"), dict):
+        raise SurgeryError(f"{folder / 'run.json'}: has no scores under 'after'; expected what surgery run writes")
+    return Finished(folder, read_toml(folder / "recipe.toml"), summary)
+
+
+def cases(runs: Sequence[Finished]) -> list[Case]:
+    """What was measured before, every control, and every setting, with the runs that differ only in seed together.
+
+    Equal references (the same model before the edit, the same control of several runs) stand once. Raises
+    ``SurgeryError`` for no run.
+    """
+    if not runs:
+        raise SurgeryError("compare: got no run, expected the folders of one or more; name them")
+    varied = differing(runs)
+    references: dict[str, list[Scores]] = {}
+    for run in runs:
+        model = f" {run.settings['model']}" if "model" in varied else ""
+        given = {"before": run.summary.get("before")}
+        given |= {f"control {name}": value.get("after") for name, value in run.summary.get("controls", {}).items()}
+        for name, scores in given.items():
+            if isinstance(scores, Mapping) and (found := _flat(scores)):
+                kept = references.setdefault(name + model, [])
+                if found not in kept:
+                    kept.append(found)
+    groups: dict[str, list[Scores]] = {}
+    for run in runs:
+        shown = [key for key in varied if key != "seed"]
+        name = ", ".join(f"{key} {_short(run.settings.get(key))}" for key in shown) or str(run.settings.get("recipe"))
+        groups.setdefault(name, []).append(_flat(run.summary["after"]))
+    return [
+        *(Case(name, _pooled(found), len(found), reference=True) for name, found in references.items()),
+        *(Case(name, _pooled(found), len(found)) for name, found in groups.items()),
+    ]
+
+
+def differing(runs: Sequence[Finished]) -> list[str]:
+    """The settings that are not the same in all runs, in the order of the recipe."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
+
+
+def mean_over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One metric for several runs: their mean, with the 95 % interval of Student's t over the runs.
+
+    A single run keeps its own bootstrap interval. The two say different things: how the result varies with the
+    seed, and how it would vary with the rows that it was measured on.
+    """
+    if len(metrics) == 1:
+        return dict(metrics[0])
+    values = np.array([metric["value"] for metric in metrics], dtype=np.float64)
+    freedom = len(values) - 1
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96
+    half = float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
+    mean = float(values.mean())
+    return dict(metrics[0]) | {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def table(found: Sequence[Case], *, only: Sequence[str] = ()) -> Table:
+    """The cases as rows, their metrics as columns; ``only`` those whose place starts with one of these words."""
+    paths = list(dict.fromkeys(path for case in found for path in case.scores))
+    chosen = [path for path in paths if not only or path.startswith(tuple(only))]
+    if not chosen:
+        raise SurgeryError(f"metrics: got {', '.join(only)}; these runs have {', '.join(paths)}; name some of them")
+    rows = [
+        [case.name, f"{case.seeds}", *(cell(case.scores.get(path)) for path in chosen)]
+        for case in sorted(found, key=lambda case: not case.reference)
+    ]
+    measured = [next(case.scores[path] for case in found if path in case.scores) for path in chosen]
+    said = "; ".join(f"{p}: {m['scorer']}, on {m['data']}" for p, m in zip(chosen, measured, strict=True))
+    ideals = ", ".join(f"{p} {m['ideal']:g}" for p, m in zip(chosen, measured, strict=True))
+    note = (
+        f"Ideal: {ideals}. {said}. Brackets are 95 % intervals: of Student's t over the seeds where a row holds "
+        "several, else bootstrap intervals."
+    )
+    return Table("Runs side by side", ["run", "seeds", *(path.replace("_", " ") for path in chosen)], rows, note)
+
+
+def axis(found: Sequence[Case], path: str) -> str:
+    """``path``, or the one metric whose place ends in it. Raises ``SurgeryError`` where there is none, or several."""
+    paths = list(dict.fromkeys(path for case in found for path in case.scores))
+    near = [one for one in paths if one == path] or [one for one in paths if one.endswith(path)]
+    if len(near) != 1:
+        raise SurgeryError(
+            f"metric {path!r}: {len(near) or 'none'} of these runs' metrics; expected one of {', '.join(paths)}"
+        )
+    return near[0]
+
+
+def loss(metric: Mapping[str, Any]) -> float:
+    """How far a metric is from good, so that smaller is better whichever way it points."""
+    value = float(metric["value"])
+    return {"lower": value, "higher": -value}.get(metric["direction"], abs(value - metric["ideal"]))
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other point dominates (is at least as small in both, smaller in one), from left to right."""
+    kept = [n for n, (x, y) in enumerate(points) if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)]
+    return sorted(kept, key=lambda n: points[n])
+
+
+def pareto(found: Sequence[Case], bias: str, cost: str) -> "Figure":
+    """Every case as a point (``cost`` to the right, ``bias`` upwards); those that no other dominates are joined."""
+    shown = [case for case in found if bias in case.scores and cost in case.scores]
+    if not shown:
+        raise SurgeryError(f"no run has both {bias!r} and {cost!r}; choose metrics that were measured together")
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    pairs = [(case.scores[cost], case.scores[bias]) for case in shown]
+    for case, (x, y) in zip(shown, pairs, strict=True):
+        error: Any = [[abs(y["value"] - y["low"])], [abs(y["high"] - y["value"])]]
+        side: Any = [[abs(x["value"] - x["low"])], [abs(x["high"] - x["value"])]]
+        look: Any = {"color": ORANGE, "marker": "s"} if case.reference else {"color": BLUE, "marker": "o"}
+        axes.errorbar(x["value"], y["value"], yerr=error, xerr=side, lw=0.7, alpha=0.9, **look)
+        axes.annotate(case.name, (x["value"], y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    best = front([(loss(x), loss(y)) for x, y in pairs])
+    axes.plot([pairs[n][0]["value"] for n in best], [pairs[n][1]["value"] for n in best], color=GREY, ls="--", zorder=0)
+    for name, metric, label in (("x", pairs[0][0], cost), ("y", pairs[0][1], bias)):
+        ideal = f"{metric['direction']} is better" if metric["direction"] != "nearer" else f"ideal {metric['ideal']:g}"
+        getattr(axes, f"set_{name}label")(f"{label.replace('_', ' ').replace('.', ' ')} ({ideal})")
+    axes.set_title("Squares: before and controls. The dashed line joins what nothing else dominates.", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _flat(scores: Mapping[str, Any]) -> Scores:
+    return {".".join(path): metric for path, metric in leaves(scores)}
+
+
+def _pooled(found: Iterable[Scores]) -> Scores:
+    every = list(found)
+    paths = dict.fromkeys(path for scores in every for path in scores)
+    return {path: mean_over_seeds([scores[path] for scores in every if path in scores]) for path in paths}
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
