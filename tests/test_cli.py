@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import recipes
 from surgery.cli import app
 from surgery.metrics.suite import FOLDER_SUITES
 
@@ -151,6 +152,12 @@ def test_mistakes_are_one_line_and_exit_code_1(
     assert code == 1 and stdout == ""
     assert last.startswith("error: ") and message in last
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in Path(recipes.__file__).parent.glob("*.toml")))
+def test_every_recipe_that_ships_is_found_by_its_name(recipe: str) -> None:
+    code, _, stderr = surgery("run", recipe, "--set", "no_such_key=1")
+    assert code == 1 and "unknown key 'no_such_key'" in stderr
 
 
 @pytest.mark.parametrize("words", [["run"], ["fly"], ["apply", "x"], ["run", "lftf", "--sed", "1"]])

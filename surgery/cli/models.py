@@ -284,9 +284,12 @@ def _recipes() -> dict[str, Path]:
 
 
 def _recipe_modules() -> list[str]:
-    from importlib.resources import files
+    """Every recipe, a file or a package: what stands in the folder is the registry."""
+    from pkgutil import iter_modules
 
-    return sorted(path.stem for path in Path(str(files("recipes"))).glob("[!_]*.py"))
+    import recipes
+
+    return sorted(module.name for module in iter_modules(recipes.__path__) if not module.name.startswith("_"))
 
 
 def _recipe_file(recipe: str) -> Path:
