@@ -285,11 +285,11 @@ def _recipes() -> dict[str, Path]:
 
 def _recipe_modules() -> list[str]:
     """Every recipe, a file or a package: what stands in the folder is the registry."""
-    from pkgutil import iter_modules
+    from importlib.resources import files
 
-    import recipes
-
-    return sorted(module.name for module in iter_modules(recipes.__path__) if not module.name.startswith("_"))
+    folder = Path(str(files("recipes")))
+    found = [*folder.glob("[!_]*.py"), *(file.parent for file in folder.glob("[!_]*/__init__.py"))]
+    return sorted(path.stem for path in found)
 
 
 def _recipe_file(recipe: str) -> Path:
