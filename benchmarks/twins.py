@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import surgery
-from hooks.influence import Influence, Moments, Probe, influence, influence_probe
+from hooks.gradient_influence import Influence, Moments, Probe, influence, influence_probe
 from recipes.bias_diff.dataset import Material, encoded, of_folder
 from surgery.attribution.scoring import InfluenceConfig, opened
 from surgery.attribution.select import coverage, select, twin_auc

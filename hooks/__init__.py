@@ -1,74 +1,133 @@
-"""Instruments: observe a live model by TransformerLens site names, and leave it exactly as it was."""
+"""Instruments: observe a live model by TransformerLens site names, and leave it exactly as it was.
 
-from __future__ import annotations
+Names are loaded on first use (PEP 562), so that `import hooks` is quick and loads no torch. No file of the package has
+the name of a function here: Python would put the file in the function's place.
+"""
 
-import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# name -> (module, attribute or None for the module itself); imported on first use (PEP 562), so that
-# `import hooks` is quick and loads no torch
-_EXPORTS = {
-    "anatomy": ("hooks.anatomy", None),
-    "capture": ("hooks.capture", "capture"),
-    "edit": ("hooks.edit", "edit"),
-    "run_base": ("hooks.capture", "run_base"),
-    "model_inputs": ("hooks.capture", "model_inputs"),
-    "record": ("hooks.engines", "record"),
-    "bmi": ("hooks.bmi", "bmi"),
-    "robustness": ("hooks.bmi", "robustness"),
-    "BmiReducer": ("hooks.bmi", "BmiReducer"),
-    "BlockImportance": ("hooks.bmi", "BlockImportance"),
-    "Robustness": ("hooks.bmi", "Robustness"),
-    "stream": ("hooks.stream", "stream"),
-    "compare": ("hooks.compare", "compare"),
-    "mean_ablation": ("hooks.ablation", "mean_ablation"),
-    "token_batches": ("hooks.stream", "token_batches"),
-    "Mean": ("hooks.stream", "Mean"),
-    "lens": ("hooks.lens", "lens"),
-    "Lens": ("hooks.lens", "Lens"),
-    "patch": ("hooks.patching", "patch"),
-    "attribute": ("hooks.patching", "attribute"),
-    "counterfactual_pairs": ("hooks.patching", "counterfactual_pairs"),
-    "Patching": ("hooks.patching", "Patching"),
-    "attention_to": ("hooks.sensitivity", "attention_to"),
-    "cross_attention": ("hooks.cross_attention", "cross_attention"),
-    "cross_attention_weights": ("hooks.cross_attention", "cross_attention_weights"),
-    "Sensitivity": ("hooks.running_means", "Sensitivity"),
-    "influence": ("hooks.influence", "influence"),
-    "influence_probe": ("hooks.influence", "influence_probe"),
-    "influence_windows": ("hooks.influence", "influence_windows"),
-    "token_influence": ("hooks.influence", "token_influence"),
-    "example_gradients": ("hooks.influence", "example_gradients"),
-    "adam_moments": ("hooks.influence", "adam_moments"),
-    "Influence": ("hooks.influence", "Influence"),
-    "Probe": ("hooks.influence", "Probe"),
-    "Moments": ("hooks.influence", "Moments"),
-    "plots": ("hooks.plots", None),
-    "Ranking": ("hooks.ranking", "Ranking"),
-    "HookError": ("hooks.errors", "HookError"),
+if TYPE_CHECKING:
+    from hooks import anatomy, plots
+    from hooks.ablation import Ablation, mean_ablation
+    from hooks.activations import capture, model_inputs, run_base
+    from hooks.block_importance import BlockImportance, BmiReducer, Robustness, bmi, robustness
+    from hooks.engines import record
+    from hooks.errors import HookError
+    from hooks.gradient_influence import (
+        Influence,
+        Moments,
+        Probe,
+        TokenInfluence,
+        adam_moments,
+        combine,
+        example_gradients,
+        highlighted,
+        influence,
+        influence_probe,
+        influence_windows,
+        token_influence,
+    )
+    from hooks.interventions import edit
+    from hooks.logit_lens import Lens, lens
+    from hooks.patching import Patching, attribute, attribution_patch, counterfactual_pairs, patch
+    from hooks.rank_correlation import Comparison, compare, rank_map
+    from hooks.ranking import Ranking
+    from hooks.reference_attention import CrossWeights, cross_attention, cross_attention_weights
+    from hooks.running_means import Sensitivity
+    from hooks.sensitivity import attention_to
+    from hooks.streaming import Mean, stream, token_batches
+
+_NAMES = {
+    "ablation": ("Ablation", "mean_ablation"),
+    "activations": ("capture", "model_inputs", "run_base"),
+    "block_importance": ("BlockImportance", "BmiReducer", "Robustness", "bmi", "robustness"),
+    "engines": ("record",),
+    "errors": ("HookError",),
+    "gradient_influence": (
+        "Influence",
+        "Moments",
+        "Probe",
+        "TokenInfluence",
+        "adam_moments",
+        "combine",
+        "example_gradients",
+        "highlighted",
+        "influence",
+        "influence_probe",
+        "influence_windows",
+        "token_influence",
+    ),
+    "interventions": ("edit",),
+    "logit_lens": ("Lens", "lens"),
+    "patching": ("Patching", "attribute", "attribution_patch", "counterfactual_pairs", "patch"),
+    "rank_correlation": ("Comparison", "compare", "rank_map"),
+    "ranking": ("Ranking",),
+    "reference_attention": ("CrossWeights", "cross_attention", "cross_attention_weights"),
+    "running_means": ("Sensitivity",),
+    "sensitivity": ("attention_to",),
+    "streaming": ("Mean", "stream", "token_batches"),
 }
+_HOME = {name: f"hooks.{module}" for module, names in _NAMES.items() for name in names}
+_MODULES = ("anatomy", "plots")
 
-
-class _Package(ModuleType):
-    """Python binds an imported submodule to its package; `hooks.capture` is to stay the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and _EXPORTS.get(name, (None, None))[1] is not None):
-            super().__setattr__(name, value)
+__all__ = [
+    "Ablation",
+    "BlockImportance",
+    "BmiReducer",
+    "Comparison",
+    "CrossWeights",
+    "HookError",
+    "Influence",
+    "Lens",
+    "Mean",
+    "Moments",
+    "Patching",
+    "Probe",
+    "Ranking",
+    "Robustness",
+    "Sensitivity",
+    "TokenInfluence",
+    "adam_moments",
+    "anatomy",
+    "attention_to",
+    "attribute",
+    "attribution_patch",
+    "bmi",
+    "capture",
+    "combine",
+    "compare",
+    "counterfactual_pairs",
+    "cross_attention",
+    "cross_attention_weights",
+    "edit",
+    "example_gradients",
+    "highlighted",
+    "influence",
+    "influence_probe",
+    "influence_windows",
+    "lens",
+    "mean_ablation",
+    "model_inputs",
+    "patch",
+    "plots",
+    "rank_map",
+    "record",
+    "robustness",
+    "run_base",
+    "stream",
+    "token_batches",
+    "token_influence",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'hooks' has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}")
-    module_name, attribute = _EXPORTS[name]
-    module = importlib.import_module(module_name)
-    return module if attribute is None else getattr(module, attribute)
+    if name in _MODULES:
+        return import_module(f"hooks.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hooks' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted(_EXPORTS)
-
-
-sys.modules[__name__].__class__ = _Package
+    return __all__

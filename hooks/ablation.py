@@ -18,7 +18,7 @@ from hooks.errors import HookError
 from hooks.logit_difference import Changes, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
-from hooks.stream import Mean, Progress, Text, stream
+from hooks.streaming import Mean, Progress, Text, stream
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hooks import sites
 from hooks import trace_modules as probe
+from hooks.activations import ask_for_weights, capture, model_inputs
 from hooks.anatomy import find
-from hooks.capture import ask_for_weights, capture, model_inputs
 from hooks.errors import HookError
 
 Engine = Literal["torch", "transformer_lens", "nnsight"]

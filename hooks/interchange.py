@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from hooks.activations import capture, run_base
 from hooks.anatomy import find
-from hooks.capture import capture, run_base
 from hooks.logit_difference import Changes, Prompts, logit_difference
 
 PatchUnit = Literal["block", "attention", "mlp", "head", "stream"]

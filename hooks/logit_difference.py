@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hooks import trace_modules as probe
+from hooks.activations import last_token, model_inputs, run_base
 from hooks.anatomy import find
-from hooks.capture import last_token, model_inputs, run_base
-from hooks.edit import edit
 from hooks.errors import HookError
+from hooks.interventions import edit
 from hooks.sites import normalize
-from hooks.stream import Text, positions_limit, token_batches
+from hooks.streaming import Text, positions_limit, token_batches
 
 Changes = dict[str, Callable[[Tensor], Tensor]]  # of `hooks.edit`
 

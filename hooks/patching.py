@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,13 +13,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hooks import trace_modules as probe
-from hooks.capture import model_inputs
+from hooks.activations import model_inputs
 from hooks.errors import HookError
 from hooks.interchange import SITES, PatchUnit, Positions, attributed, patched, places_of
 from hooks.logit_difference import Prompts, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
-from hooks.stream import Progress, Text
+from hooks.streaming import Progress, Text
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def patch(
 
 
 @anywhere
-def attribute(
+def attribution_patch(
     model: nn.Module,
     tokenizer: Any,
     clean: Sequence[Text],
@@ -118,6 +119,12 @@ def attribute(
     return _measure(
         "attribution", model, tokenizer, clean, corrupted, contrast, unit, positions, batch_tokens, data, progress
     )
+
+
+def attribute(*arguments: Any, **options: Any) -> Patching:
+    """The former name of `attribution_patch`."""
+    warnings.warn("hooks.attribute is now hooks.attribution_patch", DeprecationWarning, stacklevel=2)
+    return attribution_patch(*arguments, **options)
 
 
 def counterfactual_pairs(

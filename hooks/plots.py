@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hooks.cross_attention import CrossWeights
-    from hooks.influence import TokenInfluence
-    from hooks.lens import Lens
+    from hooks.gradient_influence import TokenInfluence
+    from hooks.logit_lens import Lens
     from hooks.patching import Patching
+    from hooks.reference_attention import CrossWeights
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8C8C8C"
 LIGHTNESS = "cividis"  # even in lightness, so that it reads the same in grey and to colour-blind eyes

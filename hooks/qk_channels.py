@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hooks import sites
 from hooks import trace_modules as probe
+from hooks.activations import ask_for_weights, model_inputs, run_base
 from hooks.anatomy import Block, Stack, find
-from hooks.capture import ask_for_weights, model_inputs, run_base
 from hooks.errors import HookError
 
 

@@ -15,7 +15,7 @@ from hooks.anatomy import Stack
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts
 from hooks.ranking import Ranking
-from hooks.stream import Mean, Progress
+from hooks.streaming import Mean, Progress
 
 
 @dataclass(frozen=True, eq=False)

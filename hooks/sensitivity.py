@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hooks import trace_modules as probe
+from hooks.activations import capture, run_base
 from hooks.anatomy import Stack, find
-from hooks.capture import capture, run_base
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.remote import anywhere
 from hooks.running_means import Sensitivity, Tally, locate_words
-from hooks.stream import Progress
+from hooks.streaming import Progress
 
 
 @anywhere

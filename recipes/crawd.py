@@ -15,9 +15,9 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
-from hooks.cross_attention import cross_attention
 from hooks.plots import block_bars, cross_attention_map
 from hooks.ranking import Ranking
+from hooks.reference_attention import cross_attention
 from surgery import delta as deltas
 from surgery.checkpoints import checkpoint_dir
 from surgery.data import bios

@@ -9,13 +9,13 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.ablation import Ablation, mean_ablation
-from hooks.bmi import BlockImportance, bmi
-from hooks.compare import Comparison, compare, rank_map
-from hooks.cross_attention import cross_attention
-from hooks.lens import lens
-from hooks.patching import attribute, counterfactual_pairs, patch
+from hooks.block_importance import BlockImportance, bmi
+from hooks.logit_lens import lens
+from hooks.patching import attribution_patch, counterfactual_pairs, patch
 from hooks.plots import block_bars
+from hooks.rank_correlation import Comparison, compare, rank_map
 from hooks.ranking import Ranking
+from hooks.reference_attention import cross_attention
 from hooks.sensitivity import attention_to
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
@@ -77,7 +77,7 @@ def rank(
     if method == "lens":
         rankings = [lens(model, tokenizer, texts, contrast, data=data).ranking("block")]
     elif method in ("patching", "attribution"):
-        measure = patch if method == "patching" else attribute
+        measure = patch if method == "patching" else attribution_patch
         clean, corrupted = pairs(tokenizer, prompts, rows, seed=seed)
         rankings = [measure(model, tokenizer, clean, corrupted, contrast, data=f"{data} pairs").ranking()]
     elif method == "sensitivity":

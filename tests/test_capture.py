@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +24,29 @@ KNOWN = [name for name in FAMILIES if name not in REFUSED]
 def test_import_is_light_and_names_are_functions() -> None:
     code = (
         "import sys, hooks; assert 'torch' not in sys.modules\n"
-        "from hooks.edit import edit\n"
+        "from hooks.interventions import edit\n"
         "assert callable(hooks.capture) and callable(hooks.bmi) and callable(hooks.record)\n"
         "assert hooks.edit is edit and hooks.anatomy.find\n"
         "assert 'transformer_lens' not in sys.modules and 'nnsight' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", ["hooks", "surgery"])
+def test_editors_see_what_python_gives(package: str) -> None:
+    module = importlib.import_module(package)
+    tree = ast.parse(Path(module.__file__ or "").read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(homes) == set(module.__all__) and set(homes) <= set(dir(module))
+    for name, home in homes.items():
+        given = importlib.import_module(f"{home}.{name}") if name in ("anatomy", "plots") else None
+        assert getattr(module, name) is (given or getattr(importlib.import_module(home or ""), name))
+
+
+def test_no_file_of_hooks_has_the_name_of_a_function() -> None:
+    files = {path.stem for path in (Path(hooks.__file__).parent).iterdir()} - {"anatomy", "plots"}
+    assert not files & set(hooks.__all__)
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hooks import HookError, Ranking, anatomy
 from hooks.ablation import mean_ablation
-from hooks.compare import compare, rank_map, ranks
+from hooks.rank_correlation import compare, rank_map, ranks
 from surgery.cli import app
 from surgery.data import genbias
 from surgery.data.prompts import Subject, load_prompt_set

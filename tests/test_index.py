@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hooks import HookError
-from hooks.influence import Projected, influence, influence_probe
+from hooks.gradient_influence import Projected, influence, influence_probe
 from surgery.attribution.build import build
 from surgery.attribution.index import Index, open_index
 from surgery.attribution.random_projection import RandomProjection

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hooks
-from hooks.influence import combine, find_layers, gradients, highlighted, job
+from hooks.gradient_influence import combine, find_layers, gradients, highlighted, job
 
 Flat = dict[str, Tensor]
 
@@ -550,7 +550,7 @@ def test_command_goes_on_after_an_interruption(
     told = ["attribute", "score", checkpoint, "--data", files["data"], "--probe", files["probe"], "--quiet"]
     told += ["--targets", "q_proj", "--device", "cpu", "--json", files["out"]]
     monkeypatch.setattr(scored, "WINDOW", 8)
-    package = import_module("hooks.influence")  # the attribute of that name is the function
+    package = import_module("hooks.gradient_influence")  # the attribute of that name is the function
     real = package.influence_windows
     monkeypatch.setattr(package, "influence_windows", lambda *a, **k: real(*a, **k | {"window": 8}))
     assert command(*told).exit_code == 0

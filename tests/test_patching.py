@@ -1,4 +1,4 @@
-"""hooks.patch and hooks.attribute: known answers, agreement of the two, alignment, and a model left as it was."""
+"""hooks.patch and hooks.attribution_patch: known answers, agreement, alignment, and a model left as it was."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_attribution_is_patching_where_the_model_is_linear(name: str, unit: Any)
         weight[30] = weight[7] + 1e-3 * (weight[30] - weight[7])
     pairs = (CLEAN[:1], [[5, 6, 30, 8, 9]])
     patched = hooks.patch(model, None, *pairs, CONTRAST, unit=unit, positions="changed")
-    attributed = hooks.attribute(model, None, *pairs, CONTRAST, unit=unit, positions="changed")
+    attributed = hooks.attribution_patch(model, None, *pairs, CONTRAST, unit=unit, positions="changed")
     scale = np.abs(patched.effects).max()
     np.testing.assert_allclose(attributed.effects, patched.effects, atol=0.03 * scale)
     assert scale > 1e-3
@@ -99,13 +99,13 @@ def test_attribution_is_patching_where_the_model_is_linear(name: str, unit: Any)
 def test_attribution_ranks_like_patching_on_a_tiny_model() -> None:
     model = build("gpt2")
     patched = hooks.patch(model, None, CLEAN, CORRUPTED, CONTRAST, unit="head")
-    attributed = hooks.attribute(model, None, CLEAN, CORRUPTED, CONTRAST, unit="head")
+    attributed = hooks.attribution_patch(model, None, CLEAN, CORRUPTED, CONTRAST, unit="head")
     ranks = [found.effects.ravel().argsort().argsort() for found in (patched, attributed)]
     assert np.corrcoef(*ranks)[0, 1] > 0.9  # Spearman's rank correlation
     assert patched.ranking().top() == attributed.ranking().top()
 
 
-@pytest.mark.parametrize("function", [hooks.patch, hooks.attribute])
+@pytest.mark.parametrize("function", [hooks.patch, hooks.attribution_patch])
 def test_positions(function: Any) -> None:
     model = build("llama")
     pairs = (CLEAN[:1], CORRUPTED[:1])
@@ -124,7 +124,7 @@ def test_positions(function: Any) -> None:
         each.ranking()
 
 
-@pytest.mark.parametrize("function", [hooks.patch, hooks.attribute])
+@pytest.mark.parametrize("function", [hooks.patch, hooks.attribution_patch])
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_batches_and_singles_agree(function: Any, positions: Any) -> None:
     model = build("gpt2")
@@ -173,7 +173,7 @@ def test_bad_input_and_exceptions_leave_the_model_as_it_was() -> None:
     with pytest.raises(HookError, match="one length, got 4 to 7 tokens"):
         hooks.patch(model, None, CLEAN, CORRUPTED, CONTRAST, positions="each")
     with pytest.raises(HookError, match="same length, at least 1"):
-        hooks.attribute(model, None, [], [], CONTRAST)
+        hooks.attribution_patch(model, None, [], [], CONTRAST)
     with pytest.raises(HookError, match="unit is 'layer'"):
         hooks.patch(model, None, CLEAN, CORRUPTED, CONTRAST, unit="layer")  # type: ignore[arg-type]
     with pytest.raises(HookError, match="no language-model head"):
@@ -182,7 +182,7 @@ def test_bad_input_and_exceptions_leave_the_model_as_it_was() -> None:
     def stop(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
-    for function in (hooks.patch, hooks.attribute):
+    for function in (hooks.patch, hooks.attribution_patch):
         with pytest.raises(KeyboardInterrupt):
             function(model, None, CLEAN, CORRUPTED, CONTRAST, progress=stop)
         handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(lambda *_: 1 / 0)
@@ -199,3 +199,10 @@ def test_pairs_that_do_not_differ_in_the_contrast() -> None:
         model.lm_head.weight[CONTRAST[0]] = model.lm_head.weight[CONTRAST[1]]
     with pytest.raises(HookError, match="give the same contrast"):
         hooks.patch(model, None, CLEAN, CORRUPTED, CONTRAST)
+
+
+def test_the_former_name_still_works() -> None:
+    model = build("gpt2")
+    with pytest.warns(DeprecationWarning, match=r"hooks\.attribution_patch"):
+        old = hooks.attribute(model, None, CLEAN, CORRUPTED, CONTRAST)
+    assert (old.effects == hooks.attribution_patch(model, None, CLEAN, CORRUPTED, CONTRAST).effects).all()

@@ -16,7 +16,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "bmi": lambda model, tokenizer, **o: hooks.bmi(model, tokenizer, TEXTS, **o).raw,
     "lens": lambda model, tokenizer, **o: hooks.lens(model, tokenizer, TEXTS, **o).ranking(),
     "patch": lambda model, tokenizer, **o: hooks.patch(model, tokenizer, TEXTS, TEXTS[::-1], **o).ranking(),
-    "attribute": lambda model, tokenizer, **o: hooks.attribute(model, tokenizer, TEXTS, TEXTS[::-1], **o).ranking(),
+    "attribute": lambda model, tokenizer, **o: hooks.attribution_patch(
+        model, tokenizer, TEXTS, TEXTS[::-1], **o
+    ).ranking(),
     "attention_to": lambda model, tokenizer, **o: hooks.attention_to(
         model, tokenizer, TEXTS, ["nurse", "driver"], **o
     ).ranking(),

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
-from hooks.influence import TokenInfluence
+from hooks.gradient_influence import TokenInfluence
 from recipes.bias_diff import dataset as given
 from recipes.bias_diff import report as pages
 from recipes.bias_diff.judging import judge

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool
 from numpy import ndarray
 
-from hooks.influence import TokenInfluence, highlighted
+from hooks.gradient_influence import TokenInfluence, highlighted
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from recipes.bias_diff.dataset import Material
 from surgery.runs.page import Table, cell, compared, write_page

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from hooks.influence import Projected
+from hooks.gradient_influence import Projected
 from surgery.attribution.index import (
     DTYPES,
     FACTS,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hooks.influence import Influence
-from hooks.influence.examples import WINDOW
+from hooks.gradient_influence import Influence
+from hooks.gradient_influence.examples import WINDOW
 from surgery.errors import SurgeryError
 
 _FACTS = ("norm", "loss", "tokens", "tfidf")

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.influence import Influence, Moments, Probe, TokenInfluence, influence, influence_probe, token_influence
+from hooks.gradient_influence import (
+    Influence,
+    Moments,
+    Probe,
+    TokenInfluence,
+    influence,
+    influence_probe,
+    token_influence,
+)
 from surgery.edits.supervised import Lora, Row
 from surgery.edits.warmup import Epoch, at_epoch, low_rank, merged
 from surgery.errors import SurgeryError

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks.influence import Gradient, Job, Moments, Projected, example_gradients, influence_probe, job
-from hooks.influence.examples import rows
+from hooks.gradient_influence import Gradient, Job, Moments, Projected, example_gradients, influence_probe, job
+from hooks.gradient_influence.examples import rows
 from surgery.attribution.random_projection import RandomProjection
 
 

@@ -76,7 +76,7 @@ def score(
     Of a probe with twins the contrast (text minus twin, so that style cancels) is scored as well. The file is read
     row by row, and memory does not grow with it, except for a few numbers a row with --top.
     """
-    from hooks.influence import check_texts, influence, influence_probe, influence_windows
+    from hooks.gradient_influence import check_texts, influence, influence_probe, influence_windows
     from surgery.attribution import score_file as scored
     from surgery.attribution.tfidf import scorer
     from surgery.data.texts import Columns, stream
@@ -191,7 +191,7 @@ def _at(texts: Iterator[str], places: list[int]) -> list[tuple[int, str]]:
 def _show(out: Path, model: Any, tokenizer: Any, shown: Any, probe: Any, normalise: Any, cut: int) -> None:
     from dataclasses import replace
 
-    from hooks.influence import highlighted, token_influence
+    from hooks.gradient_influence import highlighted, token_influence
 
     parts = token_influence(model, tokenizer, [text for _, text in shown], probe, normalise=normalise, cut=cut or None)
     placed = [replace(part, place=place) for part, (place, _) in zip(parts, shown, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hooks.capture import model_inputs
+from hooks.activations import model_inputs
 from surgery.edits import debiasing
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating

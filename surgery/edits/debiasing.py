@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy, sites
 from hooks import trace_modules as probe
-from hooks.capture import ask_for_weights
+from hooks.activations import ask_for_weights
 from surgery.errors import SurgeryError
 from surgery.training import Log, Plan, train
 

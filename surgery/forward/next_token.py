@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks.bmi import BlockImportance, BmiReducer
-from hooks.capture import capture
+from hooks.activations import capture
+from hooks.block_importance import BlockImportance, BmiReducer
 from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.capture import capture
+from hooks.activations import capture
 from surgery.data.seat import Association
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating

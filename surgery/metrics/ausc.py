@@ -23,7 +23,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from hooks.capture import capture
+from hooks.activations import capture
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
 from surgery.forward.residual_cache import by_length, encode, pad

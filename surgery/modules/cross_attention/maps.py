@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import trace_modules as probe
-from hooks.capture import model_inputs
-from hooks.cross_attention import CrossWeights
+from hooks.activations import model_inputs
+from hooks.reference_attention import CrossWeights
 from surgery.errors import SurgeryError
 from surgery.modules.cross_attention.modeling_crawd import CrossAttention
 from surgery.modules.cross_attention.reference import NAME, last_states, place_of, read_reference

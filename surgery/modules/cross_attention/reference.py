@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from hooks import trace_modules as probe
-from hooks.capture import model_inputs, run_base
+from hooks.activations import model_inputs, run_base
 from surgery.errors import SurgeryError
 from surgery.modules.cross_attention.modeling_crawd import CrossAttention
 

@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import trace_modules as probe
+from hooks.activations import run_base
 from hooks.anatomy import Stack, find
-from hooks.capture import run_base
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.qk_channels import QKChannels, find_qk_channels, reading
 from hooks.remote import anywhere
 from hooks.running_means import Sensitivity, Tally, locate_words
-from hooks.stream import Progress
+from hooks.streaming import Progress
 
 
 @dataclass(frozen=True, eq=False)

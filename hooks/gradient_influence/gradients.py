@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hooks import trace_modules as probe
+from hooks.activations import model_inputs
 from hooks.anatomy import find
-from hooks.capture import model_inputs
 from hooks.errors import HookError
-from hooks.influence.examples import Batch
-from hooks.influence.layers import Layer, Preconditioner, find_layers
-from hooks.stream import positions_limit
+from hooks.gradient_influence.examples import Batch
+from hooks.gradient_influence.layers import Layer, Preconditioner, find_layers
+from hooks.streaming import positions_limit
 
 MATERIALISED = 2**25  # entries of per-text gradients that are held at a time
 VISIT = 16  # what reading or writing one entry of memory costs, in multiply-adds

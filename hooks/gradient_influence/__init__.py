@@ -5,11 +5,11 @@ result = hooks.influence(model, tokenizer, training_texts, probe)
 result.top(10)  # [(place in the data, score), ...]
 """
 
-from hooks.influence.examples import Learnt, Text
-from hooks.influence.gradients import Gradient, Job, job
-from hooks.influence.layers import Layer, Moments, adam_moments, find_layers
-from hooks.influence.query import Probe, influence_probe
-from hooks.influence.scores import (
+from hooks.gradient_influence.examples import Learnt, Text
+from hooks.gradient_influence.gradients import Gradient, Job, job
+from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers
+from hooks.gradient_influence.query import Probe, influence_probe
+from hooks.gradient_influence.scores import (
     Influence,
     Projected,
     check_texts,
@@ -18,7 +18,7 @@ from hooks.influence.scores import (
     influence,
     influence_windows,
 )
-from hooks.influence.tokens import TokenInfluence, highlighted, token_influence
+from hooks.gradient_influence.tokens import TokenInfluence, highlighted, token_influence
 
 __all__ = [
     "Gradient",

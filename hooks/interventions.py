@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hooks import sites
 from hooks import trace_modules as probe
+from hooks.activations import Pass, batch_pos_of, watch
 from hooks.anatomy import find
-from hooks.capture import Pass, batch_pos_of, watch
 from hooks.errors import HookError
 
 

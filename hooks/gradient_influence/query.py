@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.errors import HookError
-from hooks.influence.examples import Batch, Row, Text, rows, units, windows
-from hooks.influence.gradients import Gradient, Job, differentiate, job
-from hooks.influence.layers import Preconditioner
+from hooks.gradient_influence.examples import Batch, Row, Text, rows, units, windows
+from hooks.gradient_influence.gradients import Gradient, Job, differentiate, job
+from hooks.gradient_influence.layers import Preconditioner
 
 Texts = Iterable[Text] | Mapping[str, Iterable[Text]]
 

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from hooks.activations import last_token
 from hooks.anatomy import Stack, find
-from hooks.capture import last_token
 from hooks.errors import HookError
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
-from hooks.stream import Progress, Text, stream
+from hooks.streaming import Progress, Text, stream
 
 Positions = Literal["last", "all"]
 Aggregate = Literal["mean", "sum"]

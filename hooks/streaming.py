@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks import trace_modules as probe
-from hooks.capture import Reducer, capture, model_inputs, run_base
+from hooks.activations import Reducer, capture, model_inputs, run_base
 from hooks.errors import HookError
 
 Text = str | Sequence[int]

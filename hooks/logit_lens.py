@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hooks import trace_modules as probe
+from hooks.activations import capture, run_base
 from hooks.anatomy import Block, Stack, find
-from hooks.capture import capture, run_base
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking, Unit
 from hooks.remote import anywhere
-from hooks.stream import Mean, Progress, Text
+from hooks.streaming import Mean, Progress, Text
 
 _WRITES = {"attention": "hook_attn_out", "cross_attention": "hook_cross_attn_out", "mlp": "hook_mlp_out"}
 

@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks.errors import HookError
-from hooks.influence.examples import WINDOW, Batch, Row, Text, rows, units, windows
-from hooks.influence.gradients import Gradient, Job, differentiate, job
-from hooks.influence.layers import Moments, Preconditioner
-from hooks.influence.query import Probe
-from hooks.stream import Progress
+from hooks.gradient_influence.examples import WINDOW, Batch, Row, Text, rows, units, windows
+from hooks.gradient_influence.gradients import Gradient, Job, differentiate, job
+from hooks.gradient_influence.layers import Moments, Preconditioner
+from hooks.gradient_influence.query import Probe
+from hooks.streaming import Progress
 
 Project = Callable[[Gradient], Float[Tensor, "unit dim"]]
 

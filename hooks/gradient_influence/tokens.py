@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.errors import HookError
-from hooks.influence.examples import Text, rows, units, windows
-from hooks.influence.gradients import Gradient, differentiate
-from hooks.influence.layers import Moments, Preconditioner
-from hooks.influence.query import Probe
-from hooks.influence.scores import job_of
+from hooks.gradient_influence.examples import Text, rows, units, windows
+from hooks.gradient_influence.gradients import Gradient, differentiate
+from hooks.gradient_influence.layers import Moments, Preconditioner
+from hooks.gradient_influence.query import Probe
+from hooks.gradient_influence.scores import job_of
 
 
 @dataclass(frozen=True, eq=False)
