@@ -16,7 +16,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "bmi": lambda model, tokenizer, **o: hooks.bmi(model, tokenizer, TEXTS, **o).raw,
     "lens": lambda model, tokenizer, **o: hooks.lens(model, tokenizer, TEXTS, **o).ranking(),
     "patch": lambda model, tokenizer, **o: hooks.patch(model, tokenizer, TEXTS, TEXTS[::-1], **o).ranking(),
-    "attribute": lambda model, tokenizer, **o: hooks.attribution_patch(
+    "attribution_patch": lambda model, tokenizer, **o: hooks.attribution_patch(
         model, tokenizer, TEXTS, TEXTS[::-1], **o
     ).ranking(),
     "attention_to": lambda model, tokenizer, **o: hooks.attention_to(
