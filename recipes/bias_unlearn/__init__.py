@@ -63,7 +63,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "dev_rows": 100,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     },
-    # Chosen on the development sets of SmolLM2-135M among 14 settings; docs/bias_unlearn.md has them.
+    # Chosen on the development sets of SmolLM2-135M among 14 settings; docs/recipes/bias_unlearn.md has them.
     ("profile", "small"): {"lr": 2e-4, "steps": 250, "weight_forget": 0.05, "dev_rows": 1000},
     # For two cores and the demo model. So few steps need a high rate, at which the paper's weights (beta 0.1, forget
     # 0.4) make every sentence unlikely: NPO's gradient then fades only once a stereotype is e^10 times less likely.
