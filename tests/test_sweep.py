@@ -129,7 +129,44 @@ def test_seeds_are_averaged_with_student_s_interval(tmp_path: Path) -> None:
 def test_references_that_differ_are_averaged(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"{n}", Toy(seed=n), 0.1, 5.0, before=0.5 + n / 10) for n in (0, 1)]
     before = compare.cases([compare.read_run(folder) for folder in folders])[0]
-    assert before.seeds == 2 and before.scores["gas.share"]["value"] == pytest.approx(0.55)
+    assert (
+        before.runs == 2
+        and before.count == "measured 2 times"
+        and before.scores["gas.share"]["value"] == pytest.approx(0.55)
+    )
+
+
+def test_a_repeated_run_is_no_second_seed(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, Toy(), 0.3, 5.0) for name in ("first", "again")]
+    (one,) = [case for case in compare.cases([compare.read_run(folder) for folder in folders]) if not case.reference]
+    assert (one.seeds, one.runs, one.count) == (1, 1, "1 seed")
+    assert (one.scores["gas.share"]["low"], one.scores["gas.share"]["high"]) == pytest.approx((0.2, 0.4))
+    other = write_run(tmp_path / "other", Toy(), 0.5, 5.0)  # the same seed, and yet another result
+    (one,) = [
+        case for case in compare.cases([compare.read_run(folder) for folder in [*folders, other]]) if not case.reference
+    ]
+    assert (one.runs, one.count) == (2, "2 runs, 1 seed")
+
+
+def test_other_words_are_another_metric(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, Toy(words=[name]), 0.3, 5.0) for name in ("he", "they"))
+    summary = json.loads((b / "run.json").read_text())
+    summary["after"]["gas"]["share"]["scorer"] = "three words"
+    write_json(b / "run.json", summary)
+    found = compare.cases([compare.read_run(folder) for folder in (a, b)])
+    assert [set(case.scores) - {"perplexity"} for case in found if not case.reference] == [
+        {"gas.share (s, d)"},
+        {"gas.share (three words, d)"},
+    ]
+
+
+def test_a_row_of_many_settings_is_named_by_its_folder(tmp_path: Path) -> None:
+    names = [{f"key{n}": n + run for n in range(6)} for run in (0, 1)]
+    runs = [compare.Finished(Path(f"run{n}"), keys, {"after": {}}) for n, keys in enumerate(names)]
+    assert [case.name for case in compare.cases(runs)] == [
+        "run0, key0 0, and 5 other settings",
+        "run1, key0 1, and 5 other settings",
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))

@@ -99,7 +99,7 @@ def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path |
     found = cases(runs)
     shown = table(found, only=only)
     for case in sorted(found, key=lambda case: not case.reference):
-        print(f"{case.name} ({case.seeds} {'seed' if case.seeds == 1 else 'seeds'})")
+        print(f"{case.name} ({case.count})")
         for path, metric in case.scores.items():
             if not only or path.startswith(tuple(only)):
                 print(f"  {path:40} {metric['value']:10.4f}  [{metric['low']:.4f}, {metric['high']:.4f}]")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scores = dict[str, dict[str, Any]]
+# So many settings stand in the name of a row.
+NAMED = 4
 # Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom; the normal one beyond the table.
 STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -40,9 +42,21 @@ class Case:
 
     name: str
     scores: Scores
-    """Metrics by their place in the scores, such as "perplexity" or "gas.share"; means over the seeds."""
+    """Metrics by their place in the scores, such as "perplexity" or "gas.share"; means over the runs. Where runs
+    measured different things at one place (other words, other data), the place ends in what it was."""
     seeds: int
+    """Over how many different seeds."""
     reference: bool = False
+    runs: int = 1
+    """How many measurements with different results the means are of."""
+
+    @property
+    def count(self) -> str:
+        """How many runs, and seeds where these are not as many, in words."""
+        seeds = f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}"
+        if self.reference:
+            return "measured once" if self.runs == 1 else f"measured {self.runs} times"
+        return seeds if self.runs == self.seeds else f"{self.runs} runs, {seeds}"
 
 
 def read_run(folder: str | Path) -> Finished:
@@ -64,31 +78,47 @@ def read_run(folder: str | Path) -> Finished:
 def cases(runs: Sequence[Finished]) -> list[Case]:
     """What was measured before, every control, and every setting, with the runs that differ only in seed together.
 
-    Equal references (the same model before the edit, the same control of several runs) stand once. Raises
-    ``SurgeryError`` for no run.
+    Equal results stand once: the same model before the edit, the same control of several runs, a run and its
+    repetition. A row is named by what differs, within its recipe. Raises ``SurgeryError`` for no run.
     """
     if not runs:
         raise SurgeryError("compare: got no run, expected the folders of one or more; name them")
-    varied = differing(runs)
+    varied, told = differing(runs), _told_apart(runs)
     references: dict[str, list[Scores]] = {}
+    groups: dict[str, list[tuple[int, Scores]]] = {}
     for run in runs:
         model = f" {run.settings['model']}" if "model" in varied else ""
         given = {"before": run.summary.get("before")}
         given |= {f"control {name}": value.get("after") for name, value in run.summary.get("controls", {}).items()}
         for name, scores in given.items():
-            if isinstance(scores, Mapping) and (found := _flat(scores)):
+            if isinstance(scores, Mapping) and (found := _flat(scores, told)):
                 kept = references.setdefault(name + model, [])
                 if found not in kept:
                     kept.append(found)
-    groups: dict[str, list[Scores]] = {}
-    for run in runs:
-        shown = [key for key in varied if key != "seed"]
-        name = ", ".join(f"{key} {_short(run.settings.get(key))}" for key in shown) or str(run.settings.get("recipe"))
-        groups.setdefault(name, []).append(_flat(run.summary["after"]))
+        measured = (int(run.settings.get("seed", 0)), _flat(run.summary["after"], told))
+        members = groups.setdefault(_name(run, runs, varied), [])
+        if measured not in members:
+            members.append(measured)
     return [
-        *(Case(name, _pooled(found), len(found), reference=True) for name, found in references.items()),
-        *(Case(name, _pooled(found), len(found)) for name, found in groups.items()),
+        *(Case(name, _pooled(found), 1, reference=True, runs=len(found)) for name, found in references.items()),
+        *(
+            Case(name, _pooled(scores for _, scores in found), len({seed for seed, _ in found}), runs=len(found))
+            for name, found in groups.items()
+        ),
     ]
+
+
+def _name(run: Finished, runs: Sequence[Finished], varied: Sequence[str]) -> str:
+    """What tells a run from the others: its recipe if there are several, and the settings that differ within it."""
+    recipe = run.settings.get("recipe")
+    own = [other for other in runs if other.settings.get("recipe") == recipe]
+    keys = [key for key in differing(own) if key != "seed"]
+    if "model" in varied and "model" not in keys:
+        keys.insert(0, "model")
+    words = [f"{key} {_short(run.settings.get(key))}" for key in keys[:NAMED]]
+    if len(keys) > NAMED:  # too many to read: the folder's name says it better
+        words = [run.folder.name, *words[:1], f"and {len(keys) - 1} other settings"]
+    return ", ".join(([str(recipe)] if "recipe" in varied or not words else []) + words)
 
 
 def differing(runs: Sequence[Finished]) -> list[str]:
@@ -120,17 +150,17 @@ def table(found: Sequence[Case], *, only: Sequence[str] = ()) -> Table:
     if not chosen:
         raise SurgeryError(f"metrics: got {', '.join(only)}; these runs have {', '.join(paths)}; name some of them")
     rows = [
-        [case.name, f"{case.seeds}", *(cell(case.scores.get(path)) for path in chosen)]
+        [case.name, case.count, *(cell(case.scores.get(path)) for path in chosen)]
         for case in sorted(found, key=lambda case: not case.reference)
     ]
     measured = [next(case.scores[path] for case in found if path in case.scores) for path in chosen]
     said = "; ".join(f"{p}: {m['scorer']}, on {m['data']}" for p, m in zip(chosen, measured, strict=True))
     ideals = ", ".join(f"{p} {m['ideal']:g}" for p, m in zip(chosen, measured, strict=True))
     note = (
-        f"Ideal: {ideals}. {said}. Brackets are 95 % intervals: of Student's t over the seeds where a row holds "
+        f"Ideal: {ideals}. {said}. Brackets are 95 % intervals: of Student's t over the runs where a row holds "
         "several, else bootstrap intervals."
     )
-    return Table("Runs side by side", ["run", "seeds", *(path.replace("_", " ") for path in chosen)], rows, note)
+    return Table("Runs side by side", ["run", "of", *(path.replace("_", " ") for path in chosen)], rows, note)
 
 
 def axis(found: Sequence[Case], path: str) -> str:
@@ -180,8 +210,27 @@ def pareto(found: Sequence[Case], bias: str, cost: str) -> "Figure":
     return figure
 
 
-def _flat(scores: Mapping[str, Any]) -> Scores:
-    return {".".join(path): metric for path, metric in leaves(scores)}
+def _flat(scores: Mapping[str, Any], told: Mapping[str, Collection[str]]) -> Scores:
+    return {
+        place if len(told.get(place, ())) < 2 else f"{place} ({_measured(metric)})": metric
+        for path, metric in leaves(scores)
+        for place in [".".join(path)]
+    }
+
+
+def _measured(metric: Mapping[str, Any]) -> str:
+    return f"{metric['scorer']}, {metric['data']}"
+
+
+def _told_apart(runs: Sequence[Finished]) -> dict[str, set[str]]:
+    """What was measured at each place: two words' gap and three words' gap are not one number."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        controls = [value.get("after") for value in run.summary.get("controls", {}).values()]
+        for scores in (run.summary.get("before"), run.summary["after"], *controls):
+            for path, metric in leaves(scores) if isinstance(scores, Mapping) else ():
+                found.setdefault(".".join(path), set()).add(_measured(metric))
+    return found
 
 
 def _pooled(found: Iterable[Scores]) -> Scores:
