@@ -101,12 +101,18 @@ def save(
     return folder
 
 
-def edit(checkpoint: Path, names: tuple[str, ...] = (DOWN, NORM), size: float = 0.01, seed: int = 1) -> deltas.Delta:
-    """A delta of random differences of `size` times a normal number."""
+def edit(
+    checkpoint: Path,
+    names: tuple[str, ...] = (DOWN, NORM),
+    size: float = 0.01,
+    seed: int = 1,
+    rounding: str = "nearest",
+) -> deltas.Delta:
+    """A delta of random differences of `size` times a normal number, measured as `rounding` says."""
     shapes = {name: tensor.shape for name, tensor in load(checkpoint).items()}
     generator = np.random.default_rng(seed)
     differences = {name: size * generator.standard_normal(shapes[name]).astype(np.float32) for name in names}
-    return deltas.make(differences, checkpoint, base="tiny", recipe="x = 1\n", seed=seed)
+    return deltas.make(differences, checkpoint, base="tiny", recipe="x = 1\n", seed=seed, rounding=rounding)
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from surgery import SurgeryError
+from surgery import delta as deltas
 from surgery.apply import apply, inspect
 
 
@@ -350,8 +351,8 @@ def test_everything_else_is_preserved_byte_for_byte(base, tmp_path):
 
 
 def test_report_counts_what_rounding_lost(base, tmp_path):
-    delta = kit.edit(base, size=0.002)
-    near = apply(delta, base, tmp_path / "near")
+    delta = kit.edit(base, size=0.002, rounding="auto")
+    near = apply(delta, base, tmp_path / "near", rounding="nearest")
     old, new = kit.load(base)[kit.DOWN], kit.load(tmp_path / "near")[kit.DOWN]
     down = next(tensor for tensor in near.tensors if tensor.name == kit.DOWN)
     assert down.changed == int((old != new).sum()) and down.entries == 16 * 24
@@ -477,3 +478,31 @@ def test_apply_inspect_and_undo_import_no_torch(base, tmp_path):
     paths = [str(tmp_path / name) for name in ("d.safetensors", "base", "out")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", ["auto", "nearest", "stochastic"])
+def test_a_delta_applied_by_default_gives_the_checkpoint_that_was_measured(base, tmp_path, how):
+    differences = {name: 0.01 * torch.randn(tensor.shape) for name, tensor in kit.load(base).items() if "mlp" in name}
+    delta = deltas.make(differences, base, base="tiny", recipe="", seed=11, rounding=how)
+    delta.save(tmp_path / "delta.safetensors")
+    apply(delta, base, tmp_path / "measured", rounding=how, seed=11)
+    again = apply(tmp_path / "delta.safetensors", base, tmp_path / "again")
+    assert kit.hashes(tmp_path / "again") == kit.hashes(tmp_path / "measured")
+    assert (again.rounding, again.seed) == (how, 11)
+    assert apply(delta, base, tmp_path / "other", seed=12).changed > 0
+    weights = [kit.hashes(tmp_path / name)["model.safetensors"] for name in ("other", "again")]
+    assert (weights[0] == weights[1]) == (how == "nearest")
+
+
+def test_what_diff_made_gives_the_edited_checkpoint_byte_for_byte(base, tmp_path):
+    edited = {name: tensor + 0.01 * torch.randn(tensor.shape).to(tensor) for name, tensor in kit.load(base).items()}
+    kit.save(tmp_path / "edited", edited)
+    apply(deltas.diff(base, tmp_path / "edited"), base, tmp_path / "out")
+    assert all(
+        torch.equal(value, kit.load(tmp_path / "edited")[name]) for name, value in kit.load(tmp_path / "out").items()
+    )
+
+
+def test_the_rounding_a_delta_records_is_one_that_exists(base):
+    with pytest.raises(SurgeryError, match="its rounding is 'down'"):
+        deltas.make({kit.NORM: np.ones(16, np.float32)}, base, base="t", recipe="", seed=0, rounding="down")

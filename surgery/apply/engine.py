@@ -14,11 +14,12 @@ from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
 from surgery.apply.record import RecordWriter, next_record_name
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
+from surgery.delta.metadata import rounding_of
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_outside, publish, temporary
 from surgery.files.checkpoint_files import chunks, open_checkpoint
 from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
-from surgery.files.rounding import ROUNDINGS, STORED, Rounding, add
+from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import read_exactly
 
 Undo = Literal["record", "reference", "none"]
@@ -69,8 +70,8 @@ def apply(
     out: Path | str,
     *,
     scale: float = 1.0,
-    rounding: Rounding = "nearest",
-    seed: int = 0,
+    rounding: Rounding = "auto",
+    seed: int | None = None,
     force: bool = False,
     link: bool = False,
     undo: Undo = "record",
@@ -84,8 +85,10 @@ def apply(
 
     Args:
         delta: a `Delta`, or the path of a delta file, which is then read piece by piece.
-        rounding: "nearest" (ties to even), "stochastic" (by `seed`), or "auto" (stochastic where 16 bits are
-            stored).
+        rounding: "auto": what the delta's metadata records of the checkpoint that was measured, so that a run's
+            delta on its base gives that checkpoint byte for byte; where it records nothing, stochastic where 16
+            bits are stored. Else "nearest" (ties to even) or "stochastic". seed: of stochastic rounding; None is
+            the delta's own.
         force: apply also to weights at a distance of 0.5 to 1.0 from the base; farther ones are always
         refused. link: hard-link the shards that do not change (a later edit in place would reach the source,
         too). undo: keep the original bytes, compressed, in the result ("record"), the source's place and
@@ -100,19 +103,20 @@ def apply(
         SurgeryError: refused or failed; then nothing was created and the source is as it was.
     """
     out = Path(out)
-    if rounding not in ROUNDINGS or not math.isfinite(scale):
-        raise SurgeryError(f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite")
+    if not math.isfinite(scale):
+        raise SurgeryError(f"scale {scale}: expected a finite number")
     if undo not in get_args(Undo):
         raise SurgeryError(f"undo {undo!r}: expected one of {', '.join(get_args(Undo))}")
     if isinstance(delta, Path | str):
         delta = open_delta(delta)
+    how, drawn = rounding_of(delta.metadata, rounding, seed)
     stored = open_checkpoint(checkpoint)
     check_outside(out, stored.path)
     try:
         plan = make_plan(delta, stored, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
         record = next_record_name(stored) if undo != "none" else None
         with temporary(out, folder=True) as part:
-            settings = {"scale": scale, "rounding": rounding, "seed": seed, "delta": delta.sha256}
+            settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": delta.sha256}
             writer = RecordWriter(part / record, undo, stored.path, settings) if record else None
             edited = sorted({edit.file for edit in plan.edits})
             links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
@@ -120,7 +124,7 @@ def apply(
             with Copier(stored.path, part, links, total, progress) as copier:
                 copier.copy(edited)
                 copier.start([name for name in stored.files if name not in edited])
-                changes = _rewrite(delta, plan, part, scale, rounding, seed, writer)
+                changes = _rewrite(delta, plan, part, scale, how, drawn, writer)
             if writer:
                 writer.finish()
             names = [*stored.files, *([record] if record else [])]
@@ -143,8 +147,8 @@ def apply(
         distance=plan.distance,
         verdict=plan.verdict,
         scale=scale,
-        rounding=rounding,
-        seed=seed,
+        rounding=how,
+        seed=drawn,
         delta_sha256=str(settings["delta"]),
         undo=out / record if record else None,
         notes=plan.notes,

@@ -56,8 +56,8 @@ def export_transformers(
     out: Path | str,
     *,
     scale: float = 1.0,
-    rounding: Rounding = "nearest",
-    seed: int = 0,
+    rounding: Rounding = "auto",
+    seed: int | None = None,
     force: bool = False,
 ) -> ExportReport:
     """Write the folder `out`: the checkpoint with the delta's differences added and its module beside them.

@@ -21,8 +21,10 @@ def apply(
     checkpoint: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option("--out", help="The new checkpoint directory; must not exist.")],
     scale: Annotated[float, typer.Option("--scale", help="Multiply the difference; -1 subtracts it.")] = 1.0,
-    rounding: Annotated[str, typer.Option("--rounding", help="nearest, stochastic, or auto.")] = "nearest",
-    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    rounding: Annotated[
+        str, typer.Option("--rounding", help="nearest, stochastic, or auto: as the delta was measured.")
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of stochastic rounding; default: the delta's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the shards that do not change.")] = False,
     undo_kind: Annotated[str, typer.Option("--undo", help="record, reference or none.")] = "record",
@@ -166,9 +168,9 @@ def export(
     ] = None,
     scale: Annotated[float, typer.Option("--scale", help="Multiply what the delta adds.")] = 1.0,
     rounding: Annotated[
-        str, typer.Option("--rounding", help="Of the changed weights: nearest, stochastic, auto.")
-    ] = "nearest",
-    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+        str, typer.Option("--rounding", help="Of the changed weights: nearest, stochastic, auto (as it was measured).")
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of stochastic rounding; default: the delta's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -17,12 +17,13 @@ How to read one:
  9. `recipe` (TOML), `seed`, `tool` (version), `parents` (of a composed delta), `measured` (effects) and
     `prefix` (what the live model's names have before the checkpoint's, e.g. "transformer.") say where it
     comes from.
-10. To apply: fp32(stored) + scale * difference, rounded once to the stored dtype; `surgery.apply` does it on
-    disk.
+10. To apply: fp32(stored) + scale * difference, rounded once to the stored dtype, as `rounding` says ("auto" where
+    it is absent: stochastic into 16 bits) with `seed`; `surgery.apply` does it on disk.
 """
 
 from surgery.delta.algebra import compose
+from surgery.delta.check import check_edit
 from surgery.delta.extract import diff, make
 from surgery.delta.format import Delta, DeltaFile, open_delta
 
-__all__ = ["Delta", "DeltaFile", "compose", "diff", "make", "open_delta"]
+__all__ = ["Delta", "DeltaFile", "check_edit", "compose", "diff", "make", "open_delta"]

@@ -57,7 +57,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
         for d, w in zip(deltas, weights, strict=True)
     ]
     metadata = {
-        **first,
+        **{key: value for key, value in first.items() if key != "rounding"},  # the parts' measured one is not the sum's
         "kind": "dense",
         "tensors": entries,
         "recipe": "",

@@ -127,7 +127,7 @@ def _how(data: Mapping[str, Any], file: str) -> list[str]:
             "```",
             "pip install model-surgery",
             f"surgery inspect {file} --against CHECKPOINT        # how far CHECKPOINT is from the base",
-            f"surgery apply {file} CHECKPOINT --out EDITED --rounding auto",
+            f"surgery apply {file} CHECKPOINT --out EDITED",
             "surgery undo EDITED --out ORIGINAL                  # byte for byte",
             "```",
             "",

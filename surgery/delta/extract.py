@@ -32,6 +32,7 @@ def make(
     module: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
     parents: Iterable[Mapping[str, Any]] = (),
+    rounding: str = "auto",
 ) -> Delta:
     """A delta of differences (edited - base, fp32) that were found in a live model of `checkpoint`.
 
@@ -43,6 +44,7 @@ def make(
         checkpoint: the directory that the model was loaded from; shapes, dtypes, hashes and sketches of the
             base are read from it. Names are resolved to its own (a missing or extra prefix; a tied head).
         base: the base's public name. recipe: TOML text. measured: effects, for the model card.
+        rounding: of the checkpoint that is measured, with `seed`; a later apply then does the same by default.
         module: with kind "module", the module's type and settings (`surgery.delta.module.module_delta`).
 
     Raises:
@@ -57,7 +59,7 @@ def make(
     parts = {name: array for name, array in arrays.items() if kind == "module" and name.startswith(MODULE)}
     arrays = {name: array for name, array in arrays.items() if name not in parts}
     stems = {name: name if kind == "dense" else _stem(name) for name in arrays}
-    mapping, prefix = _to_stored(list(dict.fromkeys(stems.values())), stored)
+    mapping, prefix = to_stored(list(dict.fromkeys(stems.values())), stored)
     tensors: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         stem = stems[name]
@@ -75,7 +77,10 @@ def make(
                 f"{name}: the difference is {list(tensors[name].shape)}, the checkpoint has {list(shape)}"
             )
     changed = sorted(set(mapping.values()))
-    return _assemble(stored, tensors | parts, changed, prefix, base, recipe, seed, kind, measured, parents, module)
+    about = {"kind": kind, "base": base, "recipe": recipe, "seed": seed, "prefix": prefix, "measured": measured}
+    about |= {"module": dict(module)} if module is not None else {}
+    about |= {"rounding": rounding} if rounding != "auto" else {}
+    return _assemble(stored, tensors | parts, changed, about | {"parents": [dict(parent) for parent in parents]})
 
 
 def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = None, recipe: str = "") -> Delta:
@@ -100,7 +105,9 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
             tensors[name] = change
     if not tensors:
         raise SurgeryError(f"{right.path}: no tensor differs from {left.path}; there is nothing to write")
-    return _assemble(left, tensors, sorted(tensors), "", base or left.path.name, recipe, 0, "dense", None, ())
+    # What an apply must give is the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
+    about = {"kind": "dense", "base": base or left.path.name, "recipe": recipe, "seed": 0, "rounding": "nearest"}
+    return _assemble(left, tensors, sorted(tensors), about)
 
 
 def _difference(left: CheckpointFiles, right: CheckpointFiles, name: str) -> np.ndarray | None:
@@ -132,18 +139,9 @@ def values(stored: CheckpointFiles, name: str, start: int, stop: int) -> np.ndar
 
 
 def _assemble(
-    stored: CheckpointFiles,
-    tensors: dict[str, np.ndarray],
-    changed: Iterable[str],
-    prefix: str,
-    base: str,
-    recipe: str,
-    seed: int,
-    kind: str,
-    measured: Mapping[str, Any] | None,
-    parents: Iterable[Mapping[str, Any]],
-    module: Mapping[str, Any] | None = None,
+    stored: CheckpointFiles, tensors: dict[str, np.ndarray], changed: Iterable[str], about: Mapping[str, Any]
 ) -> Delta:
+    """The delta of `tensors` with what the checkpoint says of the `changed` ones, and the fields of `about`."""
     entries: dict[str, dict[str, Any]] = {}
     for name in changed:
         found = measure(stored, name)
@@ -158,19 +156,15 @@ def _assemble(
     vocabulary = [entries[name]["shape"][0] for name in entries if is_embedding(name) or is_head(name)]
     metadata = {
         "format": FORMAT,
-        "kind": kind,
-        "base": base,
         "architecture": stored.facts,
         "tensors": entries,
-        "recipe": recipe,
-        "seed": seed,
         "tool": f"model-surgery {__version__}",
-        "parents": [dict(parent) for parent in parents],
-        "measured": dict(measured or {}),
-        "prefix": prefix,
+        "parents": [],
+        "prefix": "",
         "tokenizer": tokenizer_fingerprint(stored.path, max(vocabulary)) if vocabulary else None,
+        **about,
+        "measured": dict(about.get("measured") or {}),
     }
-    metadata |= {"module": dict(module)} if module is not None else {}
     encode(metadata)
     check_metadata(metadata, {name: array.shape for name, array in tensors.items()}, "this delta")
     return Delta(dict(sorted(tensors.items())), metadata)
@@ -192,7 +186,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _to_stored(names: list[str], stored: CheckpointFiles) -> tuple[dict[str, str], str]:
+def to_stored(names: list[str], stored: CheckpointFiles) -> tuple[dict[str, str], str]:
     """{model name: checkpoint name} and what the model's names have in front of the checkpoint's."""
     tied = {name: resolve_tied(name, stored.places) for name in names if stored.tied}
     plain = [name for name in names if tied.get(name) is None]

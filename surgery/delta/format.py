@@ -131,8 +131,8 @@ class Delta:
         model: "nn.Module",
         *,
         scale: float = 1.0,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
+        rounding: Rounding = "auto",
+        seed: int | None = None,
         as_stored: bool = False,
         force: bool = False,
     ) -> None:
@@ -147,8 +147,8 @@ class Delta:
         model: "nn.Module",
         *,
         scale: float = 1.0,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
+        rounding: Rounding = "auto",
+        seed: int | None = None,
         as_stored: bool = False,
         force: bool = False,
     ) -> Iterator["nn.Module"]:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from surgery.delta.differences import Differences, Edit
-from surgery.delta.metadata import unpack_sketch
+from surgery.delta.metadata import rounding_of, unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import differences, facts
-from surgery.files.rounding import ROUNDINGS, STORED, add, narrow, refuse_not_finite, widen
+from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
 from surgery.files.tensor_names import common_prefix, is_vocabulary, resolve_tied, translate
 from surgery.modules import cross_attention
 
@@ -72,7 +72,7 @@ def apply_live(
     *,
     scale: float,
     rounding: str,
-    seed: int,
+    seed: int | None,
     as_stored: bool,
     force: bool,
 ) -> None:
@@ -83,6 +83,8 @@ def apply_live(
     A model in the checkpoint's dtype then holds the same bytes that `surgery.apply` writes on disk. An fp32
     model of a 16-bit checkpoint is just added to; with `as_stored` its values are also rounded to the
     checkpoint's dtype. Gradients, hooks, requires_grad and the training mode are not touched.
+
+    `rounding` and `seed` are those of `surgery.apply.apply`: "auto" and None are what the delta records.
 
     Raises:
         SurgeryError: before anything changes: wrong architecture, names or shapes, an unrelated model (as
@@ -102,7 +104,7 @@ def applied_live(
     *,
     scale: float,
     rounding: str,
-    seed: int,
+    seed: int | None,
     as_stored: bool,
     force: bool,
 ) -> Iterator[None]:
@@ -121,11 +123,12 @@ def attached(delta: Edit, model: nn.Module, *, scale: float = 1.0) -> AbstractCo
 
 
 def _edited(
-    delta: Differences, model: nn.Module, scale: float, rounding: str, seed: int, as_stored: bool, force: bool
+    delta: Differences, model: nn.Module, scale: float, rounding: str, seed: int | None, as_stored: bool, force: bool
 ) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """The parameters that the delta changes, with what they will hold; all checks of `apply_live`."""
-    if rounding not in ROUNDINGS or not math.isfinite(scale):
-        raise SurgeryError(f"rounding {rounding!r}, scale {scale}: expected one of {', '.join(ROUNDINGS)}, finite")
+    if not math.isfinite(scale):
+        raise SurgeryError(f"scale {scale}: expected a finite number")
+    how, drawn = rounding_of(delta.metadata, rounding, seed)
     parameters = touched(delta, model)
     _check_related(delta, parameters, force)
     edited = []
@@ -138,14 +141,14 @@ def _edited(
             difference,
             dtype,
             scale=scale,
-            rounding=rounding,
-            seed=seed,
+            rounding=how,
+            seed=drawn,
             name=name,
             start=0,
         )
         wanted = delta.metadata["tensors"][name]["dtype"]
         if as_stored and dtype == "F32" and wanted in STORED:
-            result = widen(narrow(result, wanted, rounding, seed, name, 0), wanted)
+            result = widen(narrow(result, wanted, how, drawn, name, 0), wanted)
         edited.append((parameter, from_stored(result, parameter)))
     return edited
 

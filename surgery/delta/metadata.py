@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
+from surgery.files.rounding import ROUNDINGS
 from surgery.files.weight_fingerprint import BUCKETS
 
 FORMAT = 1
@@ -40,6 +41,20 @@ def unpack_sketch(text: str) -> np.ndarray:
     if sums.size != BUCKETS or not np.isfinite(sums).all():
         raise ValueError(f"not {BUCKETS} finite numbers")
     return sums
+
+
+def rounding_of(metadata: Mapping[str, Any], rounding: str, seed: int | None) -> tuple[str, int]:
+    """The rounding and seed that an apply uses: where it is asked for "auto" and None, those of the measured checkpoint.
+
+    A delta whose metadata has no `rounding` was measured with "auto": stochastic into 16 bits, by the delta's seed.
+
+    Raises:
+        SurgeryError: an unknown rounding.
+    """
+    if rounding not in ROUNDINGS:
+        raise SurgeryError(f"rounding {str(rounding)[:40]!r}: expected one of {', '.join(ROUNDINGS)}")
+    chosen = str(metadata.get("rounding", "auto")) if rounding == "auto" else rounding
+    return chosen, int(metadata["seed"]) if seed is None else seed
 
 
 def encode(metadata: Mapping[str, Any]) -> str:
@@ -75,6 +90,8 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
     for field, kind in _FIELDS.items():
         if field not in metadata or not isinstance(metadata[field], kind) or isinstance(metadata[field], bool):
             raise SurgeryError(f"{where}: its metadata has no proper {field!r}; not a delta, or broken")
+    if metadata.get("rounding", "auto") not in ROUNDINGS:
+        raise SurgeryError(f"{where}: its rounding is {str(metadata['rounding'])[:40]!r}; broken, or update this tool")
     if metadata["kind"] not in KINDS:
         raise SurgeryError(f"{where}: kind {metadata['kind'][:40]!r}, expected one of {', '.join(KINDS)}")
     if not shapes:
