@@ -28,15 +28,15 @@ def test_an_edit_that_can_be_made_passes(saved, tmp_path):
 def test_each_thing_that_would_fail_later_is_named_at_once(saved, tmp_path, monkeypatch):
     model, folder = saved
     name = "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(SurgeryError, match="the model has no parameter 'x.weight'"):
+    with pytest.raises(SurgeryError, match=r"the model has no parameter 'x.weight'"):
         check_edit(model, ["x.weight"], folder)
     with pytest.raises(SurgeryError, match="no such checkpoint"):
         check_edit(model, [name], tmp_path / "nowhere")
-    with pytest.raises(SurgeryError, match="another model than the one given: layers: .*3.*2"):
+    with pytest.raises(SurgeryError, match=r"another model than the one given: layers: .*3.*2"):
         check_edit(families.build("llama", num_hidden_layers=2), [name], folder)
     with torch.no_grad():
         model.get_parameter(name)[0, 0] = float("nan")
-    with pytest.raises(SurgeryError, match="down_proj.weight' holds NaN"):
+    with pytest.raises(SurgeryError, match=r"down_proj\.weight' holds NaN"):
         check_edit(model, [name], folder)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))

@@ -105,7 +105,7 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
             tensors[name] = change
     if not tensors:
         raise SurgeryError(f"{right.path}: no tensor differs from {left.path}; there is nothing to write")
-    # What an apply must give is the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
+    # Applied, it must give the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
     about = {"kind": "dense", "base": base or left.path.name, "recipe": recipe, "seed": 0, "rounding": "nearest"}
     return _assemble(left, tensors, sorted(tensors), about)
 

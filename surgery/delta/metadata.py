@@ -44,7 +44,7 @@ def unpack_sketch(text: str) -> np.ndarray:
 
 
 def rounding_of(metadata: Mapping[str, Any], rounding: str, seed: int | None) -> tuple[str, int]:
-    """The rounding and seed that an apply uses: where it is asked for "auto" and None, those of the measured checkpoint.
+    """The rounding and seed of an apply: where asked for "auto" and None, those of the measured checkpoint.
 
     A delta whose metadata has no `rounding` was measured with "auto": stochastic into 16 bits, by the delta's seed.
 
