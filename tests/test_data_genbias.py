@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from surgery.data import genbias, genhint, neutral
+from surgery.data.checking import report
 from surgery.data.prompts import (
     SHIPPED,
     PromptSet,
@@ -298,3 +299,36 @@ def test_neutral_files_of_a_user(tmp_path):
     ]:
         with pytest.raises(SurgeryError, match=says):
             neutral.sentences(tmp_path / name)
+
+
+def test_a_slot_may_have_any_name(tmp_path):
+    own = MINIMAL | {
+        "templates": [{"name": "n", "text": "The {nationality} neighbour said that"}],
+        "subjects": [f"place {i}" for i in range(10)],
+        "hints": ["ruby", "navy"],
+        "hint_templates": [{"name": "h", "text": "With {hint} paint the {nationality} artist drew in"}],
+    }
+    mine = load_prompt_set(write(tmp_path, own))
+    assert {"The place 3 neighbour said that"} <= {row.text for row in genbias.records(prompts=mine)}
+    assert "With navy paint the place 0 artist drew in" in {
+        row.text for row in genhint.records(both=True, prompts=mine)
+    }
+
+
+def test_a_check_names_tokens_parts_and_what_is_wrong(tmp_path):
+    own = MINIMAL | {
+        "words": ["red", "dark blue"],
+        "subjects": [f"thing {i}" for i in range(10)],
+        "templates": [{"name": "a", "scale": "word", "text": "The {thing} is big and"}],
+    }
+    lines = list(report(load_prompt_set(write(tmp_path, own)), str.split))
+    said = "\n".join(lines)
+    assert "word 'red': 1 token ['red']" in said and "Warning: 'dark blue' is several tokens" in said
+    assert "split 'pairs': train 4 prompts of 4 subjects, dev 2 prompts of 2 subjects, test 4 prompts" in said
+    assert "Warning: 4 test subjects; with fewer than 30" in said
+    assert "word, a: 'The thing 0 is big and' ends in the token 'and'" in said and "no hint templates" in said
+    two = own | {"templates": [*own["templates"], {"name": "b", "text": "{x} is big and"}]}
+    two["subjects"] = [*(f"thing {i}" for i in range(10)), *(f"The thing {i}" for i in range(10))]
+    said = "\n".join(report(load_prompt_set(write(tmp_path, two)), str.split))
+    assert "Warning: 10 texts stand in the set twice, for example 'The thing 0 is big and'" in said
+    assert "test subjects stand in training too" in said

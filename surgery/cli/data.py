@@ -1,14 +1,14 @@
-"""Commands on data: ``surgery data mix`` draws a labelled mixture from any files."""
+"""Commands on data: ``mix`` draws a labelled mixture from any files, ``check`` looks at a prompt set."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from surgery.cli.app import Debug, Quiet, command, examples, group
+from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, group
 from surgery.errors import SurgeryError
 
-data = group("data", "Make data sets: mix.")
+data = group("data", "Make data sets and look at them: mix, check.")
 
 
 @command(
@@ -58,3 +58,29 @@ def mix(
     else:
         counts = mixing.mix([mixing.parse(spec) for spec in sources], out, seed=seed, rows=rows)
     print(f"{out}: {sum(counts.values()):,} rows ({', '.join(f'{name} {n:,}' for name, n in counts.items())})")
+
+
+@command(data, epilog=examples("surgery data check age.toml", "surgery data check race --model ./checkpoint"))
+def check(
+    prompts: Annotated[str, typer.Argument(help="Prompt set: a shipped one, or a .toml / .json file.")],
+    model: Annotated[str, typer.Option("--model", help=f"Whose tokenizer reads it. {MODEL_HELP}")] = "demo",
+    seed: Annotated[int, typer.Option("--seed", help="Of the split, as in a recipe's split_seed.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Show what a prompt set gives: tokens of its words, sizes of its parts, leaks between them, examples."""
+    from surgery.data.checking import report
+    from surgery.data.prompts import load_prompt_set
+
+    chosen = load_prompt_set(prompts)
+    from transformers import AutoTokenizer
+
+    from surgery.checkpoints import checkpoint_dir
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir(model))
+
+    def tokens(text: str) -> list[str]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [tokenizer.decode([one]) for one in ids]
+
+    for line in report(chosen, tokens, seed=seed):
+        print(line)

@@ -6,6 +6,7 @@ not new code; ``genbias.json`` and ``examples/race.toml`` beside this file show 
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SCALES = ("word", "phrase", "sentence")
 POSSESSIVES = {"he": "his", "she": "her", "they": "their"}
 SHIPPED = {"genbias": "genbias.json", "race": "examples/race.toml"}
 _PACKAGE = "surgery.data"
+_SLOT = re.compile(r"\{(\w+)\}")
 _KEYS = ("name", "about", "words", "hints", "subjects", "templates", "hint_templates")
 
 
@@ -63,7 +65,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Template:
-    """A sentence start with ``{profession}`` (and ``{hint}`` in a hint template), and its scale."""
+    """A sentence start with one slot for the subject, such as ``{profession}`` or ``{nationality}``, and its scale.
+
+    A hint template has ``{hint}`` as well.
+    """
 
     name: str
     scale: str
@@ -71,7 +76,7 @@ class Template:
 
     def fill(self, profession: str, hint: str = "") -> str:
         """The prompt text; ``hint`` is ignored where the template has no ``{hint}``."""
-        return self.text.replace("{hint}", hint).replace("{profession}", profession)
+        return _SLOT.sub(lambda slot: hint if slot[1] == "hint" else profession, self.text)
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ def _prompt_set(raw: Mapping[str, Any], where: str) -> PromptSet:
         if subjects == "professions"
         else tuple(Subject(s) for s in _strings(subjects, "subjects", where, least=1))
     )
-    templates = _templates(raw["templates"], "templates", ("profession",), where)
-    hint_templates = _templates(raw.get("hint_templates"), "hint_templates", ("profession", "hint"), where)
+    templates = _templates(raw["templates"], "templates", False, where)
+    hint_templates = _templates(raw.get("hint_templates"), "hint_templates", True, where)
     if hint_templates and not words.hints:
         raise SurgeryError(
             f"hint templates without hints in {where}: got words {words.words} and no hints, "
@@ -178,7 +183,7 @@ def _prompt_set(raw: Mapping[str, Any], where: str) -> PromptSet:
     return PromptSet(name, words, people, templates, hint_templates)
 
 
-def _templates(raw: Any, key: str, slots: tuple[str, ...], where: str) -> tuple[Template, ...]:
+def _templates(raw: Any, key: str, hinted: bool, where: str) -> tuple[Template, ...]:
     if raw is None:
         return ()
     if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
@@ -190,18 +195,12 @@ def _templates(raw: Any, key: str, slots: tuple[str, ...], where: str) -> tuple[
         text, scale = _text(row["text"], "text", spot), row.get("scale", "sentence")
         if scale not in SCALES:
             raise SurgeryError(f"unknown scale in {spot}: got {scale!r}, expected one of {', '.join(SCALES)}")
-        rest = text
-        for slot in slots:
-            if text.count("{" + slot + "}") != 1:
-                raise SurgeryError(
-                    f"bad text in {spot}: got {text.count('{' + slot + '}')} times {{{slot}}} in {text!r}, "
-                    f"expected exactly one; write {{{slot}}} where it belongs"
-                )
-            rest = rest.replace("{" + slot + "}", "")
-        if "{" in rest or "}" in rest:
+        slots = _SLOT.findall(text)
+        if slots.count("hint") != hinted or len(slots) != 1 + hinted or set("{}") & set(_SLOT.sub("", text)):
             raise SurgeryError(
-                f"unknown placeholder in {spot}: got {text!r}, expected only "
-                f"{' and '.join('{' + s + '}' for s in slots)}; remove the other braces"
+                f"missing or unknown placeholder in {spot}: got {', '.join(slots) or 'none'} in {text!r}, expected "
+                f"exactly one for the subject, such as {{profession}}{', and one {hint}' if hinted else ''}, "
+                "and no other braces; write it where it belongs"
             )
         found.append(Template(_text(row["name"], "name", spot), scale, text))
     _strings([t.name for t in found], f"names of {key}", where, least=1)
