@@ -80,7 +80,7 @@ def check(
 
     def tokens(text: str) -> list[str]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [tokenizer.decode([one]) for one in ids]
+        return [str(tokenizer.decode([one])) for one in ids]
 
     for line in report(chosen, tokens, seed=seed):
         print(line)
