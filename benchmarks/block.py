@@ -17,7 +17,8 @@ from recipes import lftf
 from surgery.data import genbias
 from surgery.edits.block import names_of, word_loss
 from surgery.forward.next_token import next_words
-from surgery.forward.residual_cache import Batch, encode, pad, shortcut, word_ids
+from surgery.forward.residual_cache import Batch, pad, shortcut
+from surgery.forward.tokens import encode, word_ids
 from surgery.training import trainable
 
 BATCH, PLAIN, CACHED = 32, 5, 25

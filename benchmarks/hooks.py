@@ -14,7 +14,8 @@ import json, os, resource, sys, threading, time
 import torch
 import surgery
 from surgery.data import genbias
-from surgery.forward.residual_cache import encode, pad, by_length
+from surgery.forward.residual_cache import pad, by_length
+from surgery.forward.tokens import encode
 
 spec, way, count, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model, tokenizer = surgery.load(spec, device="cpu")

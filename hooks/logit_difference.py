@@ -19,6 +19,7 @@ from hooks.errors import HookError
 from hooks.interventions import edit
 from hooks.sites import normalize
 from hooks.streaming import Text, positions_limit, token_batches
+from hooks.tokens import reads_whole, word_pieces
 
 Changes = dict[str, Callable[[Tensor], Tensor]]  # of `hooks.edit`
 
@@ -47,11 +48,11 @@ def word_tokens(tokenizer: Any, words: Sequence[str | int]) -> list[int]:
         if isinstance(word, str):
             if tokenizer is None:
                 raise HookError(f"word {word!r} needs a tokenizer, got None; pass one, or a token id")
-            pieces = tokenizer.encode(" " + word, add_special_tokens=False)
+            pieces = word_pieces(tokenizer, word)
             if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
                 raise HookError(
                     f"word {word!r}: the tokenizer splits ' {word}' into {len(pieces)} tokens "
-                    f"{tokenizer.convert_ids_to_tokens(pieces)}; expected one known token; choose another word"
+                    f"{tokenizer.convert_ids_to_tokens(list(pieces))}; expected one known token; choose another word"
                 )
             word = pieces[0]
         if word in found:
@@ -69,9 +70,9 @@ def prompts_in_batches(
     without exactly one mask token, if it `reads`.
     """
     core = probe.pretrained(model)
-    limit = positions_limit(model)
+    limit, closed = positions_limit(model), reads_whole(model)
     mask_token = getattr(tokenizer, "mask_token_id", None)
-    for batch in token_batches(tokenizer, prompts, batch_tokens=batch_tokens):
+    for batch in token_batches(tokenizer, prompts, batch_tokens=batch_tokens, closed=closed):
         if limit is not None and batch.input_ids.shape[1] > limit:
             raise HookError(
                 f"prompt {batch.places[0]} has {batch.input_ids.shape[1]} tokens; the model has learned "

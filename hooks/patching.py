@@ -20,6 +20,7 @@ from hooks.logit_difference import Prompts, logit_difference, prompts_in_batches
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
 from hooks.streaming import Progress, Text
+from hooks.tokens import reads_whole, text_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +163,14 @@ def counterfactual_pairs(
     return clean, corrupted
 
 
-def _aligned(tokenizer: Any, clean: Text, corrupted: Text, place: int) -> tuple[list[int], list[int]]:
+def _aligned(
+    tokenizer: Any, clean: Text, corrupted: Text, place: int, *, closed: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids of both, position by position. Raises HookError where that cannot be."""
-    ids = [list(tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text) for text in (clean, corrupted)]
+    ids = [
+        list(text_tokens(tokenizer, [text], closed=closed)[0] if isinstance(text, str) else text)
+        for text in (clean, corrupted)
+    ]
     shown = [" ".join(tokenizer.convert_ids_to_tokens(row) if tokenizer else map(str, row)) for row in ids]
     if len(ids[0]) != len(ids[1]):
         raise HookError(
@@ -200,8 +206,8 @@ def _measure(
         )
     if len(contrast) != 2:
         raise HookError(f"contrast is {contrast!r}; expected two words such as ('he', 'she')")
-    tokens = word_tokens(tokenizer, contrast)
-    pairs = [_aligned(tokenizer, a, b, i) for i, (a, b) in enumerate(zip(clean, corrupted, strict=True))]
+    tokens, closed = word_tokens(tokenizer, contrast), reads_whole(model)
+    pairs = [_aligned(tokenizer, a, b, i, closed=closed) for i, (a, b) in enumerate(zip(clean, corrupted, strict=True))]
     lengths = {len(first) for first, _ in pairs}
     if positions == "each" and len(lengths) > 1:
         raise HookError(

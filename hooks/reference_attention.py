@@ -19,6 +19,7 @@ from hooks.qk_channels import QKChannels, find_qk_channels, reading
 from hooks.remote import anywhere
 from hooks.running_means import Sensitivity, Tally, locate_words
 from hooks.streaming import Progress
+from hooks.tokens import reads_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def _reference(
     model: nn.Module, tokenizer: Any, stack: Stack, words: Sequence[str], neutral: Sequence[str]
 ) -> tuple[list[QKChannels], list[tuple[Tensor, Tensor]]]:
     """The query projections; and per block the reference keys (key head d_head) with each key's word."""
-    every = [*words, *neutral]
+    every, closed = [*words, *neutral], reads_whole(model)
     if isinstance(words, str) or isinstance(neutral, str) or not words or len(every) < 2:
         raise HookError(f"words are {words!r}, neutral {neutral!r}; expected at least two words in all")
     text, spans = "", []
@@ -99,7 +100,7 @@ def _reference(
     columns: list[int] = []
     ids: list[int] = []
     for number, span in enumerate(spans):
-        ids, held = locate_words(tokenizer, text, lambda _: [span])  # noqa: B023
+        ids, held = locate_words(tokenizer, text, lambda _: [span], closed=closed)  # noqa: B023
         columns += [place for place, own in enumerate(held) if own]
         owner += [number] * sum(held)
     candidates = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos")]

@@ -16,6 +16,7 @@ from hooks.errors import HookError
 from hooks.logit_difference import Prompts
 from hooks.ranking import Ranking
 from hooks.streaming import Mean, Progress
+from hooks.tokens import text_tokens, word_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class Tally:
         tokens = {name: (s / n, int(n)) for name, (s, n) in zip(names, entries, strict=True)}
         scores = self._mean.mean("head").double().numpy().reshape(self._shape)
         for word in (*words, *neutral):
-            pieces = self._tokenizer.encode(" " + word, add_special_tokens=False)
+            pieces = list(word_pieces(self._tokenizer, word))
             if len(pieces) > 1:
                 shown = " ".join(self._tokenizer.convert_ids_to_tokens(pieces))
                 notes.append(f"{word!r} is {len(pieces)} tokens ({shown}); what they get is summed")
@@ -107,14 +108,17 @@ class Tally:
 
 
 def locate_words(
-    tokenizer: Any, text: str, finder: Callable[[str], list[tuple[int, int]]]
+    tokenizer: Any, text: str, finder: Callable[[str], list[tuple[int, int]]], *, closed: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them hold characters of the words that `finder` finds."""
+    """Token ids (`hooks.tokens.text_tokens`), and which of them hold characters of the words that `finder` finds."""
     if not isinstance(text, str):
         raise HookError(f"a prompt is a {type(text).__name__}; words are found in texts, expected a string")
     if not getattr(tokenizer, "is_fast", False):
         raise HookError("the tokenizer gives no character offsets; load it with use_fast=True")
-    found = tokenizer(text, return_offsets_mapping=True)
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     spans = finder(text)
     word = [any(a < end and b > start for start, end in spans) for a, b in found["offset_mapping"]]
-    return list(found["input_ids"]), word
+    (ids,) = text_tokens(tokenizer, [text], closed=closed)
+    own = tuple(found["input_ids"])
+    before = next(at for at in range(len(ids) + 1) if ids[at : at + len(own)] == own)
+    return list(ids), [False] * before + word + [False] * (len(ids) - before - len(own))

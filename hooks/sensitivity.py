@@ -17,6 +17,7 @@ from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.remote import anywhere
 from hooks.running_means import Sensitivity, Tally, locate_words
 from hooks.streaming import Progress
+from hooks.tokens import reads_whole
 
 
 @anywhere
@@ -51,12 +52,12 @@ def attention_to(
     causal = _causal(model, stack)
     flags: dict[int, list[bool]] = {}
     skipped = sinks = 0
-    finder = _finder(words)
+    finder, closed = _finder(words), reads_whole(model)
 
     def encoded() -> Iterator[list[int]]:
         nonlocal skipped, sinks
         for text in prompts:
-            ids, word = locate_words(tokenizer, text, finder)
+            ids, word = locate_words(tokenizer, text, finder, closed=closed)
             if causal and word and word[0]:
                 sinks += 1
                 first = word.index(False) if False in word else len(word)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hooks import trace_modules as probe
 from hooks.activations import Reducer, capture, model_inputs, run_base
 from hooks.errors import HookError
+from hooks.tokens import reads_whole, text_tokens
 
 Text = str | Sequence[int]
 Progress = Callable[[int, int | None], None]  # texts done, texts in all (None where the data has no length)
@@ -31,11 +32,17 @@ class Batch:
 
 
 def token_batches(
-    tokenizer: Any, texts: Iterable[Text], *, batch_tokens: int = 4096, window: int = WINDOW
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    batch_tokens: int = 4096,
+    window: int = WINDOW,
+    closed: bool = False,
 ) -> Iterator[Batch]:
     """Batches of at most `batch_tokens` tokens with padding (a longer text goes alone), sorted by length.
 
-    texts: strings, or sequences of token ids (then the tokenizer may be None). Nothing is cut off.
+    texts: strings (as `hooks.tokens.text_tokens` reads them, with `closed`), or sequences of token ids (then the
+    tokenizer may be None). Nothing is cut off.
     Raises HookError for an empty data set, and for a text without tokens, naming its place.
     """
     if batch_tokens < 1:
@@ -44,7 +51,7 @@ def token_batches(
         raise HookError("the data is one string; expected several texts: wrap it in a list")
     source, start = iter(texts), 0
     while chunk := list(islice(source, window)):
-        rows = [_ids(tokenizer, text, start + i) for i, text in enumerate(chunk)]
+        rows = _ids(tokenizer, chunk, start, closed)
         waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))  # longest first: fails early
         while waiting:
             size = max(1, batch_tokens // len(rows[waiting[0]]))
@@ -55,13 +62,18 @@ def token_batches(
         raise HookError("the data set is empty; expected at least one text")
 
 
-def _ids(tokenizer: Any, text: Text, place: int) -> list[int]:
-    if isinstance(text, str) and tokenizer is None:
-        raise HookError(f"text {place} is a string and no tokenizer was given; expected token ids")
-    ids = list(tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text)
-    if not ids:
-        raise HookError(f"text {place} has no tokens: {text!r}; leave it out")
-    return ids
+def _ids(tokenizer: Any, chunk: Sequence[Text], start: int, closed: bool) -> list[list[int]]:
+    strings = {place: text for place, text in enumerate(chunk) if isinstance(text, str)}
+    if strings and tokenizer is None:
+        raise HookError(f"text {start + min(strings)} is a string and no tokenizer was given; expected token ids")
+    rows = [[] if isinstance(text, str) else list(text) for text in chunk]
+    coded = text_tokens(tokenizer, list(strings.values()), closed=closed) if strings else []
+    for place, ids in zip(strings, coded, strict=True):
+        rows[place] = list(ids)
+    empty = next((place for place, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        raise HookError(f"text {start + empty} has no tokens: {chunk[empty]!r}; leave it out")
+    return rows
 
 
 def _pad(rows: list[list[int]], places: tuple[int, ...]) -> Batch:
@@ -93,14 +105,14 @@ def stream(
     reducers: pairs of sites (see `hooks.capture`) and reducer(site, tensor, mask). Nothing else is kept, no
     logits over the vocabulary are computed, and no KV cache is built: memory is that of one batch.
     """
-    limit = positions_limit(model)
+    limit, closed = positions_limit(model), reads_whole(model)  # before anything is hooked
     total = len(texts) if isinstance(texts, Sequence) else None
     done = 0
     with ExitStack() as stack:
         stack.enter_context(probe.unchanged(model))
         for wanted, reducer in reducers:
             stack.enter_context(capture(model, wanted, reducer=reducer, positions=positions))
-        for batch in token_batches(tokenizer, texts, batch_tokens=batch_tokens):
+        for batch in token_batches(tokenizer, texts, batch_tokens=batch_tokens, closed=closed):
             if limit is not None and batch.input_ids.shape[1] > limit:
                 raise HookError(
                     f"text {batch.places[0]} has {batch.input_ids.shape[1]} tokens; the model has learned "

@@ -30,7 +30,7 @@ from surgery.edits.supervised import Lora, Row, encode_rows
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.forward.next_token import token_losses
-from surgery.forward.residual_cache import encode
+from surgery.forward.tokens import encode
 from surgery.metrics import gas, perplexity
 from surgery.metrics.suite import check_suites, evaluate_suites, material, measure, plain
 from surgery.modules.cross_attention import cross_weights

@@ -27,7 +27,8 @@ from surgery.edits import block as edit
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.forward.next_token import Located, next_words, rank_blocks
-from surgery.forward.residual_cache import ResidualCache, encode, why_not, word_ids
+from surgery.forward.residual_cache import ResidualCache, why_not
+from surgery.forward.tokens import encode, word_ids
 from surgery.metrics.suite import Material, Measured, material, measure, plain
 from surgery.progress import Progress
 from surgery.runs.folder import Folder, Run, run_folder

@@ -17,6 +17,7 @@ from hooks.rank_correlation import Comparison, compare, rank_map
 from hooks.ranking import Ranking
 from hooks.reference_attention import cross_attention
 from hooks.sensitivity import attention_to
+from hooks.tokens import ids_of
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
@@ -108,7 +109,7 @@ def pairs(
 
     @cache
     def length(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
+        return len(ids_of(tokenizer, [text])[0])
 
     clean: list[str] = []
     corrupted: list[str] = []

@@ -12,7 +12,8 @@ import hooks
 from surgery.data import genbias
 from surgery.edits.block import fine_tune
 from surgery.forward.next_token import next_words
-from surgery.forward.residual_cache import encode, why_not, word_ids
+from surgery.forward.residual_cache import why_not
+from surgery.forward.tokens import encode, word_ids
 from surgery.training import Plan
 
 pytestmark = pytest.mark.skipif(

@@ -101,7 +101,9 @@ class Pieces:
 
     eos_token_id = 1
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list[Any]]:
+        if isinstance(text, list):
+            return {"input_ids": [self(each, add_special_tokens)["input_ids"] for each in text]}
         ids = [hash_of(text[at : at + 2]) for at in range(0, len(text), 2)]
         return {"input_ids": [0, *ids] if add_special_tokens else ids}
 

@@ -7,7 +7,8 @@ from families import FAMILIES, build, state
 from surgery.edits.block import fine_tune
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
-from surgery.forward.residual_cache import by_length, encode, pad, shortcut, why_not, word_ids
+from surgery.forward.residual_cache import by_length, pad, shortcut, why_not
+from surgery.forward.tokens import encode, word_ids
 from surgery.training import Plan
 
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if kind.endswith(("CausalLM", "GPT2LMHeadModel"))]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hooks.errors import HookError
+from hooks.tokens import text_tokens
 
 WINDOW = 2048  # texts that are sorted by length together; bounds what is held of an endless data set
 
@@ -75,12 +76,12 @@ def rows(
         if isinstance(text, str):
             if tokenizer is None:
                 raise HookError(f"{what} {place} is a string and no tokenizer was given; expected token ids")
-            ids, start = tokenizer(text)["input_ids"], 1
+            (ids,), start = text_tokens(tokenizer, [text]), 1
         elif isinstance(text, Sequence):
-            ids, start = text, 1
+            ids, start = tuple(int(token) for token in text), 1
         else:
-            ids, start = text.ids, max(1, text.start)
-        row = Row(place, tuple(ids)[:cut], start)
+            ids, start = tuple(text.ids), max(1, text.start)
+        row = Row(place, ids[:cut], start)
         if not row.ids:
             raise HookError(f"{what} {place} has no tokens: {text!r}; leave it out")
         if row.learnt < 1:

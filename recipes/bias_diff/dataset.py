@@ -13,6 +13,7 @@ from surgery.data.mixtures import Pair, deal, read_pairs
 from surgery.data.texts import Example, table
 from surgery.edits.supervised import Row, encode_rows
 from surgery.errors import SurgeryError
+from surgery.forward.tokens import answered
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def encoded(
     found = encode_rows(tokenizer, given, max_length=max_length)
     if found.left_out:
         for number, example in enumerate(given):
-            if len(tokenizer(example.answer)["input_ids"]) < 2:
+            if len(answered(tokenizer, "", example.answer)[0]) < 2:
                 raise SurgeryError(
                     f"{what} {number} ({example.answer[:40]!r}) has no token that another stands before, so nothing of "
                     "it can be learnt; remove it"

@@ -10,7 +10,7 @@ from recipes.bias_diff.dataset import Material
 from surgery.data import crows_pairs as pairs_of
 from surgery.data.neutral import sentences
 from surgery.forward.next_token import token_losses
-from surgery.forward.residual_cache import encode
+from surgery.forward.tokens import encode
 from surgery.metrics import crows_pairs, perplexity
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.removed import share_removed

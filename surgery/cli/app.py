@@ -1,6 +1,7 @@
 """What the commands share: the application, the options, and one clear line for every failure."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -35,13 +36,23 @@ def group(name: str, text: str) -> typer.Typer:
 
 
 def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose failures are one line on standard error and exit code 1; ``under`` a ``group``, or on its own."""
+    """A command whose failures are one line on standard error and exit code 1, and whose notes are a line each.
+
+    ``under``: a ``group``; without one the command stands on its own.
+    """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(*args: Any, **options: Any) -> None:
-            from hooks.errors import HookError
+            from hooks.errors import HookError, Note
 
+            def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+                if not issubclass(category, Note):
+                    plain(message, category, *rest, **more)
+                elif not options.get("quiet"):
+                    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+            plain, warnings.showwarning = warnings.showwarning, show
             try:
                 function(*args, **options)
             except (SurgeryError, HookError) as error:
@@ -52,6 +63,8 @@ def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., 
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 raise typer.Exit(1) from None
+            finally:
+                warnings.showwarning = plain
 
         return under.command(**kwargs)(guarded)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks import anatomy, sites
 from hooks import trace_modules as probe
 from hooks.activations import ask_for_weights
+from hooks.tokens import ids_of, word_pieces
 from surgery.errors import SurgeryError
 from surgery.training import Log, Plan, train
 
@@ -60,8 +61,11 @@ def word_pairs(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list
 
 def _forms(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int | None]:
     """The token of the word after a space, at a start, and both with a capital; None for a form of several tokens."""
-    forms = [space + form for form in (word, word.capitalize()) for space in (" ", "")]
-    pieces = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    pieces = [
+        piece
+        for form in (word, word.capitalize())
+        for piece in (word_pieces(tokenizer, form), ids_of(tokenizer, [form])[0])
+    ]
     return [piece[0] if len(piece) == 1 and piece[0] != tokenizer.unk_token_id else None for piece in pieces]
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.tokens import ids_of, text_tokens
 from surgery.data.stereoset import Triples
 from surgery.edits.supervised import Row
 from surgery.edits.unlearning.reference_logprobs import head_at, places_of
@@ -67,8 +68,9 @@ def sentence_tokens(
     start = DEFINITIONS[scorer].start
     first = [] if start == "none" else [start_token(tokenizer, scorer)]
     before = first if start == "before" else []
-    coded = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in sentences]
-    asked = {text: list(tokenizer(text)["input_ids"]) for text in set(prompts)}
+    coded = ids_of(tokenizer, sentences)
+    every = list(dict.fromkeys(prompts))
+    asked = dict(zip(every, text_tokens(tokenizer, every), strict=True))
     # What each pass predicts of a sentence: all its tokens, or those behind the first where nothing stands before it.
     plain = [Row((*before, *ids), 1) for ids in coded]
     prompted = [

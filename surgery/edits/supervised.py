@@ -22,6 +22,7 @@ from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import Batch, by_length, pad
+from surgery.forward.tokens import answered
 from surgery.progress import Advance
 from surgery.training import After, Log, Losses, Plan, train, trainable
 
@@ -62,24 +63,19 @@ def encode_rows(
 ) -> Encoded:
     """Token ids of each example, cut after ``max_length`` tokens; with ``end`` the end token is learnt, too.
 
-    The boundary of prompt and answer is one of tokens: the prompt's are those that the tokenizer gives for the
-    prompt alone, which is what stands before the answer when the model is used; no token holds a piece of both.
+    The boundary of prompt and answer is one of tokens (``surgery.forward.tokens.answered``).
 
     Raises ``SurgeryError`` when no row has a token to learn, or ``end`` is wanted and the tokenizer has none.
     """
     if end and tokenizer.eos_token_id is None:
         raise SurgeryError("end: this tokenizer has no end token; train without it")
-    first = first_tokens(tokenizer)
     last = [tokenizer.eos_token_id] if end else []
     rows, cut, left_out = [], 0, 0
     for example in given:
-        prompt = first + _plain(tokenizer, example.prompt) if example.prompt else first
-        # Encoded together where that leaves the prompt's tokens alone: some tokenizers begin each text anew.
-        whole = first + _plain(tokenizer, example.prompt + example.answer)
-        ids = whole if whole[: len(prompt)] == prompt else prompt + _plain(tokenizer, example.answer)
-        ids = [*ids, *last]
+        found, start = answered(tokenizer, example.prompt, example.answer)
         # Nothing stands before the first token, so it cannot be predicted.
-        start = max(1, len(prompt)) if example.prompt else 1
+        start = max(1, start) if example.prompt else 1
+        ids = [*found, *last]
         cut += len(ids) > max_length
         ids = ids[:max_length]
         if start < len(ids):
@@ -91,16 +87,6 @@ def encode_rows(
             f"none of {len(given)} rows has a token to learn in its first {max_length}; raise max_length"
         )
     return Encoded(tuple(rows), cut, left_out)
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text; what it puts behind one would end the text before its answer."""
-    alone, whole = _plain(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(alone)] == alone), [])
 
 
 def token_losses(

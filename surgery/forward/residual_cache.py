@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hooks import anatomy
 from surgery.errors import SurgeryError
@@ -64,45 +64,6 @@ class ResidualCache:
         ]
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, limit: int | None = None
-) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each text, with the special tokens that the tokenizer adds by itself.
-
-    Raises ``SurgeryError`` for no texts, a text that gives no token, or one longer than ``limit`` tokens.
-    """
-    if not texts:
-        raise SurgeryError("prompts: got none, expected at least 1; check the data name and the split")
-    ids = tuple(tuple(row) for row in tokenizer(list(texts))["input_ids"])
-    for number, row in enumerate(ids):
-        if not row:
-            raise SurgeryError(f"text {number} ({texts[number]!r}) gives no token; expected at least 1; remove it")
-        if limit is not None and len(row) > limit:
-            raise SurgeryError(
-                f"text {number} ({texts[number][:40]!r}...) has {len(row)} tokens, the model takes {limit}; shorten it"
-            )
-    return ids
-
-
-def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """The one token of each word as it follows other text, that is with its leading space.
-
-    Raises ``SurgeryError`` naming a word that is several tokens, or two words that are the same token.
-    """
-    found: list[int] = []
-    for word in words:
-        pieces = tokenizer.encode(" " + word, add_special_tokens=False)
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
-            raise SurgeryError(
-                f"word {word!r}: the tokenizer of {tokenizer.name_or_path or 'this model'} splits ' {word}' into "
-                f"{len(pieces)} tokens {tokenizer.convert_ids_to_tokens(pieces)}; expected one; choose another word"
-            )
-        if pieces[0] in found:
-            raise SurgeryError(f"word {word!r}: same token as {words[found.index(pieces[0])]!r}; name each word once")
-        found.append(pieces[0])
-    return found
 
 
 def pad(ids: Sequence[Sequence[int]], rows: Sequence[int], device: torch.device | str) -> Batch:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hooks import anatomy
+from hooks.errors import Note
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
 from surgery.progress import Advance
@@ -107,7 +108,8 @@ def token_log_probabilities(
     with evaluating(model):
         reason = why_not_shared(model, rows)
         if reason:
-            warnings.warn(f"{type(model).__name__}: shared beginnings are encoded each time: {reason}", stacklevel=2)
+            said = f"{type(model).__name__}: shared beginnings are encoded each time: {reason}"
+            warnings.warn(said, Note, stacklevel=2)
         found = _run(model, rows, starts, shared=reason is None, step=step)
     broken = next((row for row, values in enumerate(found) if not np.isfinite(values).all()), None)
     if broken is not None:

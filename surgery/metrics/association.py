@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.activations import capture
+from hooks.tokens import reads_whole
 from surgery.data.seat import Association
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, encode, pad
+from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.tokens import encode
 from surgery.metrics.metric import RESAMPLES, Metric, sampled_metric
 from surgery.progress import Advance
 
@@ -142,7 +144,12 @@ def states(
     ``site`` names a residual stream of ``hooks.capture`` (``blocks.5.hook_resid_post``). Without it the last hidden
     states: of a causal model what its head reads, with all that was attached to the model, else ``last_hidden_state``.
     """
-    ids = encode(tokenizer, texts, limit=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    ids = encode(
+        tokenizer,
+        texts,
+        limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        closed=reads_whole(model),
+    )
     head = model.get_output_embeddings() if model.can_generate() and not model.config.is_encoder_decoder else None
     found: list[np.ndarray] = [np.empty(0)] * len(ids)
     taken: list[Tensor] = []

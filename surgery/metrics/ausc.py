@@ -24,9 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from hooks.activations import capture
+from hooks.tokens import reads_whole
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, encode, pad
+from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.weat import embeddings
 from surgery.progress import Advance
@@ -82,7 +84,12 @@ def measure(
     words = embeddings(model, tokenizer, reference)
     words /= np.linalg.norm(words, axis=1, keepdims=True)
     weight: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    ids = encode(tokenizer, texts, limit=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    ids = encode(
+        tokenizer,
+        texts,
+        limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        closed=reads_whole(model),
+    )
     special = set(tokenizer.all_special_ids)
     own = [[place for place, token in enumerate(row) if token not in special] for row in ids]
     empty = next((row for row, places in enumerate(own) if not places), None)

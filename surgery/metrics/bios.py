@@ -11,7 +11,7 @@ from surgery.data import bios
 from surgery.data.capability import Question
 from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import token_losses
-from surgery.forward.residual_cache import encode
+from surgery.forward.tokens import encode
 from surgery.metrics import groups, perplexity
 from surgery.metrics.multiple_choice import SCORERS, Norm, score
 from surgery.progress import Advance

@@ -27,7 +27,8 @@ from surgery.data.prompts import read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, encode, pad
+from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
 

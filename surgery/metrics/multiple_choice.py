@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.tokens import ids_of, text_tokens
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
@@ -131,11 +132,11 @@ def _encode(
         # Behind a chat template white space is part of the template.
         stripped = question.prompt.rstrip() if special else question.prompt
         texts += [stripped, *(question.prompt + option for option in question.options)]
-    ids = iter(tokenizer(texts, add_special_tokens=special)["input_ids"])
+    ids = iter(text_tokens(tokenizer, texts) if special else ids_of(tokenizer, texts))
     found = []
     for row, question in enumerate(questions):
         start = len(next(ids))
-        options = [tuple(next(ids)) for _ in question.options]
+        options = [next(ids) for _ in question.options]
         # A token may reach over the boundary; as in lm-eval the option is what stands after the prompt's own count.
         if any(len(option) <= start for option in options):
             raise SurgeryError(

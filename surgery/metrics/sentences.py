@@ -5,6 +5,7 @@ number. All come from the same token log-probabilities; they differ in what stan
 a sentence's tokens become one number.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,10 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.errors import Note
+from hooks.tokens import ids_of
 from surgery.errors import SurgeryError
+from surgery.forward import tokens
 from surgery.forward.token_logprobs import context_limit, token_log_probabilities
 from surgery.progress import Advance
 
@@ -95,6 +99,13 @@ def sentence_tokens(
     """The natural log-probabilities of the tokens that ``scorer`` scores, sentence by sentence; raises as above."""
     check_scorer(scorer)
     start = DEFINITIONS[scorer].start
+    if start != "before" and tokens.leaves_out_start(tokenizer):
+        warnings.warn(
+            f"scorer {scorer!r} leaves out the start token ({tokenizer.bos_token}) that this model's tokenizer puts "
+            "before every text; scorer 'bos' keeps it",
+            Note,
+            stacklevel=2,
+        )
     before = [] if start == "none" else [start_token(tokenizer, scorer)]
     rows, firsts = _encoded(model, tokenizer, sentences, contexts, before if start == "before" else [])
     places = [max(1, first) for first in firsts]
@@ -128,13 +139,13 @@ def check_scorer(name: str) -> None:
 
 def start_token(tokenizer: PreTrainedTokenizerBase, scorer: str) -> int:
     """The token that stands for the beginning of a text: BOS, else EOS."""
-    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    found = tokens.start_token(tokenizer)
     if found is None:
         raise SurgeryError(
             f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}: it has neither BOS nor EOS, and scorer "
             f"{scorer!r} starts a sentence with one; set tokenizer.bos_token, or use scorer 'no-start'"
         )
-    return int(found)
+    return found
 
 
 def fitting(
@@ -146,7 +157,7 @@ def fitting(
     where none fits.
     """
     limit = context_limit(model)
-    ids = iter(tokenizer([text for row in rows for text in row], add_special_tokens=False)["input_ids"])
+    ids = iter(ids_of(tokenizer, [text for row in rows for text in row]))
     lengths = [1 + max(len(next(ids)) for _ in row) for row in rows]
     kept = [number for number, length in enumerate(lengths) if not limit or length <= limit]
     out = [
@@ -170,10 +181,10 @@ def _encoded(
     texts = list(sentences) if contexts is None else [f"{a} {b}" for a, b in zip(contexts, sentences, strict=True)]
     if not texts:
         raise SurgeryError("sentences: got none, expected at least 1")
-    rows = [before + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [[*before, *ids] for ids in ids_of(tokenizer, texts)]
     firsts = [len(before)] * len(rows)
     if contexts is not None:
-        given = [before + ids for ids in tokenizer(list(contexts), add_special_tokens=False)["input_ids"]]
+        given = [[*before, *ids] for ids in ids_of(tokenizer, contexts)]
         # A token across the border belongs to the sentence: the common beginning ends before it.
         firsts = [_common(ids, context) for ids, context in zip(rows, given, strict=True)]
     limit = context_limit(model)

@@ -16,7 +16,8 @@ from surgery.data import genbias, genhint, neutral
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
-from surgery.forward.residual_cache import ResidualCache, encode, word_ids
+from surgery.forward.residual_cache import ResidualCache
+from surgery.forward.tokens import encode, word_ids
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
 from surgery.metrics import perplexity as perplexity_metric

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.tokens import word_pieces
 from surgery.data.seat import WEAT, load
 from surgery.errors import SurgeryError
 from surgery.metrics.association import lookup, score, states, texts_of
@@ -60,7 +61,7 @@ def embeddings(
     weight: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     found = []
     for word in words:
-        ids = tokenizer.encode(" " + word, add_special_tokens=False)
+        ids = word_pieces(tokenizer, word)
         if not ids or all(token == tokenizer.unk_token_id for token in ids):
             raise SurgeryError(
                 f"WEAT word {word!r}: unknown to the tokenizer of {tokenizer.name_or_path or 'this model'}"

@@ -6,9 +6,11 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hooks.tokens import added
 from surgery.data.stereoset import Triple
-from surgery.edits.supervised import Row, first_tokens
+from surgery.edits.supervised import Row
 from surgery.errors import SurgeryError
+from surgery.forward.tokens import start_token
 
 BLANK = "BLANK"
 STEREOTYPE, ANTI, UNRELATED = "stereotype", "anti_stereotype", "unrelated"
@@ -63,20 +65,21 @@ def encode_sentences(
             f"{type(tokenizer).__name__}: gives no character offsets, so the context cannot be masked exactly; "
             "expected a fast tokenizer; convert it (tokenizer.json)"
         )
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    usual = [] if start == "never" else first_tokens(tokenizer)
+    token = start_token(tokenizer)
+    usual = [] if start == "never" else list(added(tokenizer)[0])
     if start == "always" and not usual and token is not None:
         usual = [token]
     coded = tokenizer(list(sentences), return_offsets_mapping=True, add_special_tokens=False)
     rows = []
     for ids, spans, begin, sentence in zip(coded["input_ids"], coded["offset_mapping"], begins, sentences, strict=True):
         first = next((at for at, (_, end) in enumerate(spans) if end > begin), len(ids))
-        opening = usual or ([token] if first == 0 or start == "always" else [])
-        if None in opening:
+        needed = not usual and (first == 0 or start == "always")
+        if needed and token is None:
             raise SurgeryError(
                 f"{type(tokenizer).__name__}: no begin and no end token, so the first token of {sentence[:40]!r} "
                 "cannot be predicted; set tokenizer.bos_token"
             )
+        opening = [token] if needed and token is not None else usual
         rows.append(Row((*opening, *ids), len(opening) + first))
     return rows
 

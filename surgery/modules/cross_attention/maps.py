@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs
 from hooks.reference_attention import CrossWeights
+from hooks.tokens import reads_whole, text_tokens
 from surgery.errors import SurgeryError
 from surgery.modules.cross_attention.modeling_crawd import CrossAttention
 from surgery.modules.cross_attention.reference import NAME, last_states, place_of, read_reference
@@ -35,7 +36,7 @@ def cross_weights(
     module = core._modules.get(NAME)
     if not isinstance(module, CrossAttention):
         raise SurgeryError(f"{type(core).__name__}: it has no cross-attention module; attach one first")
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    ids = torch.tensor(text_tokens(tokenizer, [text], closed=reads_whole(core)))
     with probe.unchanged(core):
         inputs = model_inputs(core, ids)
         if core.config.is_encoder_decoder:

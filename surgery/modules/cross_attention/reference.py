@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks import anatomy
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs, run_base
+from hooks.errors import Note
+from hooks.tokens import added, word_pieces
 from surgery.errors import SurgeryError
 from surgery.modules.cross_attention.modeling_crawd import CrossAttention
 
@@ -64,31 +66,24 @@ def read_reference(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], *, 
     """
     if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
         raise SurgeryError(f"reference: got {words!r}, expected a list of at least one word, such as ['he', 'she']")
-    first, last = _around(tokenizer)
+    first, last = map(list, added(tokenizer))
     starts = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos")]
     if decoder and not first:
         first = [token for token in starts if token is not None][:1]
     ids, places, owners = list(first), list[int](), list[str]()
     for word in (word.strip() for word in words):
-        pieces = tokenizer.encode(" " + word, add_special_tokens=False)
+        pieces = list(word_pieces(tokenizer, word))
         if not pieces or tokenizer.unk_token_id in pieces:
             raise SurgeryError(f"reference: the tokenizer does not know {word!r}; choose another word")
         if word in owners:
             raise SurgeryError(f"reference: {word!r} is named twice; name each word once")
         if len(pieces) > 1:
             shown = ", ".join(tokenizer.convert_ids_to_tokens(pieces))
-            warnings.warn(f"reference: {word!r} is {len(pieces)} tokens ({shown}); each is a key", stacklevel=3)
+            warnings.warn(f"reference: {word!r} is {len(pieces)} tokens ({shown}); each is a key", Note, stacklevel=3)
         places += range(len(ids), len(ids) + len(pieces))
         owners += [word] * len(pieces)
         ids += pieces
     return Reference(tuple(ids + last), tuple(places), tuple(owners))
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
-    alone, whole = tokenizer.encode(" a", add_special_tokens=False), tokenizer.encode(" a")
-    at = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), 0)
-    return whole[:at], whole[at + len(alone) :]
 
 
 def last_states(model: PreTrainedModel, inputs: Mapping[str, Any], place: str) -> Float[Tensor, "batch pos d_model"]:
