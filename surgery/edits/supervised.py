@@ -171,12 +171,13 @@ def fit(
     *,
     seed: int,
     lora: Lora | None = None,
+    names: Sequence[str] | None = None,
     state: Path | None = None,
     log: Log | None = None,
     step_done: Advance | None = None,
     after: After | None = None,
 ) -> Trained:
-    """Minimise any ``losses`` of ``count`` examples over all parameters, or over the factors of ``lora``.
+    """Minimise any ``losses`` of ``count`` examples over all parameters, those ``names``, or the factors of ``lora``.
 
     The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
     as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns]. The model is left as it was.
@@ -192,10 +193,11 @@ def fit(
     with ExitStack() as stack:
         if lora is not None:
             layers = stack.enter_context(adapters(model, lora, seed))
-            names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-            done = run(stack.enter_context(trainable(model, names)))
+            beside = [name for name, _ in model.named_parameters() if ".lora_" in name]
+            done = run(stack.enter_context(trainable(model, beside)))
             return Trained(factors(layers), done)
-        base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        wanted = None if names is None else set(names)
+        base = {name: p.detach() for name, p in model.named_parameters() if wanted is None or name in wanted}
         parameters = stack.enter_context(trainable(model, list(base)))
         done = run(parameters)
         with torch.no_grad():

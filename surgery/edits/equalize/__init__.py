@@ -1,0 +1,20 @@
+"""Equalise and hold: share the compared words' mass out anew, and keep every distribution that must not move."""
+
+from surgery.edits.equalize.target import TOP, check_shares, divergence, keep, share_out
+from surgery.edits.equalize.terms import Term, hold_term, words_term
+from surgery.edits.equalize.training import Prepared, equalize, losses_of, prepare
+
+__all__ = [
+    "TOP",
+    "Prepared",
+    "Term",
+    "check_shares",
+    "divergence",
+    "equalize",
+    "hold_term",
+    "keep",
+    "losses_of",
+    "prepare",
+    "share_out",
+    "words_term",
+]

@@ -1,0 +1,72 @@
+"""Targets and losses of equalising: what the next token's distribution should be, and how far the model is from it.
+
+Words: q(w_i) = s_i * sum_j p(w_j) for the compared words, q(v) = p(v) for every other token, with p the untouched
+model's own distribution: the words' mass is shared out anew and nothing else moves. Hold: q = p. Both are learnt by
+KL(q || model), whose only optimum is the target. A target is kept as its k likeliest tokens and one entry for all the
+rest; the KL of that is at most the whole one, and the figure beside ``TOP`` says by how little.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from surgery.errors import SurgeryError
+
+TOP = 256
+"""Tokens kept of a target."""
+
+Kept = tuple[Int[Tensor, "places k"], Float[Tensor, "places k+1"]]
+"""A target per place: its likeliest tokens, and the log of their target probabilities with that of the rest behind."""
+
+
+def check_shares(words: Sequence[object], shares: Sequence[float] | None) -> tuple[float, ...]:
+    """The share of each word, equal ones for None; raises ``SurgeryError`` unless they are positive and sum to 1."""
+    if len(words) < 2:
+        raise SurgeryError(f"words: got {len(words)}, expected at least 2 to share a mass among; name more words")
+    if shares is None or not len(shares):
+        return (1 / len(words),) * len(words)
+    total = sum(shares)
+    if len(shares) != len(words) or not all(share > 0 for share in shares) or not abs(total - 1) < 1e-6:
+        raise SurgeryError(
+            f"shares: got {list(shares)} (sum {total:g}) for {len(words)} words; expected {len(words)} positive "
+            "numbers that add up to 1; leave shares out for equal ones"
+        )
+    return tuple(shares)
+
+
+def share_out(
+    logp: Float[Tensor, "places vocab"], words: Sequence[int], shares: Sequence[float] | None = None
+) -> Float[Tensor, "places vocab"]:
+    """log q of the words' target: log s_i + log sum_j p(w_j) at the words, log p elsewhere. It sums to 1 as p does."""
+    chosen = check_shares(words, shares)
+    mass = logp[:, list(words)].logsumexp(-1, keepdim=True)
+    target = logp.clone()
+    target[:, list(words)] = mass + logp.new_tensor(chosen).log()
+    return target
+
+
+def keep(log_q: Float[Tensor, "places vocab"], always: Sequence[int] = (), top: int = TOP) -> Kept:
+    """The ``top`` likeliest tokens of each target, the tokens ``always`` among them, and the rest as one entry."""
+    order = log_q.clone()
+    order[:, list(always)] = torch.inf
+    tokens = order.topk(min(top, log_q.shape[-1]), sorted=False).indices
+    logs = log_q.gather(1, tokens)
+    return tokens, torch.cat([logs, _log_rest(logs)], -1)
+
+
+def divergence(target: Kept, logits: Float[Tensor, "places vocab"]) -> Float[Tensor, " places"]:
+    """KL(target || model) in nats at each place, the tokens that were not kept taken together as one outcome."""
+    tokens, log_q = target
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+    if tokens.shape[1] == logits.shape[1]:  # every token kept: there is no rest
+        return (log_q[:, :-1].exp() * (log_q[:, :-1] - logs)).sum(-1)
+    return (log_q.exp() * (log_q - torch.cat([logs, _log_rest(logs)], -1))).sum(-1)
+
+
+def _log_rest(logs: Float[Tensor, "places k"]) -> Float[Tensor, "places 1"]:
+    """log(1 - sum exp), with at least the float's own precision left for the rest, so that it stays finite."""
+    eps = torch.finfo(logs.dtype).eps
+    return torch.log1p(-logs.exp().sum(-1, keepdim=True).clamp(max=1 - eps))

@@ -1,0 +1,113 @@
+"""The terms of one training: sequences, the places whose next token counts, a target from the untouched model, a loss.
+
+>>> terms = [words_term(ids, he_she), hold_term("hints", hint_ids), hold_term("texts", text_ids, positions="all")]
+>>> trained = equalize(model, terms, plan, blocks=(25,), seed=0)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from surgery.edits.equalize.target import TOP, Kept, check_shares, divergence, keep, share_out
+from surgery.errors import SurgeryError
+
+Ids = Sequence[Sequence[int]]
+Target = tuple[Tensor, ...]
+POSITIONS = ("last", "all")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: ``weight`` times ``loss``, for examples of ``size`` consecutive sequences each.
+
+    ``places[i]`` are the positions of sequence i whose next-token logits are needed. ``target`` is called once, with
+    the untouched model's logits at the places of some sequences, and gives what to keep, each tensor with a row for
+    each place (nothing: an empty tuple). ``loss`` is called with the model's logits at the places of the sequences of
+    some examples, what was kept of them, and the numbers of these sequences; it gives one loss an example.
+    """
+
+    name: str
+    weight: float
+    ids: Ids
+    places: tuple[tuple[int, ...], ...]
+    target: Callable[[Float[Tensor, "places vocab"]], Target]
+    loss: Callable[[Float[Tensor, "places vocab"], Target, Sequence[int]], Float[Tensor, " examples"]]
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.ids or len(self.ids) % self.size or len(self.places) != len(self.ids):
+            raise SurgeryError(
+                f"term {self.name!r}: got {len(self.ids)} sequences and places of {len(self.places)}; expected a "
+                f"positive multiple of {self.size}, each with its places; give it texts, or leave it out"
+            )
+        if not 0 < self.weight < float("inf"):
+            raise SurgeryError(
+                f"term {self.name!r}: got weight {self.weight}, expected a positive number; leave it out for 0"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many examples there are."""
+        return len(self.ids) // self.size
+
+
+def words_term(
+    ids: Ids,
+    words: Sequence[int],
+    *,
+    shares: Sequence[float] | None = None,
+    weight: float = 1.0,
+    name: str = "words",
+    top: int = TOP,
+) -> Term:
+    """KL(target || model) after the last token, the mass of ``words`` shared out by ``shares`` (default: equally)."""
+    chosen = check_shares(words, shares)
+
+    def target(logits: Float[Tensor, "places vocab"]) -> Target:
+        return keep(share_out(_log_softmax(logits), words, chosen), words, top)
+
+    places = tuple((len(row) - 1,) for row in ids)
+    return Term(name, weight, ids, places, target, _mean_divergence(places))
+
+
+def hold_term(
+    name: str,
+    ids: Ids,
+    *,
+    positions: str = "last",
+    weight: float = 1.0,
+    always: Sequence[int] = (),
+    top: int = TOP,
+) -> Term:
+    """KL(untouched || model): the mean over all positions of each text, or at the last one.
+
+    ``always`` are tokens that the kept part of the target holds although they may be unlikely: the compared words.
+    """
+    if positions not in POSITIONS:
+        raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(POSITIONS)}")
+
+    def target(logits: Float[Tensor, "places vocab"]) -> Target:
+        return keep(_log_softmax(logits), always, top)
+
+    places = tuple(tuple(range(len(row))) if positions == "all" else (len(row) - 1,) for row in ids)
+    return Term(name, weight, ids, places, target, _mean_divergence(places))
+
+
+def _mean_divergence(places: Sequence[Sequence[int]]) -> Callable[[Tensor, Target, Sequence[int]], Tensor]:
+    def loss(
+        logits: Float[Tensor, "places vocab"], target: Target, rows: Sequence[int]
+    ) -> Float[Tensor, " examples"]:
+        kept: Kept = (target[0], target[1])
+        each = divergence(kept, logits)
+        counts = torch.tensor([len(places[row]) for row in rows], device=each.device)
+        owner = torch.repeat_interleave(torch.arange(len(rows), device=each.device), counts)
+        return each.new_zeros(len(rows)).index_add(0, owner, each) / counts
+
+    return loss
+
+
+def _log_softmax(logits: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

@@ -1,0 +1,225 @@
+"""Training on several terms at once, at a chosen place, against targets that the untouched model gave once."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hooks import anatomy
+from surgery.edits.block import Trained, names_of
+from surgery.edits.equalize.terms import Ids, Target, Term
+from surgery.edits.supervised import Lora, fit, target_names
+from surgery.errors import SurgeryError
+from surgery.forward.evaluation import evaluating
+from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut, why_not
+from surgery.progress import Advance
+from surgery.training import Log, Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All sequences of the terms, one term after the other: the targets, and the stream where training starts."""
+
+    terms: tuple[Term, ...]
+    ids: Ids
+    first: tuple[int, ...]
+    """The number of each term's first sequence."""
+    targets: tuple[Target, ...]
+    prefix: ResidualCache | None
+    note: str = ""
+    """Why the prefix is not used, where it could have been."""
+
+    def examples(self) -> list[tuple[int, int]]:
+        """(term, example) of every example."""
+        return [(number, example) for number, term in enumerate(self.terms) for example in range(term.count)]
+
+
+@torch.no_grad()
+def prepare(
+    model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, step: Advance | None = None
+) -> Prepared:
+    """Run the untouched model once: the stream entering block ``start`` (0: none is kept), and each term's targets.
+
+    ``step`` is told of finished sequences. Raises ``SurgeryError`` for no terms, and for a sequence that stands in two
+    of them, where one would move what the other holds.
+    """
+    if not terms:
+        raise SurgeryError("equalize: got no terms to train on, expected at least one; add words, pairs or texts")
+    _check_apart(terms)
+    ids = [tuple(row) for term in terms for row in term.ids]
+    first = [sum(len(term.ids) for term in terms[:number]) for number in range(len(terms))]
+    with evaluating(model):
+        prefix, note = None, ""
+        if start:
+            # A word is asked for because the pass gives probabilities; what counts is the stream it keeps.
+            prefix = next_words(model, ids, [0], keep=[start]).prefixes[start]
+            note = why_not(model, prefix) or ""
+            prefix = None if note else prefix
+        empty = Prepared(tuple(terms), ids, tuple(first), (), prefix, note)
+        targets: list[Target] = [()] * len(ids)
+        # As many places as fit 256 MB of float32 logits on a CPU, 1 GB elsewhere.
+        budget = (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size
+        for number, term in enumerate(terms):
+            for rows in by_length(term.ids, tokens=max(1, budget)):
+                logits = _logits(model, model, empty, [(number, row) for row in rows])
+                kept = term.target(logits)
+                counts = [len(term.places[row]) for row in rows]
+                pieces = [piece.split(counts) for piece in kept]
+                for place, row in enumerate(rows):
+                    targets[first[number] + row] = tuple(piece[place].clone() for piece in pieces)
+                if step:
+                    step(len(rows))
+    return Prepared(tuple(terms), ids, tuple(first), tuple(targets), prefix, note)
+
+
+def _check_apart(terms: Sequence[Term]) -> None:
+    owner: dict[tuple[int, ...], tuple[str, int]] = {}
+    for number, term in enumerate(terms):
+        for row, ids in enumerate(term.ids):
+            name, other = owner.setdefault(tuple(ids), (term.name, number))
+            if other != number:
+                raise SurgeryError(
+                    f"text {row} of {term.name!r} is also a text of {name!r}; one would move what the other holds; "
+                    "take it out of one of them"
+                )
+
+
+def _logits(
+    model: PreTrainedModel, module: nn.Module, given: Prepared, sequences: Sequence[tuple[int, int]]
+) -> Float[Tensor, "places vocab"]:
+    """The logits at the places of the sequences (term, its row), in their order, from one pass of ``module``."""
+    rows = [given.first[term] + row for term, row in sequences]
+    places = [given.terms[term].places[row] for term, row in sequences]
+    batch: Batch = given.prefix.batch(rows) if given.prefix else pad(given.ids, rows, model.device)
+    start = given.prefix.block if given.prefix else 0
+    only_last = all(at == (len(given.ids[row]) - 1,) for at, row in zip(places, rows, strict=True))
+    with shortcut(model, start=start, last=only_last, call=module) as run:
+        if only_last:
+            return run(batch)
+        width = batch.ids.shape[1]
+        # Padding stands on the left, so a row's positions are counted from its first token.
+        flat = torch.tensor(
+            [
+                number * width + width - len(given.ids[row]) + at
+                for number, (row, mine) in enumerate(zip(rows, places, strict=True))
+                for at in mine
+            ],
+            device=model.device,
+        )
+
+        def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].flatten(0, 1)[flat][None], *args[1:])
+
+        handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
+        try:
+            return run(batch)[0]
+        finally:
+            handle.remove()
+
+
+def _head(model: PreTrainedModel) -> str:
+    head = anatomy.find(model).head
+    if head is None:
+        raise SurgeryError(f"{type(model).__name__} has no language-model head; open a causal language model")
+    return head
+
+
+def losses_of(
+    model: PreTrainedModel, module: nn.Module, given: Prepared, chosen: Sequence[tuple[int, int]]
+) -> Float[Tensor, " chosen"]:
+    """The unweighted loss of each example (term, number), by one pass for those read at their last token and one more.
+
+    Apart, short prompts are not padded to the length of texts, and go through the head at one position.
+    """
+    found: list[Tensor | None] = [None] * len(chosen)
+    for members in _alike(given, chosen):
+        sequences = [
+            (term, example * given.terms[term].size + part)
+            for term, example in members.values()
+            for part in range(given.terms[term].size)
+        ]
+        logits = _logits(model, module, given, sequences)
+        at = 0
+        by_term: dict[int, list[int]] = {}
+        spans: dict[int, list[Tensor]] = {}
+        for term, row in sequences:
+            width = len(given.terms[term].places[row])
+            by_term.setdefault(term, []).append(row)
+            spans.setdefault(term, []).append(logits[at : at + width])
+            at += width
+        for term, rows in by_term.items():
+            kept = [given.targets[given.first[term] + row] for row in rows]
+            target = tuple(torch.cat(pieces) for pieces in zip(*kept, strict=True))
+            values = given.terms[term].loss(torch.cat(spans[term]), target, rows)
+            mine = [place for place, (number, _) in members.items() if number == term]
+            for place, value in zip(mine, values, strict=True):
+                found[place] = value
+    return torch.stack([value for value in found if value is not None])
+
+
+def _alike(given: Prepared, chosen: Sequence[tuple[int, int]]) -> list[dict[int, tuple[int, int]]]:
+    """The examples by place in ``chosen``: those read at their last token only, and the others."""
+    groups: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]] = ({}, {})
+    for place, (term, example) in enumerate(chosen):
+        one = given.terms[term]
+        rows = range(example * one.size, (example + 1) * one.size)
+        last = all(one.places[row] == (len(one.ids[row]) - 1,) for row in rows)
+        groups[0 if last else 1][place] = (term, example)
+    return [group for group in groups if group]
+
+
+def equalize(
+    model: PreTrainedModel,
+    terms: Sequence[Term],
+    plan: Plan,
+    *,
+    blocks: Sequence[int] | None = None,
+    part: str = "all",
+    lora: Lora | None = None,
+    seed: int,
+    given: Prepared | None = None,
+    state: Path | None = None,
+    log: Log | None = None,
+    step_done: Advance | None = None,
+) -> Trained:
+    """Train ``part`` of ``blocks`` (None: all of the model), or LoRA factors there, on the weighted ``terms``.
+
+    ``given`` are the targets of the same terms from ``prepare``, made here otherwise. An epoch goes through every
+    example of every term in one shuffled order; the loss of a step is the mean of weight * loss over its examples.
+    ``differences`` are the parameters' own or, with ``lora``, factors as ``surgery.edits.supervised.fit`` gives them.
+    The model is left as it was. Raises ``SurgeryError`` as ``names_of``, ``prepare`` and ``train`` do.
+    """
+    chosen = given or prepare(model, terms, start=min(blocks) if blocks else 0)
+    names = names_of(model, blocks, part)
+    examples = chosen.examples()
+    weights = torch.tensor([chosen.terms[term].weight for term, _ in examples], device=model.device)
+
+    def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
+        return losses_of(model, module, chosen, [examples[row] for row in rows]) * weights[list(rows)]
+
+    return fit(
+        model,
+        losses,
+        len(examples),
+        plan,
+        seed=seed,
+        lora=_inside(model, names, lora) if lora else None,
+        names=None if lora else names,
+        state=state,
+        log=log,
+        step_done=step_done,
+    )
+
+
+def _inside(model: PreTrainedModel, names: Sequence[str], lora: Lora) -> Lora:
+    """The same factors on those of its targets whose weights are among ``names``."""
+    targets = [name for name in target_names(model, lora.targets) if f"{name}.weight" in set(names)]
+    if not targets:
+        raise SurgeryError("lora: none of its targets lies in the chosen blocks; choose other blocks or targets")
+    return Lora(lora.rank, lora.alpha, tuple(targets), lora.dropout)

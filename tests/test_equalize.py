@@ -1,0 +1,159 @@
+"""Equalise and hold: each loss against a case worked out by hand, targets that keep the mass, an untouched optimum."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surgery.edits.equalize import divergence, equalize, hold_term, keep, losses_of, prepare, share_out, words_term
+from surgery.edits.equalize.terms import Term
+from surgery.edits.supervised import Lora
+from surgery.errors import SurgeryError
+from surgery.training import Plan
+from tests.families import build
+
+PROMPTS = [[1, 5, 9, 13], [1, 6, 20, 21, 22], [1, 7, 30], [1, 8, 41, 42]]
+HELD = [[1, 50, 51, 52], [1, 60, 61], [1, 70, 71, 72, 73, 74]]
+WORDS = [3, 4]
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return build("llama").eval()
+
+
+def test_the_words_share_their_mass_and_every_other_token_stays() -> None:
+    """p = (.1, .3, .2, .4), words 1 and 3: .7 becomes .35 and .35, or .175 and .525 by shares of a quarter."""
+    logp = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log()
+    assert torch.allclose(share_out(logp, [1, 3]).exp(), torch.tensor([[0.1, 0.35, 0.2, 0.35]]))
+    assert torch.allclose(share_out(logp, [1, 3], (0.25, 0.75)).exp(), torch.tensor([[0.1, 0.175, 0.2, 0.525]]))
+    assert torch.allclose(share_out(logp, [0, 1, 2]).exp(), torch.tensor([[0.2, 0.2, 0.2, 0.4]]))
+
+
+def test_the_divergence_is_the_sum_written_out() -> None:
+    """q = (.1, .35, .2, .35) against p = (.1, .3, .2, .4): .35 ln(.35/.3) + .35 ln(.35/.4)."""
+    p, q = torch.tensor([[0.1, 0.3, 0.2, 0.4]]), torch.tensor([[0.1, 0.35, 0.2, 0.35]])
+    expected = 0.35 * math.log(0.35 / 0.3) + 0.35 * math.log(0.35 / 0.4)
+    assert float(divergence(keep(q.log()), p.log() + 3.0)) == pytest.approx(expected, abs=1e-6)
+    # Two tokens kept: .1 and .2 are one outcome of .3 on both sides, which differ in nothing.
+    assert float(divergence(keep(q.log(), [1, 3], 2), p.log())) == pytest.approx(expected, abs=1e-6)
+    # Tokens 0 and 1 kept: the rest is .55 against .6.
+    expected = 0.35 * math.log(0.35 / 0.3) + 0.55 * math.log(0.55 / 0.6)
+    assert float(divergence(keep(q.log(), [0, 1], 2), p.log())) == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=6, max_size=6), st.lists(st.floats(0.1, 5), min_size=2, max_size=4))
+def test_the_target_keeps_the_mass_and_the_kept_part_bounds_the_whole(
+    logits: list[float], parts: list[float]
+) -> None:
+    logp = torch.tensor([logits], dtype=torch.float64).log_softmax(-1)
+    words = list(range(len(parts)))
+    shares = [part / sum(parts) for part in parts]
+    q = share_out(logp, words, shares).exp()
+    assert float(q.sum()) == pytest.approx(1.0)
+    assert float(q[0, words].sum()) == pytest.approx(float(logp.exp()[0, words].sum()))
+    whole = float(divergence(keep(q.log(), words, 6), logp))
+    some = float(divergence(keep(q.log(), words, 4), logp))
+    assert -1e-9 <= some <= whole + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("words", "shares", "message"),
+    [
+        ([3, 4], [0.5, 0.6], "shares: got .0.5, 0.6. .sum 1.1. for 2 words"),
+        ([3, 4], [1.0], "for 2 words"),
+        ([3, 4], [1.5, -0.5], "positive"),
+        ([3], None, "words: got 1, expected at least 2"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(words: list[int], shares: list[float] | None, message: str) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        words_term(PROMPTS, words, shares=shares)
+
+
+def test_a_text_in_two_terms_is_refused(model: Any) -> None:
+    with pytest.raises(SurgeryError, match="text 1 of 'texts' is also a text of 'words'"):
+        prepare(model, [words_term(PROMPTS, WORDS), hold_term("texts", [HELD[0], PROMPTS[2]])])
+
+
+@pytest.mark.parametrize(("start", "positions"), [(0, "last"), (0, "all"), (2, "last"), (2, "all")])
+def test_the_losses_are_those_of_the_plain_forward_pass(model: Any, start: int, positions: str) -> None:
+    """From the kept stream or the tokens, at one position or all: the same numbers, written out with full softmaxes."""
+    torch.manual_seed(1)
+    terms = [words_term(PROMPTS, WORDS, top=96), hold_term("held", HELD, positions=positions, top=96)]
+    ready = prepare(model, terms, start=start)
+    untouched = {tuple(row): model(torch.tensor([row])).logits[0].log_softmax(-1).detach() for row in PROMPTS + HELD}
+    with torch.no_grad():
+        for parameter in model.model.layers[2].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    chosen = [(1, 2), (0, 0), (0, 3), (1, 0)]
+    found = losses_of(model, model, ready, chosen)
+    for value, (term, row) in zip(found.detach().tolist(), chosen, strict=True):
+        ids = (PROMPTS, HELD)[term][row]
+        now, was = model(torch.tensor([ids])).logits[0].log_softmax(-1), untouched[tuple(ids)]
+        was = was[-1:] if term == 0 or positions == "last" else was
+        q = share_out(was, WORDS) if term == 0 else was
+        expected = (q.exp() * (q - now[-len(q) :])).sum(-1).mean()
+        assert value == pytest.approx(float(expected), abs=2e-5)
+
+
+def test_what_is_held_alone_has_its_optimum_at_the_untouched_model(model: Any) -> None:
+    """Hold without anything to move: loss and gradient are 0, so no weight, however large, moves the model."""
+    model = model.double()
+    ready = prepare(model, [hold_term("held", PROMPTS + HELD, positions="all", top=96)])
+    loss = losses_of(model, model, ready, ready.examples()).sum()
+    loss.backward()
+    assert abs(float(loss)) < 1e-12
+    assert max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-12
+
+
+def test_the_gap_falls_the_mass_stays_and_what_is_held_moves_less(model: Any) -> None:
+    """One block learns; the more the hold weighs, the less it moves, and the model itself is left bit for bit."""
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    was = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)[WORDS]
+    moved = []
+    for weight in (0.01, 100.0):
+        terms = [words_term(PROMPTS, WORDS), hold_term("held", HELD, positions="all", weight=weight)]
+        trained = equalize(model, terms, Plan(5e-3, 100, 7), blocks=(1,), seed=0)
+        assert all(name.startswith("model.layers.1.") for name in trained.differences)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        ready = prepare(model, terms)
+        with torch.no_grad():
+            for name, difference in trained.differences.items():
+                model.get_parameter(name).add_(difference)
+            now = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)[WORDS]
+            moved.append(float(losses_of(model, model, ready, [(1, row) for row in range(3)]).mean()))
+            model.load_state_dict(before)
+        if weight < 1:
+            assert abs(float(now[0] - now[1])) < 0.2 * abs(float(was[0] - was[1]))
+            assert float(now.sum()) == pytest.approx(float(was.sum()), rel=0.1)
+    assert moved[1] < moved[0] / 2
+
+
+def test_factors_lie_in_the_chosen_blocks_only(model: Any) -> None:
+    terms = [words_term(PROMPTS, WORDS)]
+    trained = equalize(model, terms, Plan(1e-2, 2, 4), blocks=(1, 2), part="mlp", lora=Lora(2, 4), seed=0)
+    stems = {name.rsplit(".", 1)[0] for name in trained.differences}
+    assert {stem.split(".")[2] for stem in stems} == {"1", "2"}
+    assert all(".mlp." in stem for stem in stems)
+
+
+def test_an_example_of_two_sequences_has_one_loss(model: Any) -> None:
+    """A term may compare sequences: here the difference of the last tokens' log-probabilities of token 3."""
+    places = tuple((len(row) - 1,) for row in PROMPTS)
+
+    def loss(logits: torch.Tensor, _: Any, rows: Any) -> torch.Tensor:
+        each = logits.log_softmax(-1)[:, 3]
+        return each[0::2] - each[1::2]
+
+    term = Term("pairs", 1.0, PROMPTS, places, lambda logits: (), loss, size=2)
+    ready = prepare(model, [hold_term("held", HELD), term], start=1)
+    found = losses_of(model, model, ready, [(1, 1), (0, 0), (1, 0)])
+    one, other = (model(torch.tensor([PROMPTS[row]])).logits[0, -1].log_softmax(-1)[3] for row in (2, 3))
+    assert float(found[0]) == pytest.approx(float(one - other), abs=1e-5)
+    assert ready.first == (0, 3)
+    assert len(ready.examples()) == 5
