@@ -47,9 +47,7 @@ def test_the_divergence_is_the_sum_written_out() -> None:
 
 
 @given(st.lists(st.floats(-8, 8), min_size=6, max_size=6), st.lists(st.floats(0.1, 5), min_size=2, max_size=4))
-def test_the_target_keeps_the_mass_and_the_kept_part_bounds_the_whole(
-    logits: list[float], parts: list[float]
-) -> None:
+def test_the_target_keeps_the_mass_and_the_kept_part_bounds_the_whole(logits: list[float], parts: list[float]) -> None:
     logp = torch.tensor([logits], dtype=torch.float64).log_softmax(-1)
     words = list(range(len(parts)))
     shares = [part / sum(parts) for part in parts]
@@ -97,7 +95,7 @@ def test_the_losses_are_those_of_the_plain_forward_pass(model: Any, start: int, 
         now, was = model(torch.tensor([ids])).logits[0].log_softmax(-1), untouched[tuple(ids)]
         was = was[-1:] if term == 0 or positions == "last" else was
         q = share_out(was, WORDS) if term == 0 else was
-        expected = (q.exp() * (q - now[-len(q) :])).sum(-1).mean()
+        expected = (q.exp() * (q - now[-len(q) :])).sum(-1).mean().detach()
         assert value == pytest.approx(float(expected), abs=2e-5)
 
 
@@ -113,23 +111,25 @@ def test_what_is_held_alone_has_its_optimum_at_the_untouched_model(model: Any) -
 
 def test_the_gap_falls_the_mass_stays_and_what_is_held_moves_less(model: Any) -> None:
     """One block learns; the more the hold weighs, the less it moves, and the model itself is left bit for bit."""
+    with torch.no_grad():
+        model.lm_head.weight[WORDS] *= 20  # words of some mass: in a narrow random model others would hold them back
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
-    was = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)[WORDS]
+    was = model(torch.tensor([PROMPTS[2]])).logits[0, -1].softmax(-1)[WORDS]
     moved = []
     for weight in (0.01, 100.0):
         terms = [words_term(PROMPTS, WORDS), hold_term("held", HELD, positions="all", weight=weight)]
-        trained = equalize(model, terms, Plan(5e-3, 100, 7), blocks=(1,), seed=0)
+        trained = equalize(model, terms, Plan(1e-3, 60, 7), blocks=(1,), seed=0)
         assert all(name.startswith("model.layers.1.") for name in trained.differences)
         assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
         ready = prepare(model, terms)
         with torch.no_grad():
             for name, difference in trained.differences.items():
                 model.get_parameter(name).add_(difference)
-            now = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)[WORDS]
+            now = model(torch.tensor([PROMPTS[2]])).logits[0, -1].softmax(-1)[WORDS]
             moved.append(float(losses_of(model, model, ready, [(1, row) for row in range(3)]).mean()))
             model.load_state_dict(before)
         if weight < 1:
-            assert abs(float(now[0] - now[1])) < 0.2 * abs(float(was[0] - was[1]))
+            assert abs(float(now[0] - now[1])) < 0.1 * abs(float(was[0] - was[1]))
             assert float(now.sum()) == pytest.approx(float(was.sum()), rel=0.1)
     assert moved[1] < moved[0] / 2
 

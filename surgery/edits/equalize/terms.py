@@ -97,9 +97,7 @@ def hold_term(
 
 
 def _mean_divergence(places: Sequence[Sequence[int]]) -> Callable[[Tensor, Target, Sequence[int]], Tensor]:
-    def loss(
-        logits: Float[Tensor, "places vocab"], target: Target, rows: Sequence[int]
-    ) -> Float[Tensor, " examples"]:
+    def loss(logits: Float[Tensor, "places vocab"], target: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
         kept: Kept = (target[0], target[1])
         each = divergence(kept, logits)
         counts = torch.tensor([len(places[row]) for row in rows], device=each.device)

@@ -1,7 +1,6 @@
 """Training on several terms at once, at a chosen place, against targets that the untouched model gave once."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +40,7 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(
-    model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, step: Advance | None = None
-) -> Prepared:
+def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, step: Advance | None = None) -> Prepared:
     """Run the untouched model once: the stream entering block ``start`` (0: none is kept), and each term's targets.
 
     ``step`` is told of finished sequences. Raises ``SurgeryError`` for no terms, and for a sequence that stands in two
