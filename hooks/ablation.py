@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooks import trace_modules as probe
 from hooks.anatomy import find
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.logit_difference import Changes, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
@@ -21,8 +22,8 @@ from hooks.remote import anywhere
 from hooks.streaming import Mean, Progress, Text, stream
 
 
-@dataclass(frozen=True, eq=False)
-class Ablation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablation(Readable):
     """What replacing one block's contribution by its mean does to logit(first word) - logit(second).
 
     effects, errors: mean over prompts of the absolute change in logits, and its standard error (NaN for one

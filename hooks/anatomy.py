@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hooks import block_roles as parts
 from hooks import trace_modules as probe
+from hooks.display import Readable
 from hooks.errors import HookError
 
 MAPPING_HELP = (
@@ -48,8 +49,8 @@ class Block:
     additive: bool  # stream out == stream in + attention_out + mlp_out in the probe; False in post-norm blocks
 
 
-@dataclass(frozen=True)
-class Stack:
+@dataclass(frozen=True, repr=False)
+class Stack(Readable):
     """One residual stream: site prefix ("blocks", "encoder_blocks" or "decoder_blocks"), blocks and norm."""
 
     prefix: str
@@ -57,8 +58,8 @@ class Stack:
     final_norm: str | None
 
 
-@dataclass(frozen=True)
-class Anatomy:
+@dataclass(frozen=True, repr=False)
+class Anatomy(Readable):
     """The parts of a model; `blocks` and `final_norm` are those of the last stack (T5: the decoder)."""
 
     model_type: str

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hooks.activations import last_token
 from hooks.anatomy import Stack, find
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
@@ -22,8 +23,8 @@ Positions = Literal["last", "all"]
 Aggregate = Literal["mean", "sum"]
 
 
-@dataclass(frozen=True)
-class BlockImportance:
+@dataclass(frozen=True, repr=False)
+class BlockImportance(Readable):
     """BMI by two conventions that differ in the last block only.
 
     raw: both streams as hooks see them. final_norm: the stream leaving the last block after the model's final
@@ -223,8 +224,8 @@ def _norm(model: nn.Module, stack: Stack) -> Callable[[Tensor], Tensor] | None:
     return None if stack.final_norm is None else model.get_submodule(stack.final_norm).forward
 
 
-@dataclass(frozen=True)
-class Robustness:
+@dataclass(frozen=True, repr=False)
+class Robustness(Readable):
     """LFTF A.1: variance of each block's BMI between random subsets, averaged over blocks (Table 7)."""
 
     raw: float

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hooks import trace_modules as probe
 from hooks.activations import capture, run_base
 from hooks.anatomy import Block, Stack, find
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking, Unit
@@ -24,8 +25,8 @@ from hooks.streaming import Mean, Progress, Text
 _WRITES = {"attention": "hook_attn_out", "cross_attention": "hook_cross_attn_out", "mlp": "hook_mlp_out"}
 
 
-@dataclass(frozen=True, eq=False)
-class Lens:
+@dataclass(frozen=True, eq=False, repr=False)
+class Lens(Readable):
     """Means over prompts of logit(contrast[0]) - logit(contrast[1]), in logits, with standard errors.
 
     difference: that of the model's own output. cumulative: if the stream entered the head before block 0

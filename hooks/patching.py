@@ -14,6 +14,7 @@ from torch import nn
 
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.interchange import SITES, PatchUnit, Positions, attributed, patched, places_of
 from hooks.logit_difference import Prompts, logit_difference, prompts_in_batches, word_tokens
@@ -23,8 +24,8 @@ from hooks.streaming import Progress, Text
 from hooks.tokens import reads_whole, text_tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Patching:
+@dataclass(frozen=True, eq=False, repr=False)
+class Patching(Readable):
     """Interchange effects on a contrast: 0 leaves the corrupted run's value, 1 restores the clean run's.
 
     effects, errors (standard error over pairs, NaN for one pair): (block), for heads (block, head), with a

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.ranking import Ranking
 
@@ -37,8 +38,8 @@ class Correlation:
         )
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Readable):
     """Rank correlations of every pair of rankings; `stability` is that of each method with itself on other data.
 
     The interval resamples the units (blocks). Neighbouring blocks are alike, so it is rather too narrow.

@@ -9,14 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hooks.display import Readable
 from hooks.errors import HookError
 
 Unit = Literal["block", "head", "attention", "mlp"]
 _DIMENSIONS = {"block": 1, "attention": 1, "mlp": 1, "head": 2}
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking(Readable):
     """Scores of the units of a model; higher ranks first.
 
     method: what measured them, such as "bmi"; unit: "block", "attention" or "mlp" with scores (block,), or

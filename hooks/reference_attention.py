@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hooks import trace_modules as probe
 from hooks.activations import run_base
 from hooks.anatomy import Stack, find
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.qk_channels import QKChannels, find_qk_channels, reading
@@ -22,8 +23,8 @@ from hooks.streaming import Progress
 from hooks.tokens import reads_whole
 
 
-@dataclass(frozen=True, eq=False)
-class CrossWeights:
+@dataclass(frozen=True, eq=False, repr=False)
+class CrossWeights(Readable):
     """CrAWD's matrix beta of one text: weights (block head pos word); each row sums to 1 over the words."""
 
     weights: Float[Tensor, "block head pos word"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooks.anatomy import Stack
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts
 from hooks.ranking import Ranking
@@ -19,8 +20,8 @@ from hooks.streaming import Mean, Progress
 from hooks.tokens import text_tokens, word_pieces
 
 
-@dataclass(frozen=True, eq=False)
-class Sensitivity:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sensitivity(Readable):
     """How much each head gives to sensitive words: means over prompts, 0 to 1, with standard errors.
 
     scores, errors: (block, head). tokens: token -> (mean over heads and occurrences, occurrences), for every

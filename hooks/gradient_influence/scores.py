@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.gradient_influence.examples import WINDOW, Batch, Row, Text, rows, units, windows
 from hooks.gradient_influence.gradients import Gradient, Job, differentiate, job
@@ -21,8 +22,8 @@ from hooks.streaming import Progress
 Project = Callable[[Gradient], Float[Tensor, "unit dim"]]
 
 
-@dataclass(frozen=True, eq=False)
-class Influence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Influence(Readable):
     """How far the gradients of texts point along each probe; a step on a text with a high score feeds the bias.
 
     scores: cosines or dot products. norms: of the texts' gradients, after the optimiser. layers: what each layer

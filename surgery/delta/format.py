@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.delta.differences import html_table, one_line
 from surgery.delta.metadata import KEY, MODULE, base_shapes, check_metadata, encode
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_destination, publish, temporary
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PRODUCT_BLOCK = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Delta:
     """The differences an edit makes, under the checkpoint's names; the file format is at the top of the
     package.
@@ -35,6 +36,9 @@ class Delta:
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
+
+    __repr__ = one_line
+    _repr_html_ = html_table
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -160,13 +164,16 @@ class Delta:
             yield model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeltaFile:
     """A delta left on disk: metadata in memory, differences read as they are needed."""
 
     path: Path
     header: Header
     metadata: dict[str, Any]
+
+    __repr__ = one_line
+    _repr_html_ = html_table
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
