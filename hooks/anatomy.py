@@ -1,9 +1,9 @@
-"""Where the parts of a Hugging Face model are, found by probing one short forward pass instead of by name."""
+"""Where the parts of a Hugging Face model are, found by what they do in one short forward pass instead of by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,13 +40,17 @@ class Block:
     cross_writer: str | None
     cross_pattern: str | None
     cross_pattern_index: int | None
-    mlp: str | None  # None where the block holds the MLP's matrices directly (OPT, BERT, BART)
+    mixer: str | None  # what else mixes positions: a state space, a convolution, linear attention
+    mixer_writer: str | None
+    mixer_out: str | None
+    mlp: str | None  # acts on each position alone; None where the block holds its matrices directly (OPT, BERT, BART)
     mlp_modules: tuple[str, ...]  # every matrix outside attention
     mlp_writer: str | None  # for mixtures of experts (fused 3-D weights) the MLP module itself
     mlp_out: str | None
     norms: tuple[str, ...]
     mid: str | None  # the first module that receives stream + attention; None in parallel blocks
-    additive: bool  # stream out == stream in + attention_out + mlp_out in the probe; False in post-norm blocks
+    additive: bool  # stream out == stream in + attention, mixer and MLP out; False where they are normed or scaled
+    missing: Mapping[str, str] = field(hash=False)  # part -> why it was not found
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +82,18 @@ class Anatomy(Readable):
 
     def table(self) -> str:
         """A plain-text table, one line a block; a part is shown by its name inside the block."""
-        columns = ("site", "name", "attention", "attention_writer", "pattern", "mlp", "mlp_writer", "mid")
+        columns: tuple[str, ...] = (
+            "site",
+            "name",
+            "attention",
+            "attention_writer",
+            "pattern",
+            "mlp",
+            "mlp_writer",
+            "mid",
+        )
+        if any(block.mixer for stack in self.stacks for block in stack.blocks):
+            columns += ("mixer", "mixer_writer")
         rows: list[tuple[str, ...]] = [columns]
         for stack in self.stacks:
             for block in stack.blocks:
@@ -175,10 +190,10 @@ def _assemble(model: nn.Module, events: list[probe.Event], given: dict[str, Any]
     lists = _stack_lists(model, events, given.get("blocks"), model_type)
     by_name = {event.name: event for event in events}
     stacks = []
+    mixing = _mixing(model, events, [by_name[child] for children in lists.values() for child in children])
     for prefix, children in lists.items():
         blocks = tuple(
-            _block(model, f"{prefix}.{i}", by_name[child], events, given, model_type)
-            for i, child in enumerate(children)
+            _block(model, f"{prefix}.{i}", by_name[child], events, given, mixing) for i, child in enumerate(children)
         )
         if "final_norm" in given:
             norm = given["final_norm"]
@@ -247,27 +262,51 @@ def _stack_lists(model: nn.Module, events: list[probe.Event], given: Any, model_
     return result
 
 
+def _inner(block: probe.Event, events: list[probe.Event]) -> list[probe.Event]:
+    return [event for event in events if event.name.startswith(block.name + ".")]
+
+
+def _mixing(model: nn.Module, events: list[probe.Event], blocks: list[probe.Event]) -> frozenset[str]:
+    """Modules that mix positions in blocks that attention and MLP do not explain; one more pass if there are any."""
+    asked: list[str] = []
+    for block in blocks:
+        inner = _inner(block, events)
+        asked += parts.unexplained(block, inner, parts.read(block, inner))
+    return probe.mixing(model, asked) if asked else frozenset()
+
+
 def _block(
     model: nn.Module,
     site: str,
     block: probe.Event,
     events: list[probe.Event],
     given: dict[str, Any],
-    kind: str,
+    mixing: frozenset[str],
 ) -> Block:
-    inner = [event for event in events if event.name.startswith(block.name + ".")]
-    found, why = parts.read(block, inner)
+    found = parts.read(block, _inner(block, events), mixing)
     modules = {name for name, _ in model.named_modules() if name.startswith(block.name + ".")}
     for key in _BLOCK_KEYS:
         if key in given:
             found[key] = None if given[key] is None else f"{block.name}.{given[key]}"
-            why.pop(key, None)
+            found["missing"].pop(key, None)
             if found[key] is not None and found[key] not in modules:
                 raise HookError(probe.no_such(found[key], modules))
     for writer, out in (("attention_writer", "attention_out"), ("mlp_writer", "mlp_out")):
         found[out] = found[out] or found[writer]  # what the probe measured stays; the mapping fills what it did not
-    if found["attention"] is None:
-        why.pop("attention_writer", None)
-    for key, reason in why.items():
-        raise HookError(f"{kind}: {key.replace('_', ' ')} of {site} ({block.name}) not found: {reason}; {MAPPING_HELP}")
     return Block(site=site, name=block.name, returns_tuple=bool(block.extra), **found)
+
+
+def require(stack: Stack, part: str, what: str) -> None:
+    """Raises HookError where some blocks of the stack have no `part`, naming them and why; `what` needs it."""
+    lacking = [block for block in stack.blocks if getattr(block, part) is None]
+    if not lacking:
+        return
+    names = ", ".join(block.site for block in lacking[:6]) + (f" and {len(lacking) - 6} more" if lacking[6:] else "")
+    first = lacking[0]
+    kind = "attention weights" if part in ("attention", "pattern", "n_heads") else part.replace("_", " ")
+    why = first.missing.get(part) or first.missing.get("attention" if kind == "attention weights" else "mlp_writer")
+    held = f"{first.mixer} mixes positions there" if first.mixer else why or "none was found"
+    raise HookError(
+        f"{what} needs {kind}, which {names} ({len(lacking)} of {len(stack.blocks)} blocks) do not have: {held}; "
+        "take a method that reads the stream (bmi, lens, patching of blocks), or " + MAPPING_HELP
+    )

@@ -1,4 +1,4 @@
-"""Which modules of a block are its attention, MLP, writers and norms, by what they did in the probe."""
+"""Which modules of a block are its attention, mixer, MLP, writers and norms, by what they did in the traced pass."""
 
 from __future__ import annotations
 
@@ -9,28 +9,21 @@ from torch import Tensor, nn
 
 from hooks.trace_modules import Event
 
+_FIELDS = (
+    *("attention", "attention_writer", "attention_out", "pattern", "pattern_index", "n_heads"),
+    *("cross_attention", "cross_writer", "cross_pattern", "cross_pattern_index"),
+    *("mixer", "mixer_writer", "mixer_out", "mlp", "mlp_writer", "mlp_out", "mid"),
+)
 
-def read(block: Event, inner: list[Event]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of `anatomy.Block` below its site and name, and for each part not found the reason.
 
-    block: the probe's event of the block; inner: the events of the modules inside, by order of completion.
+def read(block: Event, inner: list[Event], mixing: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The fields of `anatomy.Block` below its site and name; `missing` holds the reason for each part not found.
+
+    block: the event of the block; inner: the events of the modules inside, by order of completion. mixing: modules
+    beside attention whose output depends on earlier positions.
     """
-    found: dict[str, Any] = dict.fromkeys(
-        ("attention", "attention_writer", "attention_out", "pattern", "pattern_index", "n_heads")
-    )
-    found |= dict.fromkeys(
-        (
-            "cross_attention",
-            "cross_writer",
-            "cross_pattern",
-            "cross_pattern_index",
-            "mlp",
-            "mlp_writer",
-            "mlp_out",
-            "mid",
-        )
-    )
-    why: dict[str, str] = {}
+    found: dict[str, Any] = dict.fromkeys(_FIELDS)
+    found["missing"] = {}
     own: list[tuple[Event, int]] = []
     cross: list[tuple[Event, int]] = []
     for event in inner:
@@ -38,19 +31,59 @@ def read(block: Event, inner: list[Event]) -> tuple[dict[str, Any], dict[str, st
         if index is not None:
             queries, keys = event.extra[index].shape[-2:]
             (own if queries == keys else cross).append((event, index))
-    matrices = [e for e in inner if _is_matrix(e.module)]
-    matrices = [e for e in matrices if not any(_inside(e.name, other.name) for other in matrices)]
+    matrices = _matrices(inner)
+    _read_attention(block, inner, matrices, own, cross, found)
+    taken = [name for name in (found["attention"], found["cross_attention"]) if name is not None]
+    outside = [e for e in matrices if not any(_inside(e.name, s) or e.name == s for s in taken)]
+    mixers = [scope for scope in _scopes(block, inner, outside, taken) if scope in mixing]
+    if mixers:
+        own_matrices = [e for e in outside if e.name == mixers[0] or _inside(e.name, mixers[0])]
+        outside = [e for e in outside if e not in own_matrices]
+        writer = _last_writer(own_matrices, block)
+        found["mixer"] = mixers[0]
+        if writer is not None:
+            whole = next(e for e in inner if e.name == mixers[0])
+            found["mixer_writer"], found["mixer_out"] = writer.name, _follow(_added(writer, whole), inner).name
+    _read_mlp(block, inner, outside, found, shifted=bool(mixers[1:]))
+    heads = tuple(pairs[0][0].name + "." for pairs in (own, cross) if pairs)  # QK-norms are not the stream's
+    wide = [e.name for e in inner if _is_norm(e.module) and e.input is not None and _same_size(e.input, block)]
+    found["norms"] = tuple(name for name in wide if not name.startswith(heads))
+    found["mid"] = _mid(block, inner, found)
+    found["additive"] = _additive(block, inner, found)
+    if not found["additive"]:
+        last = next((e.name for e in inner if e.output is block.output and _is_norm(e.module)), None)
+        scaled = "what its parts write is scaled, gated or normed before it is added, or a part was not found"
+        found["missing"]["additive"] = f"{last} normalises the stream itself" if last else scaled
+    return found
 
+
+def unexplained(block: Event, inner: list[Event], found: dict[str, Any]) -> list[str]:
+    """Modules outside attention that may mix positions: asked of blocks that attention and MLP do not explain."""
+    if found["attention"] is not None and found["additive"]:
+        return []
+    taken = [name for name in (found["attention"], found["cross_attention"]) if name is not None]
+    outside = [e for e in _matrices(inner) if not any(_inside(e.name, s) or e.name == s for s in taken)]
+    return _scopes(block, inner, outside, taken)
+
+
+def _read_attention(
+    block: Event,
+    inner: list[Event],
+    matrices: list[Event],
+    own: list[tuple[Event, int]],
+    cross: list[tuple[Event, int]],
+    found: dict[str, Any],
+) -> None:
     scope = _outermost(own)
     if scope is None:
-        why["attention"] = "no module returned one 4-D tensor of weights whose rows sum to 1"
+        found["missing"]["attention"] = "no module returned one 4-D tensor of weights whose rows sum to 1"
     else:
         innermost, index = own[0]  # completion order: what is inside completes first
         found |= {"attention": scope.name, "pattern": innermost.name, "pattern_index": index}
         found["n_heads"] = innermost.extra[index].shape[1]
         writer = _last_writer([e for e in matrices if _inside(e.name, scope.name)], block)
         if writer is None:
-            why["attention_writer"] = f"no matrix inside {scope.name} writes the stream's width"
+            found["missing"]["attention_writer"] = f"no matrix inside {scope.name} writes the stream's width"
         else:
             found["attention_writer"] = writer.name
             found["attention_out"] = _follow(_added(writer, innermost), inner).name
@@ -61,26 +94,39 @@ def read(block: Event, inner: list[Event]) -> tuple[dict[str, Any], dict[str, st
         writer = _last_writer([e for e in matrices if _inside(e.name, cross_scope.name)], block)
         found["cross_writer"] = None if writer is None else writer.name
 
-    scopes = [s.name for s in (scope, cross_scope) if s is not None]
-    outside = [e for e in matrices if not any(_inside(e.name, s) or e.name == s for s in scopes)]
+
+def _read_mlp(block: Event, inner: list[Event], outside: list[Event], found: dict[str, Any], *, shifted: bool) -> None:
+    """shifted: the MLP itself looks at the position before (RWKV), so no module of it acts on one position alone."""
     found["mlp_modules"] = tuple(dict.fromkeys(e.name for e in outside))
     writer = _last_writer(outside, block)
     if writer is None:
-        why["mlp_writer"] = "no matrix outside attention writes the stream's width"
-    else:
-        container = _ancestor(list(found["mlp_modules"]), block.name)
-        fused = any(p.ndim > 2 for e in outside for p in e.module._parameters.values() if p is not None)
-        found["mlp"] = container
-        found["mlp_writer"] = container if fused and container else writer.name
-        whole = next((e for e in inner if e.name == container), writer)
-        found["mlp_out"] = _follow(whole if fused else _added(writer, whole), inner).name
+        found["missing"]["mlp_writer"] = "no matrix outside attention writes the stream's width"
+        return
+    container = _ancestor(list(found["mlp_modules"]), block.name)
+    fused = any(p.ndim > 2 for e in outside for p in e.module._parameters.values() if p is not None)
+    found["mlp"] = None if shifted else container
+    found["mlp_writer"] = container if fused and container else writer.name
+    whole = next((e for e in inner if e.name == container), writer)
+    found["mlp_out"] = _follow(whole if fused else _added(writer, whole), inner).name
 
-    heads = tuple(pairs[0][0].name + "." for pairs in (own, cross) if pairs)  # QK-norms are not the stream's
-    wide = [e.name for e in inner if _is_norm(e.module) and e.input is not None and _same_size(e.input, block)]
-    found["norms"] = tuple(name for name in wide if not name.startswith(heads))
-    found["mid"] = _mid(block, inner, found)
-    found["additive"] = _additive(block, inner, found)
-    return found, why
+
+def _matrices(inner: list[Event]) -> list[Event]:
+    found = [e for e in inner if _is_matrix(e.module)]
+    return [e for e in found if not any(_inside(e.name, other.name) for other in found)]
+
+
+def _scopes(block: Event, inner: list[Event], matrices: list[Event], taken: list[str]) -> list[str]:
+    """The outermost modules that were called inside the block, hold some of `matrices`, and none of `taken`."""
+    called = {e.name for e in inner}
+    found: dict[str, None] = {}
+    for matrix in matrices:
+        path = matrix.name.split(".")
+        for length in range(block.name.count(".") + 2, len(path) + 1):
+            name = ".".join(path[:length])
+            if name in called and not any(_inside(scope, name) for scope in taken):
+                found[name] = None
+                break
+    return list(found)
 
 
 def final_norm(last_block: Event, events: list[Event], stack: str) -> str | None:
@@ -183,12 +229,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _mid(block: Event, inner: list[Event], found: dict[str, Any]) -> str | None:
-    """The first module after attention that receives stream in + attention out."""
-    out = next((e for e in inner if e.name == found["attention_out"]), None)
+    """The first module after attention (or the mixer in its place) that receives stream in + what that wrote."""
+    out = next((e for e in inner if e.name == (found["attention_out"] or found["mixer_out"])), None)
     if out is None or out.output is None or block.input_copy is None:
         return None
     total = block.input_copy + out.output_copy.reshape(block.input_copy.shape)
-    scope = found["attention"]
+    scope = found["attention"] or found["mixer"]
     for event in sorted(inner, key=lambda e: e.start):
         later = event.start > out.start and not _inside(event.name, out.name)
         if not later or event.input_copy is None or not _same_size(event.input_copy, block):
@@ -201,12 +247,12 @@ def _mid(block: Event, inner: list[Event], found: dict[str, Any]) -> str | None:
 
 
 def _additive(block: Event, inner: list[Event], found: dict[str, Any]) -> bool:
-    """Whether the stream leaving is the stream entering plus what attention and MLP give."""
+    """Whether the stream leaving is the stream entering plus what attention, mixer and MLP give."""
     if block.input_copy is None or block.output_copy is None:
         return False
     total = block.input_copy
     outs = {e.name: e for e in inner}
-    for part in ("attention_out", "cross_writer", "mlp_out"):
+    for part in ("attention_out", "cross_writer", "mixer_out", "mlp_out"):
         event = outs.get(found[part]) if found[part] else None
         if event is not None:
             if event.output_copy is None or event.output_copy.numel() != total.numel():

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hooks.activations import capture, run_base
-from hooks.anatomy import find
+from hooks.anatomy import find, require
 from hooks.logit_difference import Changes, Prompts, logit_difference
 
 PatchUnit = Literal["block", "attention", "mlp", "head", "stream"]
@@ -21,6 +21,9 @@ SITES = {
     "head": "attn.hook_z",
     "stream": "hook_resid_post",
 }
+
+
+_PARTS = {"attention": "attention_out", "mlp": "mlp_out", "head": "n_heads"}  # fields of `anatomy.Block`
 
 
 def places_of(first: Prompts, second: Prompts, positions: Positions) -> list[Bool[Tensor, "batch pos"]]:
@@ -36,7 +39,10 @@ def places_of(first: Prompts, second: Prompts, positions: Positions) -> list[Boo
 
 def _clean(model: nn.Module, batch: Prompts, unit: PatchUnit) -> dict[str, Tensor]:
     """Block site -> the unit's activation in the clean run."""
-    sites = [block.site for block in find(model).stacks[0].blocks]
+    stack = find(model).stacks[0]
+    if unit in _PARTS:
+        require(stack, _PARTS[unit], f"patching of unit {unit!r}")
+    sites = [block.site for block in stack.blocks]
     wanted = [f"{site}.{SITES[unit]}" for site in sites]
     wanted += [f"{site}.hook_resid_pre" for site in sites] if unit == "block" else []
     with torch.no_grad(), capture(model, wanted) as store:

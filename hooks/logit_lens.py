@@ -22,7 +22,18 @@ from hooks.ranking import Ranking, Unit
 from hooks.remote import anywhere
 from hooks.streaming import Mean, Progress, Text
 
-_WRITES = {"attention": "hook_attn_out", "cross_attention": "hook_cross_attn_out", "mlp": "hook_mlp_out"}
+_WRITES = {
+    "attention": "hook_attn_out",
+    "cross_attention": "hook_cross_attn_out",
+    "mixer": "hook_mixer_out",
+    "mlp": "hook_mlp_out",
+}
+_MODULES = {
+    "attention": "attention_out",
+    "cross_attention": "cross_writer",
+    "mixer": "mixer_out",
+    "mlp": "mlp_out",
+}  # the fields of `anatomy.Block` behind them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,9 +41,10 @@ class Lens(Readable):
     """Means over prompts of logit(contrast[0]) - logit(contrast[1]), in logits, with standard errors.
 
     difference: that of the model's own output. cumulative: if the stream entered the head before block 0
-    (entry 0) or after block i (entry i + 1); the last entry is `difference`. embedding, attention, mlp and
-    cross_attention (of encoder-decoders): what each writes directly, with the final norm's scale
-    held at that of the real pass; block is their sum in a block. head: (block, head), without the writer's
+    (entry 0) or after block i (entry i + 1); the last entry is `difference`. embedding, attention, mlp,
+    cross_attention (of encoder-decoders) and mixer (state spaces, convolutions, linear attention): what each writes
+    directly, with the final norm's scale held at that of the real pass, 0 in a block that has no such part; block is
+    their sum in a block. head: (block, head), without the writer's
     bias. rest: what none of them writes: biases of the final norm and of the head, and, where the head is not
     linear (soft cap, BERT's transform), what a linear reading leaves over. embedding + sum of block + rest is
     `difference`.
@@ -68,7 +80,7 @@ class Lens(Readable):
 
     def table(self) -> str:
         """Plain text: one line a block with the lens after it and what its parts add."""
-        parts = [name for name in ("attention", "cross_attention", "mlp") if name in self.values]
+        parts = [name for name in _WRITES if name in self.values]
         first, second = self.contrast
         lines = [
             f"lens {first} - {second}, {self.data}, n = {self.count}: {float(self.difference):+.4f} logits",
@@ -138,18 +150,19 @@ def lens(
 def _missing(stack: Stack) -> dict[str, str]:
     """Quantities that this architecture does not have, and why."""
     missing: dict[str, str] = {}
-    if not any(block.cross_writer for block in stack.blocks):
-        missing["cross_attention"] = "this stack reads no other one"
+    for name, module in _MODULES.items():
+        if not any(getattr(block, module) for block in stack.blocks):
+            first = stack.blocks[0]
+            why = {"cross_attention": "this stack reads no other one", "mixer": "attention alone mixes positions here"}
+            missing[name] = why.get(name) or f"{first.site} has none: {first.missing.get(name, 'it has no writer')}"
     for block in stack.blocks:
         if not block.additive:
-            why = f"{block.site} normalises the stream itself, so that no write reaches the head unchanged"
-            return dict.fromkeys(("embedding", *_WRITES, "block", "head", "rest"), why)
-        if block.attention_out is None:
-            missing |= dict.fromkeys(("attention", "head"), f"{block.site} has no attention")
-        elif block.attention_writer is None or block.n_heads is None:
-            missing["head"] = f"the writer or the heads of {block.site} are not known"
+            reason = f"{block.site}: {block.missing['additive']}, so that no write reaches the head unchanged"
+            return dict.fromkeys(("embedding", *_WRITES, "block", "head", "rest"), reason)
+        if block.attention_writer is None or block.attention_out is None or block.n_heads is None:
+            missing["head"] = f"{block.site}: {block.missing.get('attention', 'the writer or the heads are not known')}"
     if len({block.n_heads for block in stack.blocks}) > 1:
-        missing["head"] = "blocks have different numbers of heads"
+        missing.setdefault("head", "blocks have different numbers of heads")
     return missing
 
 
@@ -193,8 +206,7 @@ def _activations(model: nn.Module, stack: Stack, batch: Prompts, heads: bool) ->
 
     wanted = [f"{stack.blocks[0].site}.hook_resid_pre", f"{stack.prefix}.*.hook_resid_post"]
     for block in stack.blocks:
-        parts = [(block.attention_out, _WRITES["attention"]), (block.mlp_out, _WRITES["mlp"])]
-        parts += [(block.cross_writer, _WRITES["cross_attention"])]
+        parts = [(getattr(block, module), _WRITES[name]) for name, module in _MODULES.items()]
         parts += [(block.attention_writer if heads else None, "attn.hook_z")]
         wanted += [f"{block.site}.{site}" for module, site in parts if module is not None]
     with capture(model, wanted, reducer=keep):

@@ -135,7 +135,7 @@ def attention_pattern(
 def lens_curve(result: Lens) -> Figure:
     """The logit difference along the stream with its 95 % band; below, what each attention and MLP adds."""
     first, second = result.contrast
-    parts = [n for n in ("attention", "mlp", "cross_attention") if n in result.values]
+    parts = [n for n in ("attention", "mlp", "cross_attention", "mixer") if n in result.values]
     figure = new_figure(8.5, 5.4 if parts else 3.2)
     panels = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
     places = np.arange(len(result.cumulative)) - 1  # -1 is the embedding
@@ -145,7 +145,7 @@ def lens_curve(result: Lens) -> Figure:
     panels[0].set_ylabel(f"logit {first} - {second}\nif the stream ended here")
     panels[0].set_title(f"lens, {result.data}, n = {result.count}, 95 % intervals", fontsize=10)
     width = 0.8 / max(1, len(parts))
-    styles = [(BLUE, ""), (ORANGE, "///"), (GREEN, "...")]
+    styles = [(BLUE, ""), (ORANGE, "///"), (GREEN, "..."), (PINK, "xxx")]
     for number, (name, (colour, hatch)) in enumerate(zip(parts, styles, strict=False)):
         panels[1].bar(
             places[1:] + (number - (len(parts) - 1) / 2) * width,

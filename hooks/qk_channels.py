@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooks import sites
 from hooks import trace_modules as probe
 from hooks.activations import ask_for_weights, model_inputs, run_base
-from hooks.anatomy import Block, Stack, find
+from hooks.anatomy import Block, Stack, find, require
 from hooks.errors import HookError
 
 
@@ -45,6 +45,7 @@ def find_qk_channels(model: nn.Module, stack: Stack) -> list[tuple[QKChannels, Q
 
     Raises HookError for a block without attention, or where the channels of query and key do not match.
     """
+    require(stack, "pattern", "telling queries from keys")
     core = probe.pretrained(model)
     length = 11 if stack.blocks[0].n_heads != 11 else 13
     outputs: dict[str, Tensor] = {}  # by order of completion
@@ -53,8 +54,7 @@ def find_qk_channels(model: nn.Module, stack: Stack) -> list[tuple[QKChannels, Q
         context.enter_context(probe.unchanged(model))
         context.enter_context(probe.eager(model))
         for block in stack.blocks:
-            if block.attention is None or block.pattern is None or block.pattern_index is None:
-                raise HookError(f"{block.site} ({block.name}) has no self-attention with readable weights")
+            assert block.attention is not None and block.pattern is not None and block.pattern_index is not None
             inside = [n for n, _ in model.named_modules() if n.startswith(block.attention + ".")]
             for name in inside:
                 hook = _watch(outputs, name, length)

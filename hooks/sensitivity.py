@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hooks import trace_modules as probe
 from hooks.activations import capture, run_base
-from hooks.anatomy import Stack, find
+from hooks.anatomy import Stack, find, require
 from hooks.errors import HookError
 from hooks.logit_difference import Prompts, prompts_in_batches
 from hooks.remote import anywhere
@@ -49,6 +49,7 @@ def attention_to(
     if queries not in ("all", "last"):
         raise HookError(f"queries is {queries!r}; expected 'all' or 'last'")
     stack = find(model).stacks[0]
+    require(stack, "pattern", "the attention that words get")
     causal = _causal(model, stack)
     flags: dict[int, list[bool]] = {}
     skipped = sinks = 0

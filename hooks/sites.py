@@ -87,6 +87,7 @@ def _block_sites(block: Block, stack: int) -> list[Site]:
         ("attn.hook_z", block.attention_writer if block.n_heads else None, "in", "z", 0),
         ("attn.hook_pattern", block.pattern, "out", "pattern", block.pattern_index),
         ("hook_attn_out", block.attention_out, "out", "stream", 0),
+        ("hook_mixer_out", block.mixer_out, "out", "stream", 0),
         ("hook_resid_mid", block.mid, "in", "mid", 0),
         ("cross_attn.hook_pattern", block.cross_pattern, "out", "pattern", block.cross_pattern_index),
         ("hook_cross_attn_out", block.cross_writer, "out", "stream", 0),
@@ -113,13 +114,24 @@ def expand(anatomy: Anatomy, wanted: str | Iterable[str]) -> list[Site]:
             stacks = ", ".join(f"{s.prefix}.0 to {s.prefix}.{len(s.blocks) - 1}" for s in anatomy.stacks)
             wild = dict.fromkeys(_wildcard(name) for name in known)
             raise HookError(
-                f"no site {pattern!r} in this {anatomy.model_type} model (blocks {stacks})"
+                f"no site {pattern!r} in this {anatomy.model_type} model (blocks {stacks}{_lacking(anatomy, pattern)})"
                 f"{nearest(pattern, [*wild, *known])}"
             )
         names |= dict.fromkeys(matches)
     if not names:
         raise HookError("no site was asked for; expected names such as 'blocks.*.hook_resid_post'")
     return [site for name, site in known.items() if name in names]
+
+
+def _lacking(anatomy: Anatomy, pattern: str) -> str:
+    """Why a site of attention or of the MLP is absent, where the blocks that are meant do not have the part."""
+    ending = pattern.rpartition("hook_")[2]
+    part = {"pattern": "attention", "z": "attention", "attn_out": "attention", "mlp_out": "mlp_writer"}.get(ending)
+    for block in (block for stack in anatomy.stacks for block in stack.blocks):
+        if part and part in block.missing and fnmatch.fnmatch(f"{block.site}.hook_resid_pre", pattern[:9] + "*"):
+            mixed = f", {block.mixer} is in its place" if block.mixer and part == "attention" else ""
+            return f"; {block.site} has no {part.partition('_')[0]}: {block.missing[part]}{mixed}"
+    return ""
 
 
 def _wildcard(name: str) -> str:

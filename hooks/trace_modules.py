@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,6 +191,52 @@ def run(model: nn.Module) -> list[Event]:
                 f"value comes out of {event.name or 'the model'}; expected finite ones: check the weights"
             )
     return events
+
+
+def mixing(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Which of these modules give another output at later positions when the input at the first one is another.
+
+    One more forward pass: each module runs twice in it, on what it reads and on that with the channels of the first
+    position moved by one place. Nothing is known of a model on "meta".
+    """
+    core = pretrained(model).base_model
+    found: set[str] = set()
+    if input_device(core).type == "meta":
+        return frozenset()
+
+    def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        read, wrote = first_tensor(args, kwargs), _first(output)
+        if read is None or wrote is None or _positions(read) != LENGTH or _positions(wrote) != LENGTH:
+            return
+        moved = read.clone()
+        moved.reshape(-1, read.shape[-1])[0] = read.reshape(-1, read.shape[-1])[0].roll(1)
+        given = [moved if value is read else value for value in args]
+        named = {key: moved if value is read else value for key, value in kwargs.items()}
+        again = _first(module.forward(*given, **named))  # forward: the hooks of this pass stay out
+        if again is None or again.shape != wrote.shape:
+            return
+        later, other = (tensor.reshape(LENGTH, -1)[1:].float() for tensor in (wrote, again))
+        noise = 1e-5 if wrote.dtype == torch.float32 else 1e-2  # experts group the rows in another way
+        if bool((later - other).abs().max() > noise * later.abs().max()):
+            found.add(name)
+
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        for name in dict.fromkeys(names):
+            hook = partial(compare, name)
+            stack.callback(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
+        core(**_inputs(core))
+    return frozenset(found)
+
+
+def _first(output: Any) -> Tensor | None:
+    head = output[0] if isinstance(output, (tuple, list)) and output else output
+    return head if isinstance(head, Tensor) else None
+
+
+def _positions(tensor: Tensor) -> int:
+    """How many positions a tensor of one text holds: (1, pos, width), or flattened (pos, width)."""
+    return tensor.shape[1] if tensor.ndim == 3 and tensor.shape[0] == 1 else tensor.shape[0] if tensor.ndim == 2 else 0
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -170,17 +171,82 @@ def test_table_names_every_block() -> None:
     assert "encoder_blocks.0" in text and "decoder_blocks.1" in text and "layer.0.SelfAttention.o" in text
 
 
-def test_state_space_models_are_refused_or_mapped() -> None:
+def hybrid(layers: tuple[str, ...] = ("linear_attention", "full_attention")) -> Any:
+    """Qwen3-Next: some blocks hold linear attention, which has no weights to look at."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    sizes |= {"head_dim": 8, "linear_value_head_dim": 8, "vocab_size": 64, "num_experts": 0}
+    torch.manual_seed(0)
+    return Qwen3NextForCausalLM(Qwen3NextConfig(num_hidden_layers=2, layer_types=list(layers), **sizes)).eval()
+
+
+def test_blocks_without_attention_hold_a_mixer() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)).eval()
-    with pytest.raises(HookError, match=r"mamba: attention of blocks\.0 .*not found.*mapping="):
-        anatomy.find(model)
-    found = anatomy.find(model, mapping={"attention": None})
-    assert [block.attention for block in found.blocks] == [None, None]
-    with hooks.capture(model, "blocks.*.hook_resid_post") as store, torch.no_grad():
+    before = state(model)
+    found = anatomy.find(model)
+    assert state(model) == before
+    assert [block.mixer for block in found.blocks] == [f"backbone.layers.{i}.mixer" for i in (0, 1)]
+    assert all(block.additive and block.attention is block.mlp is None for block in found.blocks)
+    with hooks.capture(model, "blocks.*") as store, torch.no_grad():
         model(torch.arange(3, 9)[None])
-    assert store["blocks.1.hook_resid_post"].shape == (1, 6, 32)
+    written = store["blocks.1.hook_resid_post"] - store["blocks.1.hook_resid_pre"]
+    torch.testing.assert_close(written, store["blocks.1.hook_mixer_out"], atol=1e-6, rtol=0)
+
+
+def test_a_hybrid_has_each_part_where_it_is() -> None:
+    model = hybrid()
+    linear, full = anatomy.find(model).blocks
+    assert linear.mixer == "model.layers.0.linear_attn" and linear.attention is None
+    assert full.attention == "model.layers.1.self_attn" and full.mixer is None
+    assert linear.mlp == "model.layers.0.mlp" and linear.additive and full.additive
+    assert "linear_attn" in anatomy.find(model).table()
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: hooks.patch(m, None, [PROMPTS[0]], [[5, 6, 30, 8, 9]], (20, 21), unit="attention"),
+        lambda m: hooks.patch(m, None, [PROMPTS[0]], [[5, 6, 30, 8, 9]], (20, 21), unit="head"),
+        lambda m: hooks.attention_to(m, None, ["a b"], ["b"]),
+    ],
+)
+def test_what_needs_attention_names_the_blocks_without(ask: Any) -> None:
+    with pytest.raises(HookError, match=r"needs attention.* blocks\.0 \(1 of 2 blocks\) .*linear_attn mixes"):
+        ask(hybrid())
+    with pytest.raises(HookError, match=r"blocks\.0 has no attention: .*linear_attn is in its place"):
+        hooks.record(hybrid(), torch.tensor([PROMPTS[0]]), "blocks.0.attn.hook_pattern")
+
+
+def test_what_needs_no_attention_works_in_a_hybrid() -> None:
+    model = hybrid()
+    lens = hooks.lens(model, None, PROMPTS, (20, 21))
+    total = lens.embedding + lens.block.sum() + lens.rest
+    assert float(total) == pytest.approx(float(lens.difference), abs=1e-5) and abs(float(lens.rest)) < 1e-5
+    assert lens.attention[0] == lens.mixer[1] == 0.0 and lens.attention[1] != 0.0 and lens.mixer[0] != 0.0
+    assert hooks.bmi(model, None, PROMPTS).raw.count == 2
+    patched = hooks.patch(model, None, [PROMPTS[0]], [[5, 6, 30, 8, 9]], (20, 21), unit="stream")
+    assert patched.effects == pytest.approx(1.0, abs=2e-3)
+    assert hooks.patch(model, None, [PROMPTS[0]], [[5, 6, 30, 8, 9]], (20, 21), unit="mlp").effects.shape == (2,)
+
+
+def test_the_shift_of_an_mlp_is_no_single_position() -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=32)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    block = anatomy.find(model).blocks[1]
+    assert block.mixer == "rwkv.blocks.1.attention" and block.mlp is None
+    assert block.mlp_out == "rwkv.blocks.1.feed_forward"
 
 
 @pytest.mark.parametrize(
