@@ -4,30 +4,27 @@ The texts or prompt and answer rows of a file are learnt by the mean cross-entro
 file is held out. What comes out is a delta like every other edit's, and on request the fine-tuned checkpoint.
 """
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
-from surgery import apply as disk
-from surgery import delta as deltas
-from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.data.prompts import load_prompt_set
 from surgery.data.texts import Columns, examples
-from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune
+from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune, target_names
 from surgery.errors import SurgeryError
-from surgery.files.atomic import write_json
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import Material, material, measure, plain
+from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, operation
 from surgery.progress import Progress
-from surgery.runs.folder import Run, run_folder
+from surgery.runs import summary
 from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
 
@@ -84,26 +81,21 @@ class Settings(surgery.runs.settings.Settings):
         return values
 
 
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    *,
-    out: str | Path,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Summary(summary.Summary):
+    """``run.json`` of a fine-tuning: also the words of the prompt set, and how many rows were read and learnt."""
+
+    words: Sequence[str]
+    rows: dict[str, Any]
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
     """Train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
 
-    ``checkpoint`` is the directory ``model`` was loaded from (default: the one of ``settings.model``). Everything
-    is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.runs.folder.run_folder`` for interruptions.
+    Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
     """
-    progress = progress or Progress(quiet=True)
     if not settings.file:
         raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
-    directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.runs.settings.dump("finetune", settings)
     length = min(settings.max_length, getattr(model.config, "max_position_embeddings", None) or settings.max_length)
     columns = Columns(settings.text, settings.prompt, settings.answer)
     given = examples(settings.file, columns=columns, limit=settings.limit)
@@ -111,92 +103,64 @@ def run(
     learnt, held = _divide(encoded.rows, settings)
     prompts = load_prompt_set(settings.data)
     asked = material(model, tokenizer, prompts, suites=settings.suites, texts=settings.neutral or None)
-    plan = Plan(
+    full = settings.method == "full"
+    names = [name for name, _ in model.named_parameters()]
+    trains = names if full else [f"{name}.weight" for name in target_names(model, settings.target_modules)]
+    with operation("finetune", model, settings, **where) as op:
+        note = _note(encoded, len(learnt), len(held), length)
+        op.note(note)
+        look = partial(_measure, model, held, asked, settings, op.progress)
+        before = op.once("before", partial(look, "before"))
+        plan = _plan(settings)
+        train = partial(_train, op, learnt, plan, settings)
+        steps = steps_of(len(learnt), plan)
+        main = op.carry_out("training", train, partial(look, "after"), trains=trains, steps=steps)
+        rows = {"file": settings.file, "read": len(given), "trained": len(learnt), "held_out": len(held)}
+        summary = Summary(
+            **op.about(main),
+            before=before,
+            after=main.measured,
+            words=list(prompts.words.words),
+            rows=rows | {"cut": encoded.cut, "left_out": encoded.left_out, "max_length": length},
+        )
+        return op.finish(summary, partial(_report, note))
+
+
+def _plan(settings: Settings) -> Plan:
+    return Plan(
         settings.lr, settings.epochs, settings.batch_size, settings.optimizer, settings.weight_decay, settings.dropout
     )
-    with run_folder(Path(out), text, resume=resume) as folder:
-        note = _note(encoded, len(learnt), len(held), length)
-        folder.log({"note": note})
-        progress.say(note)
-        before = folder.once("before", lambda: _measure(model, held, asked, settings, progress, "before"))
-        with progress.work("train", steps_of(len(learnt), plan)) as step:
-            trained = fine_tune(
-                model,
-                learnt,
-                plan,
-                seed=settings.seed,
-                lora=_lora(settings),
-                state=folder.state("training.pt"),
-                log=folder.log,
-                step_done=step,
-            )
-        write = partial(deltas.make, checkpoint=directory, base=settings.model, recipe=text, seed=settings.seed)
-        delta = write(trained.differences, kind="dense" if settings.method == "full" else "lora")
-        if settings.merge:
-            whole = {name: delta.read(name, 0, prod(shape)).reshape(shape) for name, shape in delta.shapes.items()}
-            delta = write(whole)
-        delta_file = folder.path / "delta.safetensors"
-        written = delta.record(delta_file)
-        saved = folder.path / "checkpoint"
-        shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-        # No undo record: it would hold the whole base again, which stands where it stood.
-        report = disk.apply(delta_file, directory, saved, rounding=settings.rounding, seed=settings.seed, undo="none")
-        with tensors_of(model, delta, saved):
-            after = _measure(model, held, asked, settings, progress, "after")
-        if not settings.keep_checkpoint:
-            shutil.rmtree(saved)
-        summary = {
-            "recipe": "finetune",
-            "model": settings.model,
-            "seed": settings.seed,
-            "words": list(prompts.words.words),
-            "before": before,
-            "after": after,
-            "edit": {
-                "blocks": "all",
-                "part": "all" if settings.method == "full" else "lora",
-                "objective": "mean token cross-entropy",
-                "parameters": trained.parameters,
-                "steps": len(trained.losses),
-                "loss_first": trained.losses[0],
-                "loss_last": trained.losses[-1],
-            },
-            "rows": {
-                "file": settings.file,
-                "read": len(given),
-                "trained": len(learnt),
-                "held_out": len(held),
-                "cut": encoded.cut,
-                "left_out": encoded.left_out,
-                "max_length": length,
-            },
-            "delta": written,
-            "applied": {
-                "rounding": report.rounding,
-                "entries": report.entries,
-                "changed": report.changed,
-                "lost": report.lost,
-            },
-            "controls": {},
-            "cases": [],
-        }
-        write_json(folder.path / "run.json", summary)
-        applied = summary["applied"]
-        lines = [
-            f"{note}. {trained.parameters:,} numbers trained in {len(trained.losses)} steps, seed {settings.seed}.",
-            f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
-            f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding.",
-        ]
-        write_page(
-            folder.path,
-            title=f"finetune on {settings.model}",
-            lines=lines,
-            tables=[compared({"before": before, "after": after})],
-            figures={},
-            recipe=text,
-            delta=summary["delta"],
-        )
-    return Run(Path(out), summary)
+
+
+def _train(op: Operation, learnt: Sequence[Row], plan: Plan, settings: Settings, track: Tracking) -> Made:
+    targets = tuple(settings.target_modules)
+    lora = Lora(settings.rank, settings.alpha, targets) if settings.method == "lora" else None
+    trained = fine_tune(op.model, learnt, plan, seed=settings.seed, lora=lora, **track)
+    edit = Edit.of(trained, blocks="all", part="lora" if lora else "all", objective="mean token cross-entropy")
+    made = Made(trained.differences, edit, "lora" if lora else "dense")
+    if lora and settings.merge:
+        delta = op.delta(made)
+        whole = {name: delta.read(name, 0, prod(shape)).reshape(shape) for name, shape in delta.shapes.items()}
+        return Made(whole, edit)
+    return made
+
+
+def _report(note: str, folder: Path, summary: dict[str, Any], recipe: str) -> None:
+    edit, applied = summary["edit"], summary["applied"]
+    lines = [
+        f"{note}. {edit['parameters']:,} numbers trained in {edit['steps']} steps, seed {summary['seed']}.",
+        f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
+        f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding.",
+    ]
+    write_page(
+        folder,
+        title=f"finetune on {summary['model']}",
+        lines=lines,
+        tables=[compared({"before": summary["before"], "after": summary["after"]})],
+        figures={},
+        recipe=recipe,
+        delta=summary["delta"],
+    )
 
 
 def _divide(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], list[Row]]:
@@ -213,11 +177,6 @@ def _note(encoded: Encoded, learnt: int, held: int, length: int) -> str:
         f"{learnt} rows to train on, {held} held out; {encoded.cut} cut to {length} tokens, "
         f"{encoded.left_out} left out (no token to learn)"
     )
-
-
-def _lora(settings: Settings) -> Lora | None:
-    targets = tuple(settings.target_modules)
-    return Lora(settings.rank, settings.alpha, targets) if settings.method == "lora" else None
 
 
 def _measure(

@@ -341,7 +341,6 @@ def test_the_learning_rate_follows_the_method() -> None:
         ({"suites": ["blimp"]}, "got blimp, expected some of genbias"),
         ({"end": True}, "no end token"),
         ({"method": "lora", "target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
-        ({"lr": 1e30}, "learning rate 1e\\+30"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(

@@ -14,6 +14,7 @@ from recipes import lftf
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import from_dict
 from surgery.metrics.suite import material, measure, plain
+from surgery.runs.folder import Folder
 
 QUICK = {"lr": 1e-2, "epochs": 1, "batch_size": 128, "controls": []}
 
@@ -152,7 +153,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
 ) -> None:
     whole = operate(tiny, checkpoint, tmp_path / "whole", epochs=2)
     monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
-    write, taken = lftf.Folder.log, []
+    write, taken = Folder.log, []
 
     def interrupt(folder: Any, row: dict[str, Any]) -> None:
         taken.append(row)
@@ -186,7 +187,6 @@ def test_an_interrupted_run_continues_to_the_same_delta(
         ({"trained_words": ["they"]}, "expected some of he, she"),
         ({"data": "nonsense"}, "no prompt set 'nonsense'"),
         ({"neutral": "nowhere.txt"}, "nowhere.txt"),
-        ({"lr": 1e30}, "learning rate 1e\\+30"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(
@@ -197,16 +197,59 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_training_that_fails_keeps_what_was_measured_before(
     tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = tmp_path / "x"
+    with pytest.raises(SurgeryError, match=r"learning rate 1e\+30.*is kept: go on with surgery run .*x --resume"):
+        operate(tiny, checkpoint, out, lr=1e30)
+    left = {path.name for path in (tmp_path / "x.part").rglob("*.json")}
+    assert left == {"ranking.json", "before.json"} and not out.exists()
+    monkeypatch.setattr("recipes.lftf.rank_blocks", lambda *_, **__: pytest.fail("ranked a second time"))
+    with pytest.raises(SurgeryError, match="learning rate"):
+        settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"lr": 1e30}))
+        lftf.run(*tiny, settings, out=out, resume=True)
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the summary could not be written: resuming trains, ranks and measures nothing again."""
+    whole = operate(tiny, checkpoint, tmp_path / "whole", controls=["first"])
+
     def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("recipes.lftf.write_json", full)
-    with pytest.raises(SurgeryError, match="No space left on device"):
-        operate(tiny, checkpoint, tmp_path / "x")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.operation.write_json", full)
+        with pytest.raises(SurgeryError, match=r"No space left on device.*what was finished is kept"):
+            operate(tiny, checkpoint, tmp_path / "x", controls=["first"])
+    for name in ("recipes.lftf.rank_blocks", "surgery.edits.block.train", "surgery.metrics.suite.next_words"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done a second time"))
+    settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"controls": ["first"]}))
+    assert lftf.run(*tiny, settings, out=tmp_path / "x", resume=True).summary == whole
+
+
+def test_a_control_that_fails_does_not_repeat_the_edit(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = operate(tiny, checkpoint, tmp_path / "whole", controls=["first", "middle"])
+    train, trained = lftf.edit.fine_tune, []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        trained.append(options["blocks"])
+        if len(trained) == 2:
+            raise RuntimeError("out of memory")
+        return train(*args, **options)
+
+    monkeypatch.setattr("surgery.edits.block.fine_tune", second_fails)
+    with pytest.raises(RuntimeError, match="out of memory") as failure:
+        operate(tiny, checkpoint, tmp_path / "x", controls=["first", "middle"])
+    assert "what was finished is kept" in failure.value.__notes__[0]
+    assert (tmp_path / "x.part" / "delta.safetensors").is_file()
+    settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"controls": ["first", "middle"]}))
+    rest = lftf.run(*tiny, settings, out=tmp_path / "x", resume=True).summary
+    assert trained == [(3,), (0,), (0,), (2,)] and rest == whole
 
 
 def test_a_destination_that_exists_is_kept(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""A run's folder: written as NAME.part, renamed when it is complete; an interrupted one can be continued."""
+"""A run's folder: written as NAME.part by one process at a time, kept when it fails, renamed when it is complete."""
 
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hooks.errors import HookError
 from surgery.errors import SurgeryError
-from surgery.files.atomic import write_json
+from surgery.files import atomic
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Folder:
         if file.is_file():
             return json.loads(file.read_text("utf-8"))
         value = compute()
-        write_json(file, value)
+        atomic.write_json(file, value)
         return value
 
     def state(self, name: str) -> Path:
@@ -51,8 +54,11 @@ class Folder:
 def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Folder]:
     """Inside, write into ``Folder.path`` (``out`` with ``.part``); it becomes ``out`` at the end.
 
-    An interruption (Ctrl-C, a kill) leaves the ``.part`` folder, which ``resume`` takes up if its ``recipe.toml``
-    is the same; any other failure removes it. Raises ``SurgeryError`` when ``out`` or a ``.part`` stands in the way.
+    Whatever ends it before, an interruption or any failure, what was finished stays in the ``.part`` folder and the
+    error's line says so; only what is half written goes, and a failure before anything was finished leaves nothing.
+    ``resume`` takes the folder up if its ``recipe.toml`` is the same. One process writes it at a time.
+
+    Raises ``SurgeryError`` when ``out`` or a ``.part`` stands in the way, or another process writes there.
     """
     part = check_free(out, resume=resume)
     written = part / "recipe.toml"
@@ -63,21 +69,28 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Fold
         )
     try:
         part.mkdir(parents=True, exist_ok=resume)
-        written.write_text(recipe, "utf-8")
-        yield Folder(part)
-        shutil.rmtree(part / "state", ignore_errors=True)
-        part.rename(out)
-    except KeyboardInterrupt:
-        raise
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        where = error.filename or part
-        raise SurgeryError(
-            f"{where}: cannot be written ({error.strerror}); nothing was left; make room or choose --out"
-        ) from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        raise SurgeryError(f"{part}: cannot be made ({error.strerror}); choose another --out") from None
+    with _held(part):
+        try:
+            _drop_half_written(part)
+            written.write_text(recipe, "utf-8")
+            yield Folder(part)
+            shutil.rmtree(part / "state", ignore_errors=True)
+            part.rename(out)
+        except KeyboardInterrupt:
+            _drop_half_written(part)
+            raise
+        except BaseException as error:
+            kept = _kept(part, out)
+            if isinstance(error, OSError):
+                where = f"{error.filename or part}: cannot be written ({error.strerror}); make room or choose --out"
+                raise SurgeryError(f"{where}; {kept or 'nothing was finished, so nothing is left'}") from error
+            if kept and isinstance(error, SurgeryError | HookError):
+                raise type(error)(f"{error}; {kept}") from error
+            if kept:
+                error.add_note(kept)
+            raise
 
 
 def check_free(out: Path, *, resume: bool = False) -> Path:
@@ -85,8 +98,56 @@ def check_free(out: Path, *, resume: bool = False) -> Path:
     part = out.with_name(out.name + ".part")
     if out.exists():
         raise SurgeryError(f"{out}: exists; a run never overwrites one; choose another --out, or remove it")
+    if part.exists():
+        with _held(part, write=False):
+            pass
     if part.exists() and not resume:
         raise SurgeryError(f"{part}: an interrupted run is here; continue it with --resume, or remove it")
     if resume and not (part / "recipe.toml").is_file():
         raise SurgeryError(f"{part}: nothing to resume; expected an interrupted run's folder; run without --resume")
     return part
+
+
+@contextmanager
+def _held(part: Path, *, write: bool = True) -> Iterator[None]:
+    """Inside, no other process writes ``part``; the kernel lets it go when this process ends, however it ends."""
+    pid = part / "state" / "pid"
+    try:
+        lock = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SurgeryError(f"{part}: was finished or removed by another process at this moment") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = f"process {pid.read_text()}" if pid.is_file() else "another process"
+            raise SurgeryError(f"{part}: {holder} is writing this run; wait for it, or choose another --out") from None
+        if not part.exists() or os.stat(part).st_ino != os.fstat(lock).st_ino:
+            raise SurgeryError(f"{part}: was finished or removed by another process at this moment")
+        if write:
+            pid.parent.mkdir(exist_ok=True)
+            pid.write_text(str(os.getpid()))
+        yield
+    finally:
+        os.close(lock)
+
+
+def _drop_half_written(part: Path) -> None:
+    """Remove what a failed or killed step left half written: every writer here names it so until it is complete."""
+    for pattern in ("*.json.part", "*.pt.part", f".*{atomic.SUFFIX}"):
+        for path in list(part.rglob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _kept(part: Path, out: Path) -> str:
+    """What a failed run leaves, in words; "" and no folder if nothing in it was finished."""
+    _drop_half_written(part)
+    beside = {"recipe.toml", "log.jsonl", "pid"}
+    if all(path.name in beside for path in part.rglob("*") if path.is_file()):
+        shutil.rmtree(part, ignore_errors=True)
+        return ""
+    again = f"surgery run {part / 'recipe.toml'} --out {out} --resume"
+    return f"what was finished is kept: go on with {again}, or remove {part}"

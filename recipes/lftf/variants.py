@@ -1,0 +1,74 @@
+"""The edits that one LFTF run makes: the edit itself and the controls of the paper's Table 8 beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from surgery.data.prompts import WordSet
+from surgery.edits.block import choose
+from surgery.errors import SurgeryError
+
+CONTROLS = ("last", "random", "first", "middle", "fpft", "pb")
+ABLATIONS = ("without_attention", "without_mlp")  # and one for each word, LFTF Table 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One edit to make: which parameters, and which words stand in the loss."""
+
+    name: str
+    blocks: tuple[int, ...] | None
+    part: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How many blocks the model has, and the seed that draws among them."""
+
+    blocks: int
+    seed: int
+
+
+def main_variant(block: str | int | list[int], part: str, named: list[str], words: WordSet, at: Place) -> Variant:
+    """The edit that the settings ask for; raises ``SurgeryError`` for blocks or trained words that do not exist."""
+    trained = tuple(named) or words.words
+    unknown = [word for word in trained if word not in words.words]
+    if unknown:
+        raise SurgeryError(f"trained_words: got {unknown[0]!r}, expected some of {', '.join(words.words)}")
+    return Variant("lftf", choose(block, at.blocks, at.seed), part, trained)
+
+
+def control_names(controls: list[str], ablations: bool, words: WordSet) -> list[str]:
+    """The controls that the settings ask for, or all with ``ablations``; raises ``SurgeryError`` for unknown ones."""
+    known = (*CONTROLS, *ABLATIONS, *(f"without_{word}" for word in words.words))
+    names = list(known) if ablations else list(dict.fromkeys(controls))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SurgeryError(f"controls: got {unknown[0]!r}, expected some of {', '.join(known)}")
+    return names
+
+
+def control_variant(name: str, main: Variant, at: Place) -> Variant:
+    """The edit that stands beside ``main`` for comparison; the prompt baseline (pb) edits nothing."""
+    if name == "pb":
+        return replace(main, name=name, blocks=None, part="prompt")
+    if name == "fpft":
+        return replace(main, name=name, blocks=None, part="all")
+    if name == "random":
+        # Any block but the edited ones, so that the control is not the claim itself.
+        free = [index for index in range(at.blocks) if index not in (main.blocks or ())] or [0]
+        drawn = free[int(np.random.default_rng(at.seed).integers(len(free)))]
+        return replace(main, name=name, blocks=(drawn,))
+    if name in ("first", "middle", "last"):
+        return replace(main, name=name, blocks=choose(name, at.blocks, at.seed))
+    if name in ABLATIONS:
+        return replace(main, name=name, part=name)
+    left = tuple(word for word in main.words if f"without_{word}" != name)
+    return replace(main, name=name, words=left)
+
+
+def starts(variants: Sequence[Variant]) -> list[int]:
+    """The first edited block of each variant that edits blocks: the stream that enters it is worth keeping."""
+    return sorted({min(each.blocks) for each in variants if each.blocks})

@@ -1,0 +1,61 @@
+"""The streams that enter the edited blocks, kept for training and measuring; computed again where a run lacks them.
+
+The blocks before an edit never change, so a training step and a measurement after it start from these streams. They
+are too large to lie in a run's folder: a continued run computes them again when something is left to train or measure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import ResidualCache
+from surgery.metrics.suite import Material, Measured, measure, plain
+from surgery.progress import Progress
+
+
+@dataclass
+class KeptStreams:
+    """Streams entering the blocks ``keep``: of the training prompts ``ids``, and of each suite of ``asked``."""
+
+    model: PreTrainedModel
+    ids: Sequence[Sequence[int]]
+    asked: Material
+    progress: Progress
+    keep: Sequence[int] = ()
+    trained: dict[int, ResidualCache] = field(default_factory=dict)
+    measured: dict[int, dict[str, ResidualCache]] = field(default_factory=dict)
+
+    def training(self, block: int, *, edited: bool = False) -> ResidualCache:
+        """The stream of the training prompts that enters ``block``, one of ``keep``.
+
+        ``edited``: the model is now edited from ``block`` on, so that no other stream may be taken from it.
+        """
+        if block not in self.trained:
+            keep = [block] if edited else self.keep
+            with self.progress.work("keep streams", len(self.ids)) as step:
+                self.trained |= next_words(self.model, self.ids, self.asked.words, keep=keep, step=step).prefixes
+        return self.trained[block]
+
+    def before(self, label: str) -> dict[str, Any]:
+        """``measure`` of the model before any edit; the streams that enter ``keep`` are kept on the way."""
+        found = measure(self.model, self.asked, keep=self.keep, progress=self.progress, label=label)
+        self.measured |= found.prefixes
+        return _values(found)
+
+    def measure(self, label: str, *, start: int | None) -> dict[str, Any]:
+        """``{"scores": ..., "probabilities": P(word) by prompt, or None}`` for JSON, from block ``start`` on.
+
+        ``start`` is not behind the first edited block, so that what enters it is the same before and after the edit.
+        """
+        if start is not None and start not in self.measured:
+            self.measured |= measure(self.model, self.asked, keep=[start], progress=self.progress).prefixes
+        prefixes = None if start is None else self.measured[start]
+        return _values(measure(self.model, self.asked, prefixes=prefixes, progress=self.progress, label=label))
+
+
+def _values(found: Measured) -> dict[str, Any]:
+    chances = None if found.probabilities is None else found.probabilities.tolist()
+    return {"scores": plain(found.scores), "probabilities": chances}

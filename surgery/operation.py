@@ -1,0 +1,253 @@
+"""The one way to carry out an edit: train -> delta -> apply on disk -> measure as saved -> controls -> summary.
+
+A recipe is its settings, its own steps, and these calls:
+
+    def run(model, tokenizer, settings, **where: Unpack[Where]) -> Run:
+        data = ...                                    # read, and refuse what is wrong, before anything is written
+        with operation("mine", model, settings, **where) as op:
+            before = op.once("before", lambda: measure(model, data))
+
+            def train(track: Tracking) -> Made:
+                trained = fine_tune(model, data.rows, plan, seed=settings.seed, **track)
+                return Made(trained.differences, Edit.of(trained, part="all", objective="cross-entropy"))
+
+            main = op.carry_out("mine", train, lambda: measure(model, data), trains=names, steps=steps_of(...))
+            other = op.carry_out("random", ..., keep=False)      # a control: its file goes when it is measured
+            summary = Summary(**op.about(main), before=before, after=main.measured,
+                              controls={"random": control(other, other.measured)})
+            return op.finish(summary, write_report)
+
+Each step is done once: its result stands in the run's folder as soon as it is there, a failure or an interruption keeps
+it, and ``--resume`` goes on behind it (``surgery.runs.folder``). ``measure`` returns plain JSON values. What is trained
+is checked against the checkpoint's headers, and the disk's room against its size, before the first training step; the
+delta is written as soon as training ends.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from surgery import apply as disk
+from surgery import delta as deltas
+from surgery.apply.engine import Undo
+from surgery.checkpoints import checkpoint_dir, tensors_of
+from surgery.delta import Delta
+from surgery.delta.extract import check_fits
+from surgery.delta.module import module_delta
+from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
+from surgery.files.rounding import Rounding
+from surgery.modules.cross_attention import Weights
+from surgery.progress import Advance, Progress
+from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.settings import Settings, dump
+from surgery.runs.summary import Applied, Edit, Outcome, Summary, control
+from surgery.training import Log
+
+__all__ = ["Edit", "Made", "Operation", "Outcome", "Run", "Summary", "Tracking", "Where", "control", "operation"]
+
+
+class Where(TypedDict, total=False):
+    """Keyword arguments of every recipe's ``run`` beside the model, the tokenizer and the settings."""
+
+    out: Required[str | Path]
+    """The run's folder, which must not exist."""
+    checkpoint: str | Path | None
+    """The directory that the model was loaded from; the one of ``settings.model`` where nothing is said."""
+    resume: bool
+    """Go on with what an earlier call left in ``out`` with ``.part``."""
+    progress: Progress | None
+
+
+class Tracking(TypedDict):
+    """Keyword arguments of every training here: where it keeps its state, where it logs, whom it tells of a step."""
+
+    state: Path
+    log: Log
+    step_done: Advance
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a training gave: differences as ``surgery.delta.make`` takes them (and their kind), and what was done."""
+
+    differences: Mapping[str, Tensor | np.ndarray]
+    edit: Edit
+    kind: str = "dense"
+    module: Weights | None = None
+    """Weights of a new module, with which the delta is of kind "module"."""
+
+
+Train = Callable[[Tracking], Made]
+Report = Callable[[Path, dict[str, Any], str], None]  # folder, the contents of run.json, the recipe as TOML
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A run in progress: the model as it was opened, the checkpoint on disk, the folder that is being written."""
+
+    name: str
+    model: PreTrainedModel
+    settings: Settings
+    directory: Path
+    """The checkpoint that ``model`` was loaded from."""
+    out: Path
+    folder: Folder
+    progress: Progress
+    recipe: str
+    """The resolved settings as TOML, which stand in every delta of the run."""
+    rounding: Rounding = "auto"
+    keep_checkpoint: bool = False
+
+    def note(self, line: str) -> None:
+        """Say a line, and write it to the log."""
+        self.folder.log({"note": line})
+        self.progress.say(line)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of ``compute()``, computed once in a run however often that is interrupted."""
+        return self.folder.once(name, compute)
+
+    @contextmanager
+    def tracking(self, name: str, steps: int) -> Iterator[Tracking]:
+        """Inside, a training of ``steps`` steps is shown, logged under "edit", and kept so that it can be resumed."""
+        with self.progress.work(f"train {name}", steps) as step:
+            yield {
+                "state": self.folder.state(f"{_plain(name)}.pt"),
+                "log": lambda row: self.folder.log({"edit": name, **row}),
+                "step_done": step,
+            }
+
+    def check(self, trains: Sequence[str]) -> None:
+        """Refuse now what would fail only after the training of the parameters ``trains``.
+
+        Raises ``SurgeryError`` when the checkpoint has no such tensor, or one of another shape or without floats, and
+        when the disk has no room for the edited checkpoint.
+        """
+        parameters = dict(self.model.named_parameters())
+        unknown = [name for name in trains if name not in parameters]
+        if unknown:
+            raise SurgeryError(f"{type(self.model).__name__}: has no parameter {unknown[0]!r} to train")
+        check_fits({name: tuple(parameters[name].shape) for name in trains}, self.directory)
+        needed = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.folder.path).free
+        if free < needed:
+            raise SurgeryError(
+                f"{self.folder.path}: {free / 1e9:.1f} GB are free, expected {needed / 1e9:.1f} GB for the edited "
+                "checkpoint; make room or choose another --out"
+            )
+
+    def delta(self, made: Made, *, directory: Path | None = None, base: str = "") -> Delta:
+        """What was made as a delta of the checkpoint (or of the one in ``directory``, called ``base``)."""
+        about: Any = {"base": base or self.settings.model, "recipe": self.recipe, "seed": self.settings.seed}
+        where = directory or self.directory
+        if made.module is not None:
+            return module_delta(made.module, where, differences=made.differences, **about)
+        return deltas.make(made.differences, where, kind=made.kind, **about)
+
+    def apply(self, file: Path, saved: Path, *, undo: Undo = "none") -> Applied:
+        """Write the checkpoint with the delta in ``file`` applied to the folder ``saved``, over what stands there.
+
+        Without an undo record: it would hold the changed part of the base again, which stands where it stood.
+        """
+        shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
+        seed = self.settings.seed
+        report = disk.apply(file, self.directory, saved, rounding=self.rounding, seed=seed, undo=undo)
+        return Applied(report.rounding, report.entries, report.changed, report.lost)
+
+    def carry_out(
+        self,
+        name: str,
+        train: Train,
+        measure: Callable[[], Any],
+        *,
+        trains: Sequence[str],
+        steps: int,
+        keep: bool = True,
+        undo: Undo = "none",
+    ) -> Outcome:
+        """Train, write the delta, put the file onto the checkpoint, measure that; ``model`` is as before afterwards.
+
+        With ``keep`` this is the run's edit: the file is ``delta.safetensors`` and is applied to the checkpoint on
+        disk, which is measured with the tensors read back from there. Else it is a control, rounded in memory as the
+        checkpoint's dtype rounds it, and its file is gone afterwards. ``trains`` are the parameters that ``train``
+        changes, ``steps`` the steps that it takes. Raises ``SurgeryError`` as ``check`` and the steps themselves do.
+        """
+        plain = _plain(name)
+        file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{plain}.safetensors")
+        made = self.once(f"trained-{plain}", partial(self._trained, name, train, trains, steps, file))
+        saved = partial(self._as_saved, file, measure, undo) if keep else partial(self._in_memory, file, measure)
+        found = self.once(f"measured-{plain}", saved)
+        if not keep:
+            file.unlink(missing_ok=True)
+        applied = Applied(**found["applied"]) if found["applied"] else None
+        return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], applied)
+
+    def _trained(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
+        self.check(trains)
+        with self.tracking(name, steps) as track:
+            made = train(track)
+        return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}
+
+    def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
+        saved = self.folder.path / "checkpoint"
+        applied = self.apply(file, saved, undo=undo)
+        with tensors_of(self.model, Delta.load(file), saved):
+            measured = measure()
+        if not self.keep_checkpoint:
+            shutil.rmtree(saved)
+        return {"measured": measured, "applied": vars(applied)}
+
+    def _in_memory(self, file: Path, measure: Callable[[], Any]) -> dict[str, Any]:
+        rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
+        with Delta.load(file).applied(self.model, **rounding):
+            return {"measured": measure(), "applied": None}
+
+    def about(self, main: Outcome) -> dict[str, Any]:
+        """The fields of a ``Summary`` that are the same for every recipe."""
+        named = {"recipe": self.name, "model": self.settings.model, "seed": self.settings.seed}
+        return named | {"edit": main.edit, "delta": main.delta, "applied": main.applied}
+
+    def finish(self, summary: Summary, report: Report) -> Run:
+        """Write ``run.json`` and the report; leave the ``with`` block with what this returns."""
+        values = summary.to_dict()
+        write_json(self.folder.path / "run.json", values)
+        report(self.folder.path, values, self.recipe)
+        return Run(self.out, values)
+
+
+@contextmanager
+def operation(
+    name: str,
+    model: PreTrainedModel,
+    settings: Settings,
+    *,
+    out: str | Path,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Operation]:
+    """Inside, the recipe ``name`` works in the folder of its run, which gets its name ``out`` at the end.
+
+    The keyword arguments are those of ``Where``. Raises ``SurgeryError`` for a checkpoint that is not there, a folder
+    that stands in the way or lies inside the checkpoint; see ``surgery.runs.folder.run_folder`` for failures.
+    """
+    out, directory = Path(out), checkpoint_dir(checkpoint or settings.model)
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise SurgeryError(f"{out}: lies inside the checkpoint {directory}; choose another --out")
+    text = dump(name, settings)
+    saving = {key: getattr(settings, key) for key in ("rounding", "keep_checkpoint") if hasattr(settings, key)}
+    with run_folder(out, text, resume=resume) as folder:
+        yield Operation(name, model, settings, directory, out, folder, progress or Progress(quiet=True), text, **saving)
+
+
+def _plain(name: str) -> str:
+    return name.replace(":", "-")

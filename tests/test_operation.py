@@ -1,0 +1,153 @@
+"""The one way to carry out an edit: what is kept, what is refused before the first step, and one process at a time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import state
+
+from surgery.errors import SurgeryError
+from surgery.operation import Edit, Made, Summary, Tracking, control, operation
+from surgery.runs.folder import check_free, run_folder
+from surgery.runs.settings import Settings
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+class Trained:
+    parameters, losses = 3, [2.0, 1.0]
+
+
+def carry_out(tiny: Any, checkpoint: Path, out: Path, train: Any, trains: Any = (NAME,), **more: Any) -> Any:
+    """A recipe of nothing but the calls of ``surgery.operation``: measures one row of the weight."""
+    model, _ = tiny
+    where: Any = {"checkpoint": checkpoint, "out": out}
+    with operation("toy", model, Settings(model="toy"), **where, **more) as op:
+        measure = lambda: {"row": model.get_parameter(NAME)[0].tolist()}  # noqa: E731
+        before = op.once("before", measure)
+        main = op.carry_out("toy", train, measure, trains=trains, steps=2)
+        other = op.carry_out("other", train, measure, trains=trains, steps=2, keep=False)
+        others = {"other": control(other, other.measured)}
+        summary = Summary(**op.about(main), before=before, after=main.measured, controls=others)
+        return op.finish(summary, lambda folder, values, recipe: None)
+
+
+def adds(value: float, model: Any) -> Any:
+    def train(track: Tracking) -> Made:
+        track["log"]({"step": 1})
+        difference = torch.full_like(model.get_parameter(NAME), value)
+        return Made({NAME: difference}, Edit.of(Trained(), blocks=[1], part="mlp", rows=7))
+
+    return train
+
+
+def test_a_control_is_measured_as_it_would_be_saved(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    before = state(tiny[0])
+    found = carry_out(tiny, checkpoint, tmp_path / "run", adds(0.3, tiny[0])).summary
+    assert state(tiny[0]) == before
+    assert found["after"] == found["controls"]["other"]["after"] != found["before"]
+    stored = torch.tensor(found["after"]["row"])
+    assert torch.equal(stored, stored.to(torch.bfloat16).float())  # what 16 bits can hold
+    assert found["applied"]["entries"] == tiny[0].get_parameter(NAME).numel()
+    wanted = {"blocks": [1], "part": "mlp", "parameters": 3, "steps": 2, "loss_first": 2.0, "loss_last": 1.0, "rows": 7}
+    assert found["edit"] == found["controls"]["other"]["edit"] == wanted
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"delta.safetensors", "log.jsonl", "recipe.toml", "run.json"}
+
+
+def test_a_delta_that_is_made_is_kept_and_what_is_half_written_goes(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        (tmp_path / "run.part" / "state" / "measured-toy.json.part").write_text("{")
+        raise SurgeryError("nothing can be applied today")
+
+    part = tmp_path / "run.part"
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.apply.apply", broken)
+        with pytest.raises(SurgeryError, match=r"today; what was finished is kept: go on with surgery run .*--resume"):
+            carry_out(tiny, checkpoint, tmp_path / "run", adds(0.3, tiny[0]))
+    kept = (part / "delta.safetensors").read_bytes()
+    assert {path.name for path in (part / "state").iterdir()} == {"before.json", "trained-toy.json", "pid"}
+    trained: list[int] = []
+
+    def once_more(track: Tracking) -> Made:
+        trained.append(1)
+        return adds(0.3, tiny[0])(track)
+
+    run = carry_out(tiny, checkpoint, tmp_path / "run", once_more, resume=True)
+    assert (run.folder / "delta.safetensors").read_bytes() == kept
+    assert len(trained) == 1  # the control alone
+
+
+@pytest.mark.parametrize(
+    "trains, message",
+    [
+        (["model.layers.9.mlp.up_proj.weight"], "has no parameter 'model.layers.9"),
+        (["extra.weight"], "has no tensor 'extra.weight'"),
+        (["model.norm.weight"], r"has shape \[32\], the model's 'model.norm.weight' \[31\]"),
+    ],
+)
+def test_what_the_checkpoint_does_not_have_is_refused_before_the_first_step(
+    tiny: Any, checkpoint: Path, tmp_path: Path, trains: list[str], message: str
+) -> None:
+    model = tiny[0]
+    model.extra = torch.nn.Linear(2, 2)
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(31))
+    with pytest.raises(SurgeryError, match=message):
+        carry_out(tiny, checkpoint, tmp_path / "run", lambda _: pytest.fail("trained"), trains)
+
+
+def test_a_full_disk_is_refused_before_the_first_step(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shutil import _ntuple_diskusage  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _ntuple_diskusage(10, 9, 1))
+    with pytest.raises(SurgeryError, match=r"0.0 GB are free, expected 0.0 GB for the edited checkpoint"):
+        carry_out(tiny, checkpoint, tmp_path / "run", lambda _: pytest.fail("trained"))
+
+
+def test_a_run_inside_its_own_checkpoint_is_refused(tiny: Any, checkpoint: Path) -> None:
+    with pytest.raises(SurgeryError, match="lies inside the checkpoint"):
+        carry_out(tiny, checkpoint, checkpoint / "run", lambda _: pytest.fail("trained"))
+    assert not (checkpoint / "run.part").exists()
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    """Also with --resume; and the lock of a process that was killed is open."""
+    out = tmp_path / "run"
+    code = f"""
+import sys
+from pathlib import Path
+from surgery.runs.folder import run_folder
+with run_folder(Path({str(out)!r}), "a = 1"):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout and first.stdout.readline() == "in\n"
+    for resume in (True, False):
+        with pytest.raises(SurgeryError, match=f"process {first.pid} is writing this run"):
+            check_free(out, resume=resume)
+        with (
+            pytest.raises(SurgeryError, match=f"process {first.pid} is writing this run"),
+            run_folder(out, "a = 1", resume=resume),
+        ):
+            pass
+    first.kill()
+    first.wait()
+    with run_folder(out, "a = 1", resume=True) as folder:
+        assert (folder.path / "state" / "pid").read_text() == str(os.getpid())
+    assert {path.name for path in out.iterdir()} == {"recipe.toml"}
+
+
+def test_a_failure_before_anything_was_finished_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match=r"^no$"), run_folder(tmp_path / "run", "a = 1") as folder:
+        folder.log({"note": "here"})
+        raise SurgeryError("no")
+    assert list(tmp_path.iterdir()) == []
