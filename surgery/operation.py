@@ -40,7 +40,6 @@ from surgery import delta as deltas
 from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.delta import Delta
-from surgery.delta.extract import check_fits
 from surgery.delta.module import module_delta
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
@@ -126,29 +125,11 @@ class Operation:
                 "step_done": step,
             }
 
-    def check(self, trains: Sequence[str]) -> None:
-        """Refuse now what would fail only after the training of the parameters ``trains``.
-
-        Raises ``SurgeryError`` when the checkpoint has no such tensor, or one of another shape or without floats, and
-        when the disk has no room for the edited checkpoint.
-        """
-        parameters = dict(self.model.named_parameters())
-        unknown = [name for name in trains if name not in parameters]
-        if unknown:
-            raise SurgeryError(f"{type(self.model).__name__}: has no parameter {unknown[0]!r} to train")
-        check_fits({name: tuple(parameters[name].shape) for name in trains}, self.directory)
-        needed = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.folder.path).free
-        if free < needed:
-            raise SurgeryError(
-                f"{self.folder.path}: {free / 1e9:.1f} GB are free, expected {needed / 1e9:.1f} GB for the edited "
-                "checkpoint; make room or choose another --out"
-            )
-
     def delta(self, made: Made, *, directory: Path | None = None, base: str = "") -> Delta:
         """What was made as a delta of the checkpoint (or of the one in ``directory``, called ``base``)."""
-        about: Any = {"base": base or self.settings.model, "recipe": self.recipe, "seed": self.settings.seed}
-        where = directory or self.directory
+        where, seed = directory or self.directory, self.settings.seed
+        about: Any = {"base": base or self.settings.model, "recipe": self.recipe, "seed": seed}
+        about |= {"rounding": self.rounding}  # a later apply of the file does what is measured here
         if made.module is not None:
             return module_delta(made.module, where, differences=made.differences, **about)
         return deltas.make(made.differences, where, kind=made.kind, **about)
@@ -179,7 +160,8 @@ class Operation:
         With ``keep`` this is the run's edit: the file is ``delta.safetensors`` and is applied to the checkpoint on
         disk, which is measured with the tensors read back from there. Else it is a control, rounded in memory as the
         checkpoint's dtype rounds it, and its file is gone afterwards. ``trains`` are the parameters that ``train``
-        changes, ``steps`` the steps that it takes. Raises ``SurgeryError`` as ``check`` and the steps themselves do.
+        changes, ``steps`` the steps that it takes. Raises ``SurgeryError`` as ``surgery.delta.check_edit``
+        and the steps themselves do.
         """
         plain = _plain(name)
         file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{plain}.safetensors")
@@ -192,7 +174,7 @@ class Operation:
         return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], applied)
 
     def _trained(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
-        self.check(trains)
+        deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
         with self.tracking(name, steps) as track:
             made = train(track)
         return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}

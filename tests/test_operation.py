@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import state
 
+import surgery.apply
 from surgery.errors import SurgeryError
 from surgery.operation import Edit, Made, Summary, Tracking, control, operation
 from surgery.runs.folder import check_free, run_folder
@@ -51,6 +52,8 @@ def test_a_control_is_measured_as_it_would_be_saved(tiny: Any, checkpoint: Path,
     assert state(tiny[0]) == before
     assert found["after"] == found["controls"]["other"]["after"] != found["before"]
     stored = torch.tensor(found["after"]["row"])
+    surgery.apply.apply(tmp_path / "run" / "delta.safetensors", checkpoint, tmp_path / "again")  # as measured, unasked
+    assert surgery.load(tmp_path / "again")[0].get_parameter(NAME)[0].tolist() == found["after"]["row"]
     assert torch.equal(stored, stored.to(torch.bfloat16).float())  # what 16 bits can hold
     assert found["applied"]["entries"] == tiny[0].get_parameter(NAME).numel()
     wanted = {"blocks": [1], "part": "mlp", "parameters": 3, "steps": 2, "loss_first": 2.0, "loss_last": 1.0, "rows": 7}
@@ -84,32 +87,12 @@ def test_a_delta_that_is_made_is_kept_and_what_is_half_written_goes(
     assert len(trained) == 1  # the control alone
 
 
-@pytest.mark.parametrize(
-    "trains, message",
-    [
-        (["model.layers.9.mlp.up_proj.weight"], "has no parameter 'model.layers.9"),
-        (["extra.weight"], "has no tensor 'extra.weight'"),
-        (["model.norm.weight"], r"has shape \[32\], the model's 'model.norm.weight' \[31\]"),
-    ],
-)
-def test_what_the_checkpoint_does_not_have_is_refused_before_the_first_step(
-    tiny: Any, checkpoint: Path, tmp_path: Path, trains: list[str], message: str
+def test_what_would_fail_after_the_training_is_refused_before_the_first_step(
+    tiny: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
-    model = tiny[0]
-    model.extra = torch.nn.Linear(2, 2)
-    model.model.norm.weight = torch.nn.Parameter(torch.ones(31))
-    with pytest.raises(SurgeryError, match=message):
-        carry_out(tiny, checkpoint, tmp_path / "run", lambda _: pytest.fail("trained"), trains)
-
-
-def test_a_full_disk_is_refused_before_the_first_step(
-    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from shutil import _ntuple_diskusage  # type: ignore[attr-defined]
-
-    monkeypatch.setattr("shutil.disk_usage", lambda path: _ntuple_diskusage(10, 9, 1))
-    with pytest.raises(SurgeryError, match=r"0.0 GB are free, expected 0.0 GB for the edited checkpoint"):
-        carry_out(tiny, checkpoint, tmp_path / "run", lambda _: pytest.fail("trained"))
+    tiny[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(SurgeryError, match=r"has no tensor 'extra.weight'"):
+        carry_out(tiny, checkpoint, tmp_path / "run", lambda _: pytest.fail("trained"), ["extra.weight"])
 
 
 def test_a_run_inside_its_own_checkpoint_is_refused(tiny: Any, checkpoint: Path) -> None:

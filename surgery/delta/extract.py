@@ -83,25 +83,6 @@ def make(
     return _assemble(stored, tensors | parts, changed, about | {"parents": [dict(parent) for parent in parents]})
 
 
-def check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Path | str) -> None:
-    """Refuse before a training what `make` would refuse after it, by the checkpoint's headers alone.
-
-    shapes: those of the live model's parameters that are to be trained, under the model's names.
-
-    Raises:
-        SurgeryError: a name that the checkpoint does not have, another shape, or a dtype that takes no difference.
-    """
-    stored = open_checkpoint(checkpoint)
-    for name, target in _to_stored(list(shapes), stored)[0].items():
-        entry = stored.entry(target)
-        require_float(entry.dtype, target, stored.path / stored.places[target])
-        if entry.shape != shapes[name]:
-            raise SurgeryError(
-                f"{stored.path}: {target!r} has shape {list(entry.shape)}, the model's {name!r} {list(shapes[name])}; "
-                "give the checkpoint that the model was loaded from"
-            )
-
-
 def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = None, recipe: str = "") -> Delta:
     """The delta between two checkpoints with the same tensors: edited - base, of every tensor whose bytes
     differ.

@@ -21,6 +21,7 @@ def module_delta(
     seed: int,
     differences: Mapping[str, Tensor | np.ndarray] | None = None,
     measured: Mapping[str, Any] | None = None,
+    rounding: str = "auto",
 ) -> Delta:
     """The module as a delta of kind "module", with what training changed in the base (`Trained.differences`), if any.
 
@@ -38,4 +39,5 @@ def module_delta(
         kind="module",
         module=settings,
         measured=measured,
+        rounding=rounding,
     )
