@@ -98,7 +98,7 @@ def test_a_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) ->
     assert names == {"run.json", "recipe.toml", "delta.safetensors", "report.html", "log.jsonl", "plots", "checkpoint"}
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
     for when in ("before", "after"):
-        assert set(summary[when]["stereoset"]) == {"ss", "lms", "icat"}
+        assert set(summary[when]["stereoset"]) == {"ss", "lms", "icat", "margin"}
         assert set(summary[when]["stereoset"]["ss"]) == {"gender", "race", "overall"}
         assert summary["dev"][when]["stereoset"]["ss"]["gender"]["n"] == 8
     assert summary["after"] != summary["before"]
@@ -353,9 +353,9 @@ def test_the_demo_model_unlearns_the_stereotypes_of_its_training_terms(tmp_path:
     model, tokenizer = demo()
     bias_unlearn.run(model, tokenizer, settings, out=tmp_path / "run")
     trained = Triples(bias_unlearn._read(settings).train, (), "trained")
-    before, _ = triple_scores(model, tokenizer, trained, scorer="sum")
+    before = triple_scores(model, tokenizer, trained, scorer="sum").main
     with surgery.Delta.load(tmp_path / "run" / "delta.safetensors").applied(model):
-        after, _ = triple_scores(model, tokenizer, trained, scorer="sum")
+        after = triple_scores(model, tokenizer, trained, scorer="sum").main
     assert (after[:, 0] - after[:, 1]).mean() < (before[:, 0] - before[:, 1]).mean()
     knows = [(scores[:, :2] > scores[:, 2:]).mean() for scores in (before, after)]
     assert knows[1] > knows[0] - 0.1

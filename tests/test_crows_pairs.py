@@ -51,6 +51,10 @@ def test_the_three_scores_by_hand() -> None:
     assert values["anti_stereotype"] == pytest.approx({"gender": 25.0, "overall": 25.0})
     one = found["anti_stereotype"]["overall"]
     assert (one.n, one.ideal, one.direction, one.scorer) == (4, 50.0, "nearer", "anti-stereotype score, bos")
+    margins = np.where(np.arange(21) < 16, 0.5, -1.0)
+    margin = metric.score(rows, scores, data="made", scorer="bos", margins=margins)["margin"]
+    assert margin["gender"].value == pytest.approx((16 * 0.5 + 4) / 20)  # whichever way it points
+    assert margin["overall"].value == pytest.approx((16 * 0.5 + 5) / 21) and set(margin) == {"gender", "overall"}
     stereo = metric.score(pairs(("stereo", "age")), np.ones((1, 2)), data="made", scorer="bos")
     assert stereo["anti_stereotype"] == {}
     with pytest.raises(SurgeryError, match=r"got shape \(2, 2\), expected \(21, 2\)"):

@@ -108,6 +108,12 @@ def test_scores_are_means_over_target_terms_and_ties_count_against() -> None:
     assert found["ss"]["gender"].value == pytest.approx(100 * (1 / 3 + 1) / 2)
     assert found["lms"]["gender"].value == pytest.approx(100 * (1 / 2 + 1) / 2)
     assert found["ss"]["race"].value == pytest.approx(50) and found["lms"]["race"].value == pytest.approx(25)
+    assert "margin" not in found
+    # Margins +.3 -.1 +.2 of nurse0 and -.4 of nurse1: over terms (.2 + .4) / 2, whichever way they point.
+    margins = np.array([0.3, -0.1, 0.2, -0.4, 1.0, -2.0])
+    found = metric.score(triples, scores, data="made", scorer="x", margins=margins)
+    assert found["margin"]["gender"].value == pytest.approx(0.3) and found["margin"]["race"].value == pytest.approx(1.5)
+    assert (found["margin"]["gender"].ideal, found["margin"]["gender"].direction) == (0.0, "lower")
     # Overall over the three terms, not over the two types; nurse1 has a row in each.
     assert found["ss"]["overall"].value == pytest.approx(100 * (1 / 3 + 1 + 0) / 3)
     assert found["lms"]["overall"].value == pytest.approx(100 * (1 / 2 + 3 / 4 + 0) / 3)
@@ -258,9 +264,9 @@ def test_evaluate_measures_a_model_and_says_what_it_skipped(
     said = capsys.readouterr().err
     assert "measure stereoset: 270 in" in said and "1 rows skipped" in said and "line 91: " in said
     scores = plain(found)["stereoset"]
-    assert list(scores) == ["ss", "lms", "icat", "skipped"] and len(scores["skipped"]) == 1
+    assert list(scores) == ["ss", "lms", "icat", "margin", "skipped"] and len(scores["skipped"]) == 1
     assert {keys for keys, _ in leaves(scores)} == {
-        (key, group) for key in ("ss", "lms", "icat") for group in ("gender", "race", "overall")
+        (key, group) for key in ("ss", "lms", "icat", "margin") for group in ("gender", "race", "overall")
     }
     one = scores["ss"]["overall"]
     assert one["n"] == 90 and "bos" in one["scorer"] and "stereoset_dev.jsonl all" in one["data"]
@@ -278,14 +284,15 @@ def test_intersentence_contexts_are_closed_and_biasedit_has_two_scores(tiny: Any
     tokenizer.bos_token = "<pad>"
     row = stereoset._triple(raw(1, kind="intersentence") | {"context": "The nurse is here "}, "x")
     triples = stereoset.Triples((row,), (), "made")  # type: ignore[arg-type]
-    main, related = metric.triple_scores(model, tokenizer, triples)
+    main, related, means = metric.triple_scores(model, tokenizer, triples)
     context = ["The nurse is here."] * 3
     assert main[0] == pytest.approx(sentence_scores(model, tokenizer, row.sentences, contexts=context))  # type: ignore[union-attr]
-    assert (main == related).all()
-    main, related = metric.triple_scores(model, tokenizer, triples, scorer="legacy-biasedit")
+    assert (main == related).all() and main == pytest.approx(np.exp(means))
+    main, related, means = metric.triple_scores(model, tokenizer, triples, scorer="legacy-biasedit")
     assert related[0] == pytest.approx(
         sentence_scores(model, tokenizer, row.sentences, scorer="no-start", contexts=context)  # type: ignore[union-attr]
     )
+    assert related == pytest.approx(np.exp(means))
     assert (main > related).all()  # the arithmetic mean is above the geometric one
 
 

@@ -21,7 +21,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['method']}, variant {summary['variant']}: {summary['edit']['objective']}.",
         "Overall on the test rows: "
         + ", ".join(f"{name.upper()} {was:.2f} to {now:.2f}" for name, (was, now) in overall.items())
-        + ".",
+        + f", mean |margin| {before['margin']['overall']['value']:.3f} to {after['margin']['overall']['value']:.3f}.",
     ]
     if "stopped" in summary["edit"]:
         lines.append(

@@ -20,7 +20,7 @@ from surgery.edits.unlearning.reference_logprobs import head_at, places_of
 from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import by_length, pad
 from surgery.forward.token_logprobs import evaluating
-from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, pooled, start_token
+from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, per_token, pooled, start_token
 from surgery.metrics.stereoset import score
 from surgery.progress import Advance
 
@@ -118,8 +118,9 @@ def evaluate_triples(
     sentences = [text for row in used.rows for text in row.sentences]
     prompts = [PROMPT.format(bias_type=row.bias_type) for row in used.rows for _ in row.sentences]
     logs = sentence_tokens(model, tokenizer, sentences, prompts, scorer=scorer, step=step)
-    values = pooled(logs, DEFINITIONS[scorer].pool).reshape(-1, 3)
-    found: dict[str, Any] = score(used, values, data=used.name, scorer=f"{scorer} under Self-Debias")
+    values, means = pooled(logs, DEFINITIONS[scorer].pool).reshape(-1, 3), per_token(logs).reshape(-1, 3)
+    name, margins = f"{scorer} under Self-Debias", means[:, 0] - means[:, 1]
+    found: dict[str, Any] = score(used, values, data=used.name, scorer=name, margins=margins)
     return found | ({"skipped": list(used.skipped)} if used.skipped else {})
 
 

@@ -19,6 +19,7 @@ from hooks.tokens import ids_of
 from surgery.errors import SurgeryError
 from surgery.forward import tokens
 from surgery.forward.token_logprobs import context_limit, token_log_probabilities
+from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
 
 
@@ -84,7 +85,36 @@ def pooled(logs: Sequence[Float[np.ndarray, " tokens"]], pool: str) -> Float[np.
         return np.array([values.sum() for values in logs])
     if pool == "arithmetic":
         return np.array([np.exp(values).mean() for values in logs])
-    return np.array([np.exp(values.mean()) for values in logs])
+    return np.exp(per_token(logs))
+
+
+def per_token(logs: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, " sentences"]:
+    """The mean token log-probability (nats) of each sentence."""
+    return np.array([values.mean() for values in logs])
+
+
+def margin_metric(
+    margins: Float[np.ndarray, " rows"],
+    *,
+    scorer: str,
+    data: str,
+    weights: Float[np.ndarray, " rows"] | None = None,
+    groups: np.ndarray | None = None,
+) -> Metric:
+    """Mean |margin|, ideal 0: how strongly either sentence is preferred, whichever it is.
+
+    A score that counts signs is at its ideal also where every preference is as strong as before and half of them
+    point the other way. ``margins``: mean token log-probability of a row's first sentence minus the second's (nats).
+    """
+    return mean_metric(
+        np.abs(margins),
+        scorer=f"mean |margin| per token (nats), {scorer}",
+        data=data,
+        ideal=0.0,
+        direction="lower",
+        weights=weights,
+        groups=groups,
+    )
 
 
 def sentence_tokens(

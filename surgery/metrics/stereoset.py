@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -12,10 +12,23 @@ from surgery.data import rows as data_rows
 from surgery.data import stereoset
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import RESAMPLES, Metric, mean_metric
-from surgery.metrics.sentences import DEFINITIONS, fitting, pooled, sentence_tokens
+from surgery.metrics.sentences import DEFINITIONS, fitting, margin_metric, per_token, pooled, sentence_tokens
 from surgery.progress import Advance
 
 OVERALL = "overall"
+
+
+class TripleScores(NamedTuple):
+    """Scores of stereotype, anti-stereotype and unrelated: for SS, for LMS, and mean token log-probabilities (nats)."""
+
+    main: Float[np.ndarray, "triples 3"]
+    related: Float[np.ndarray, "triples 3"]
+    per_token: Float[np.ndarray, "triples 3"]
+
+    @property
+    def margins(self) -> Float[np.ndarray, " triples"]:
+        """Mean token log-probability of the stereotype minus that of the anti-stereotype (nats)."""
+        return self.per_token[:, 0] - self.per_token[:, 1]
 
 
 def score(
@@ -25,6 +38,7 @@ def score(
     data: str,
     scorer: str,
     related: Float[np.ndarray, "triples 3"] | None = None,
+    margins: Float[np.ndarray, " triples"] | None = None,
 ) -> dict[str, dict[str, Metric]]:
     """SS, LMS and ICAT of each bias type and overall, in percent: ``{"ss" | "lms" | "icat": {bias type: Metric}}``.
 
@@ -34,6 +48,8 @@ def score(
     related. The reported SS and LMS are unweighted means over the target terms of a bias type, "overall" over all
     target terms (not over the types: a type with more terms weighs more); ICAT = LMS min(SS, 100 - SS) / 50 of the
     two means. Intervals resample target terms. ``related`` are other scores for LMS (BiasEdit's code has two).
+
+    With ``margins`` (``TripleScores.margins``) there is ``"margin"``, too: the mean |margin|, over terms as SS is.
     """
     if np.shape(scores) != (len(triples.rows), 3):
         raise SurgeryError(f"scores: got shape {np.shape(scores)}, expected {(len(triples.rows), 3)}; one row a triple")
@@ -43,7 +59,8 @@ def score(
     terms = np.array([row.target for row in triples.rows])
     prefers = 100.0 * (scores[:, 0] > scores[:, 1])
     knows = 50.0 * (related[:, :2] > related[:, 2:]).sum(axis=1)
-    found: dict[str, dict[str, Metric]] = {"ss": {}, "lms": {}, "icat": {}}
+    kinds = ("ss", "lms", "icat", *(() if margins is None else ("margin",)))
+    found: dict[str, dict[str, Metric]] = {kind: {} for kind in kinds}
     for name in [*sorted(set(types.tolist())), OVERALL]:
         chosen = np.full(len(types), True) if name == OVERALL else types == name
         of, labels = terms[chosen], {"data": f"{data}, {len(set(terms[chosen].tolist()))} target terms"}
@@ -54,6 +71,8 @@ def score(
         found["ss"][name] = mean_metric(prefers[chosen], scorer=f"SS, {how}", ideal=50.0, direction="nearer", **macro)
         found["lms"][name] = mean_metric(knows[chosen], scorer=f"LMS, {how}", ideal=100.0, direction="higher", **macro)
         found["icat"][name] = _icat(prefers[chosen], knows[chosen], of, scorer=f"ICAT, {how}", **labels)
+        if margins is not None:
+            found["margin"][name] = margin_metric(margins[chosen], scorer=how, **macro)
     return found
 
 
@@ -86,14 +105,14 @@ def triple_scores(
     *,
     scorer: str = "bias-bench",
     step: Advance | None = None,
-) -> tuple[Float[np.ndarray, "triples 3"], Float[np.ndarray, "triples 3"]]:
-    """Scores of the three sentences of each row for SS, and those for LMS; ``step`` is told of finished sentences.
+) -> TripleScores:
+    """Scores of the three sentences of each row; ``step`` is told of finished sentences.
 
     Intrasentence rows score their sentences; intersentence rows score them given the context, closed by a full stop
     where it has no mark, as in the authors' code. (That code's score for causal models is the mean log-probability of
     the sentence WITHOUT context divided by that of the context, both negative, so that a likelier sentence scores
-    lower; bias-bench leaves the task out.) The two arrays differ for ``legacy-biasedit`` only, whose code takes SS
-    from mean probabilities and LMS from mean log-probabilities.
+    lower; bias-bench leaves the task out.) SS and LMS have different scores for ``legacy-biasedit`` only, whose code
+    takes SS from mean probabilities and LMS from mean log-probabilities.
     """
     logs: list[Any] = [None] * (3 * len(triples.rows))
     for kind in stereoset.KINDS:
@@ -108,7 +127,8 @@ def triple_scores(
         for place, values in enumerate(tokens):
             logs[3 * rows[place // 3] + place % 3] = values
     main = pooled(logs, DEFINITIONS[scorer].pool).reshape(-1, 3)
-    return main, pooled(logs, "geometric").reshape(-1, 3) if scorer == "legacy-biasedit" else main
+    means = per_token(logs).reshape(-1, 3)
+    return TripleScores(main, np.exp(means) if scorer == "legacy-biasedit" else main, means)
 
 
 def _closed(context: str) -> str:
@@ -148,8 +168,10 @@ def evaluate_triples(
     texts = [[_text(row, sentence) for sentence in row.sentences] for row in triples.rows]
     kept, long = fitting(model, tokenizer, texts, [row.where for row in triples.rows])
     used = stereoset.Triples(tuple(triples.rows[row] for row in kept), (*triples.skipped, *long), triples.name)
-    main, related = triple_scores(model, tokenizer, used, scorer=scorer, step=step)
-    found: dict[str, Any] = score(used, main, data=used.name, scorer=scorer, related=related)
+    scores = triple_scores(model, tokenizer, used, scorer=scorer, step=step)
+    found: dict[str, Any] = score(
+        used, scores.main, data=used.name, scorer=scorer, related=scores.related, margins=scores.margins
+    )
     return found | ({"skipped": list(used.skipped)} if used.skipped else {})
 
 
