@@ -7,6 +7,7 @@ class between any two groups, and ``mean``, the mean over all classes and pairs 
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -79,4 +80,5 @@ def score(
 
 
 def _gap(value: float, samples: Float[np.ndarray, " resamples"], n: int, scorer: str, data: str) -> Metric:
-    return sampled_metric(value, samples, n=n, scorer=scorer, data=data, ideal=0.0, direction="lower")
+    made = sampled_metric(value, samples, n=n, scorer=scorer, data=data, ideal=0.0, direction="lower")
+    return replace(made, samples=None)  # hits were drawn, not rows: two models' samples are no pairs

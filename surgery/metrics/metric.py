@@ -1,7 +1,7 @@
 """The one shape of a measured number, and its 95 % bootstrap interval."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,12 @@ class Metric:
     data: str
     ideal: float
     direction: str  # "lower" | "higher" | "nearer" (to the ideal)
+    samples: Float[np.ndarray, " resamples"] | None = field(default=None, repr=False, compare=False)
+    """The bootstrap's values, for differences (``difference``); they do not go into JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
@@ -80,7 +82,8 @@ def mean_metric(
         stop = min(RESAMPLES, start + rows)
         picks = generator.integers(0, totals.size, size=(stop - start, totals.size))
         samples[start:stop] = totals[picks].sum(axis=1) / masses[picks].sum(axis=1)
-    low, high = np.quantile(apply(samples), [0.025, 0.975])
+    samples = apply(samples)
+    low, high = np.quantile(samples, [0.025, 0.975])
     return Metric(
         value=float(apply(totals.sum() / masses.sum())),
         low=float(low),
@@ -90,6 +93,7 @@ def mean_metric(
         data=data,
         ideal=ideal,
         direction=direction,
+        samples=samples,
     )
 
 
@@ -108,9 +112,62 @@ def sampled_metric(
     Samples of a maximum or an absolute value lie above it; the interval is widened to hold the value where need be.
     """
     low, high = np.quantile(samples, [0.025, 0.975])
-    return Metric(
-        float(value), min(float(low), float(value)), max(float(high), float(value)), n, scorer, data, ideal, direction
-    )
+    low, high = min(float(low), float(value)), max(float(high), float(value))
+    return Metric(float(value), low, high, n, scorer, data, ideal, direction, samples)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``after`` - ``before`` of one number, paired: ``low`` and ``high`` bound the difference (95 %), not its parts.
+
+    ``verdict``: "better" or "worse" where the interval excludes 0, and "within noise" where it does not.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    scorer: str
+    data: str
+    verdict: str
+
+
+def difference(before: Metric, after: Metric) -> Difference | None:
+    """The paired difference of two measurements of the same rows; None where they cannot be paired.
+
+    The bootstrap draws the same groups for both (its generator starts anew for each metric), so that the difference of
+    the samples is the bootstrap of the difference. Other rows, another scorer or data, or no samples: None.
+    """
+    told = (before.scorer, before.data, before.n) == (after.scorer, after.data, after.n)
+    if not told or before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
+        return None
+    low, high = np.quantile(after.samples - before.samples, [0.025, 0.975])
+    value = after.value - before.value
+    low, high = min(float(low), value), max(float(high), value)
+    better = _better(before, after)
+    verdict = "within noise" if low <= 0 <= high or better == 0 else "better" if better > 0 else "worse"
+    return Difference(value, low, high, after.n, after.scorer, after.data, verdict)
+
+
+def _better(before: Metric, after: Metric) -> float:
+    """Positive where ``after`` is the better value."""
+    if after.direction == "nearer":
+        return abs(before.value - before.ideal) - abs(after.value - after.ideal)
+    return (after.value - before.value) * (1 if after.direction == "higher" else -1)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """``difference`` of every metric that stands at the same place of two trees of scores, as plain JSON values."""
+    found: dict[str, Any] = {}
+    for key, value in after.items():
+        other = before.get(key)
+        if isinstance(value, Metric) and isinstance(other, Metric):
+            one = difference(other, value)
+            if one is not None:
+                found[key] = asdict(one)
+        elif isinstance(value, Mapping) and isinstance(other, Mapping) and (below := differences(other, value)):
+            found[key] = below
+    return found
 
 
 def from_dict(fields: dict[str, Any]) -> Metric:

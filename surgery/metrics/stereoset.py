@@ -93,9 +93,10 @@ def _icat(
         return lms * np.minimum(ss, 100 - ss) / 50
 
     picks = np.random.default_rng(0).integers(0, each.shape[1], size=(RESAMPLES, each.shape[1]))
-    low, high = np.quantile(icat(each[:, picks].mean(axis=2)), [0.025, 0.975])
+    samples = icat(each[:, picks].mean(axis=2))
+    low, high = np.quantile(samples, [0.025, 0.975])
     value = float(icat(each.mean(axis=1)))
-    return Metric(value, float(low), float(high), len(terms), scorer, data, ideal=100.0, direction="higher")
+    return Metric(value, float(low), float(high), len(terms), scorer, data, 100.0, "higher", samples)
 
 
 def triple_scores(

@@ -1,0 +1,64 @@
+"""Differences of two measurements are paired: the same groups are drawn for both."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.metrics.metric import RESAMPLES, Metric, difference, differences, mean_metric
+
+SHAPE = {"scorer": "s", "data": "d", "ideal": 0.0, "direction": "lower"}
+
+
+def of(values: np.ndarray, **more: object) -> Metric:
+    return mean_metric(values, **(SHAPE | more))  # type: ignore[arg-type]
+
+
+def test_the_interval_is_that_of_the_row_by_row_differences() -> None:
+    draw = np.random.default_rng(0)
+    before = draw.normal(5, 2, 60)
+    after = before - 0.3 + draw.normal(0, 0.1, 60)
+    groups = np.repeat(np.arange(20), 3)
+    found = difference(of(before, groups=groups), of(after, groups=groups))
+    direct = of(after - before, groups=groups)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((direct.value, direct.low, direct.high))
+    # The two marginal intervals overlap widely; the pairs tell them apart.
+    assert of(after).high > of(before).low and found.high < 0 and found.verdict == "better"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["lower", "higher", "nearer"]))
+def test_the_same_numbers_twice_are_no_change(seed: int, direction: str) -> None:
+    values = np.random.default_rng(seed).normal(0, 1, 12)
+    one = of(values, direction=direction)
+    found = difference(one, of(values, direction=direction))
+    assert found is not None and (found.value, found.low, found.high, found.verdict) == (0, 0, 0, "within noise")
+
+
+def test_the_verdict_follows_the_direction() -> None:
+    low, high = of(np.full(9, 0.2)), of(np.full(9, 0.8))
+    verdict = lambda a, b: difference(a, b).verdict  # type: ignore[union-attr]  # noqa: E731
+    assert (verdict(high, low), verdict(low, high)) == ("better", "worse")
+    low, high = (of(np.full(9, value), direction="higher") for value in (0.2, 0.8))
+    assert (verdict(high, low), verdict(low, high)) == ("worse", "better")
+    near = [of(np.full(9, value), direction="nearer", ideal=50.0) for value in (60.0, 52.0, 49.0)]
+    assert verdict(near[0], near[1]) == "better" and verdict(near[2], near[1]) == "worse"
+
+
+def test_other_rows_or_another_scorer_are_no_pairs() -> None:
+    one = of(np.arange(5.0))
+    for other in (of(np.arange(6.0)), of(np.arange(5.0), scorer="t"), of(np.arange(5.0), data="e")):
+        assert difference(one, other) is None
+    assert one.samples is not None and one.samples.shape == (RESAMPLES,)
+
+
+def test_a_tree_of_scores_gives_a_tree_of_differences() -> None:
+    before = {"a": {"b": of(np.arange(5.0)), "only": of(np.arange(5.0))}, "c": 3}
+    after = {"a": {"b": of(np.arange(5.0) + 1), "new": of(np.arange(5.0))}, "c": 4}
+    found = differences(before, after)
+    assert set(found) == {"a"} and set(found["a"]) == {"b"}
+    assert found["a"]["b"]["value"] == 1 and found["a"]["b"]["verdict"] == "worse"
+    assert "samples" not in json.dumps(before["a"]["b"].to_dict()) and json.dumps(found)
