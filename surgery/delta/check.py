@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.delta.extract import to_stored
+from surgery.delta.naming import place
 from surgery.errors import SurgeryError
 from surgery.files.architecture import differences, facts
 from surgery.files.checkpoint_files import CheckpointFiles, open_checkpoint, require_float
@@ -47,18 +47,26 @@ def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str,
         raise SurgeryError(
             f"the model has no parameter {unknown[0]!r}; it has, for example, {next(iter(parameters))!r}"
         )
-    mapping, _ = to_stored(chosen, stored)
-    for name, target in mapping.items():
-        entry, parameter = stored.entry(target), parameters[name]
-        require_float(entry.dtype, target, stored.path / stored.places[target])
-        if tuple(parameter.shape) != entry.shape:
-            raise SurgeryError(
-                f"{name}: the model has {list(parameter.shape)}, {stored.path} has {list(entry.shape)} as {target}"
-            )
-        if parameter.device.type != "meta" and not bool(parameter.detach().isfinite().all()):
-            raise SurgeryError(f"{stored.path}: {target!r} holds NaN or infinity; the file is broken, get it again")
+    for name in chosen:
+        if parameters[name].device.type != "meta" and not bool(parameters[name].detach().isfinite().all()):
+            raise SurgeryError(f"{stored.path}: {name!r} holds NaN or infinity; the file is broken, get it again")
+    shapes = {name: tuple(parameters[name].shape) for name in chosen}
+    found = place(chosen, shapes, stored)
+    for target, name in found.plain:
+        _check_tensor(stored, target, name, shapes[name])
+    for group in found.joined:
+        pieces = group.split({held: group.model.get_parameter(held) for held in group.held})
+        for target, piece in pieces.items():
+            _check_tensor(stored, target, group.held[0], tuple(piece.shape))
     if out is not None:
         _check_room(stored, sum(parameters[name].numel() for name in chosen), out)
+
+
+def _check_tensor(stored: CheckpointFiles, target: str, name: str, shape: tuple[int, ...]) -> None:
+    entry = stored.entry(target)
+    require_float(entry.dtype, target, stored.path / stored.places[target])
+    if shape != entry.shape:
+        raise SurgeryError(f"{name}: the model has {list(shape)} as {target}, {stored.path} has {list(entry.shape)}")
 
 
 def _check_room(stored: CheckpointFiles, elements: int, out: Path) -> None:

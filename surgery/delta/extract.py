@@ -1,6 +1,5 @@
 """Make a delta: from the differences an edit found in a live model, or from two checkpoints on disk."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,12 @@ import numpy as np
 from surgery import __version__
 from surgery.delta.format import Delta
 from surgery.delta.metadata import FORMAT, KINDS, MODULE, check_metadata, encode, pack_sketch
+from surgery.delta.naming import Joined, place
+from surgery.delta.pairing import changes
 from surgery.errors import SurgeryError
 from surgery.files.architecture import is_embedding, is_head, tokenizer_fingerprint
-from surgery.files.checkpoint_files import CheckpointFiles, chunks, measure, open_checkpoint, require_float
-from surgery.files.rounding import STORED, refuse_not_finite, widen
-from surgery.files.safetensors_io import open_regular, read_exactly
-from surgery.files.tensor_names import common_prefix, resolve_tied, translate
+from surgery.files.checkpoint_files import CheckpointFiles, measure, open_checkpoint
+from surgery.files.rounding import refuse_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -58,25 +57,8 @@ def make(
         raise SurgeryError(f"kind {kind!r}: a module's settings go with kind 'module', and only with it")
     parts = {name: array for name, array in arrays.items() if kind == "module" and name.startswith(MODULE)}
     arrays = {name: array for name, array in arrays.items() if name not in parts}
-    stems = {name: name if kind == "dense" else _stem(name) for name in arrays}
-    mapping, prefix = to_stored(list(dict.fromkeys(stems.values())), stored)
-    tensors: dict[str, np.ndarray] = {}
-    for name, array in arrays.items():
-        stem = stems[name]
-        target = mapping[stem] + name[len(stem) :]
-        if target in tensors and not np.array_equal(tensors[target], array):
-            raise SurgeryError(
-                f"{name}: the checkpoint ties it to {target}, for which another difference was given; "
-                "train the tied tensor once"
-            )
-        tensors[target] = array
-    for name in mapping.values():
-        shape = stored.entry(name).shape
-        if kind == "dense" and tensors[name].shape != shape:
-            raise SurgeryError(
-                f"{name}: the difference is {list(tensors[name].shape)}, the checkpoint has {list(shape)}"
-            )
-    changed = sorted(set(mapping.values()))
+    tensors, prefix = _to_stored(arrays, kind, stored)
+    changed = sorted({_stem(name) if name not in stored.places else name for name in tensors})
     about = {"kind": kind, "base": base, "recipe": recipe, "seed": seed, "prefix": prefix, "measured": measured}
     about |= {"module": dict(module)} if module is not None else {}
     about |= {"rounding": rounding} if rounding != "auto" else {}
@@ -91,51 +73,12 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
         SurgeryError: a tensor is missing or has another shape; nothing differs; values are not finite.
     """
     left, right = open_checkpoint(base_dir), open_checkpoint(edited_dir)
-    missing = sorted(set(left.places) ^ set(right.places))
-    if missing:
-        where = right.path if missing[0] in left.places else left.path
-        raise SurgeryError(f"{where}: has no {missing[0]!r} ({len(missing)} names differ); compare equal models")
-    tensors = {}
-    for name in sorted(left.places):
-        if left.entry(name).shape != right.entry(name).shape:
-            shapes = f"{list(left.entry(name).shape)} in the base, {list(right.entry(name).shape)} in the edited"
-            raise SurgeryError(f"{name}: {shapes} checkpoint; a difference needs equal shapes")
-        change = _difference(left, right, name)
-        if change is not None:
-            tensors[name] = change
+    tensors = dict(changes(left, right))
     if not tensors:
         raise SurgeryError(f"{right.path}: no tensor differs from {left.path}; there is nothing to write")
     # Applied, it must give the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
     about = {"kind": "dense", "base": base or left.path.name, "recipe": recipe, "seed": 0, "rounding": "nearest"}
     return _assemble(left, tensors, sorted(tensors), about)
-
-
-def _difference(left: CheckpointFiles, right: CheckpointFiles, name: str) -> np.ndarray | None:
-    """edited - base as fp32 with the tensor's shape, or None where the stored values are equal."""
-    result: np.ndarray | None = None
-    for start, stop in chunks(left.entry(name)) if left.entry(name).dtype in STORED else [(0, 0)]:
-        pair = [values(stored, name, start, stop) for stored in (left, right)]
-        if np.array_equal(pair[0], pair[1]):
-            continue
-        for stored, part in zip((left, right), pair, strict=True):
-            refuse_not_finite(part, name, str(stored.path))
-        if result is None:
-            result = np.zeros(left.entry(name).elements, np.float32)
-        result[start:stop] = pair[1] - pair[0]
-    return None if result is None else result.reshape(left.entry(name).shape)
-
-
-def values(stored: CheckpointFiles, name: str, start: int, stop: int) -> np.ndarray:
-    """Elements start..stop of a stored tensor, widened to fp32. Raises: SurgeryError (dtype, truncated)."""
-    entry, path = stored.entry(name), stored.path / stored.places[name]
-    require_float(entry.dtype, name, path)
-    size = STORED[entry.dtype].itemsize
-    fd = open_regular(path)
-    try:
-        raw = read_exactly(fd, entry.begin + size * start, size * (stop - start), path)
-    finally:
-        os.close(fd)
-    return widen(np.frombuffer(raw, STORED[entry.dtype]), entry.dtype)
 
 
 def _assemble(
@@ -156,7 +99,7 @@ def _assemble(
     vocabulary = [entries[name]["shape"][0] for name in entries if is_embedding(name) or is_head(name)]
     metadata = {
         "format": FORMAT,
-        "architecture": stored.facts,
+        "architecture": stored.facts | ({"tied": stored.tied} if "tied" in stored.facts else {}),
         "tensors": entries,
         "tool": f"model-surgery {__version__}",
         "parents": [],
@@ -186,16 +129,46 @@ def _stem(name: str) -> str:
     return name
 
 
-def to_stored(names: list[str], stored: CheckpointFiles) -> tuple[dict[str, str], str]:
-    """{model name: checkpoint name} and what the model's names have in front of the checkpoint's."""
-    tied = {name: resolve_tied(name, stored.places) for name in names if stored.tied}
-    plain = [name for name in names if tied.get(name) is None]
-    change = common_prefix(plain, stored.places)
-    if change is None:
-        lost = next(name for name in plain if name not in stored.places)
-        raise SurgeryError(
-            f"{stored.path}: has no tensor {lost!r}, and no single change of prefix explains it; "
-            f"it has, for example, {sorted(stored.places)[0]!r}"
-        )
-    mapping = {name: tied.get(name) or translate(name, change) for name in names}
-    return mapping, change[0] if not change[1] else ""
+def _to_stored(arrays: dict[str, np.ndarray], kind: str, stored: CheckpointFiles) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays under the checkpoint's names, and what the model's names have in front of these."""
+    stems = {name: name if kind == "dense" else _stem(name) for name in arrays}
+    whole = {name: array.shape for name, array in arrays.items() if stems[name] == name}
+    names = place(list(dict.fromkeys(stems.values())), whole, stored)
+    of_stem: dict[str, list[str]] = {}
+    for name, stem in stems.items():
+        of_stem.setdefault(stem, []).append(name)
+    tensors: dict[str, np.ndarray] = {}
+    for target, stem in names.plain:
+        for name in of_stem[stem]:
+            own, array = target + name[len(stem) :], arrays[name]
+            if own in tensors and not np.array_equal(tensors[own], array):
+                raise SurgeryError(
+                    f"{name}: the checkpoint ties it to {own}, for which another difference was given; "
+                    "train the tied tensor once"
+                )
+            tensors[own] = array
+    for group in names.joined:
+        tensors |= _apart(group, arrays, names.called)
+    for name, array in tensors.items():
+        if name in stored.places and array.shape != stored.entry(name).shape:
+            raise SurgeryError(
+                f"{name}: the difference is {list(array.shape)}, the checkpoint has {list(stored.entry(name).shape)}"
+            )
+    return tensors, names.prefix
+
+
+def _apart(group: Joined, arrays: Mapping[str, np.ndarray], called: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The differences of parameters that the checkpoint holds in other pieces; a factored one is multiplied out."""
+    import torch
+
+    held = {}
+    for name in group.held:
+        shape, own = group.model.get_parameter(name).shape, called.get(name, name)
+        if own + ".lora_B" in arrays:
+            array = arrays[own + ".lora_B"] @ arrays[own + ".lora_A"]
+        else:
+            array = arrays.get(own, np.zeros(0, np.float32))
+        if array.size and array.shape != shape:
+            raise SurgeryError(f"{own}: the difference is {list(array.shape)}, the checkpoint gives {list(shape)}")
+        held[name] = torch.from_numpy(array) if array.size else torch.zeros(shape)
+    return {name: np.ascontiguousarray(piece.numpy()) for name, piece in group.split(held).items()}

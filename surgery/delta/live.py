@@ -1,8 +1,9 @@
 """Apply a delta to a live torch model, in place or for the time of a `with` block."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,18 +11,48 @@ from torch import nn
 
 from surgery.delta.differences import Differences, Edit
 from surgery.delta.metadata import rounding_of, unpack_sketch
+from surgery.delta.naming import Names, held_by
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import differences, facts
 from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
-from surgery.files.tensor_names import common_prefix, is_vocabulary, resolve_tied, translate
+from surgery.files.tensor_names import is_vocabulary
 from surgery.modules import cross_attention
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
-    """{base tensor name: live parameter}. Raises: SurgeryError when a name, shape or the architecture does not fit."""
+@dataclass(frozen=True)
+class Touched:
+    """What of a live model a delta changes: `parameters` by the model's names, and `names`, how they lie on disk."""
+
+    parameters: dict[str, nn.Parameter]
+    names: Names
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """{base tensor name: its numbers in the model}; of what the model joins, all pieces."""
+        found = {name: self.parameters[held].detach() for name, held in self.names.plain}
+        for group in self.names.joined:
+            found |= group.split({name: self.parameters[name].detach() for name in group.held})
+        return found
+
+    def write(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put `values` into the model, in place; what is not among them stays."""
+        with torch.no_grad():
+            for name, held in self.names.plain:
+                if name in values:
+                    self.parameters[held].copy_(values[name])
+            for group in self.names.joined:
+                pieces = group.split({name: self.parameters[name].detach() for name in group.held})
+                for held, whole in group.join(
+                    pieces | {name: values[name] for name in pieces if name in values}
+                ).items():
+                    self.parameters[held].copy_(whole)
+
+
+def touched(delta: Differences, model: nn.Module) -> Touched:
+    """What `delta` changes in the model. Raises: SurgeryError when a name, shape or the architecture does not fit."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     config = getattr(model, "config", None)
     if config is not None:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
@@ -34,26 +65,29 @@ def touched(delta: Differences, model: nn.Module) -> dict[str, nn.Parameter]:
                 f"{matrices[0]}: embedding and head are tied in only one of the delta's base and the model; "
                 "apply it to the checkpoint on disk with --tied embed, head or both"
             )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied = {name: resolve_tied(name, parameters) for name in delta.shapes}
-    change = common_prefix([name for name in delta.shapes if tied[name] is None], parameters)
-    if change is None:
-        lost = next(name for name in delta.shapes if name not in parameters)
-        raise SurgeryError(f"the model has no parameter {lost!r}; the delta belongs to another architecture")
-    found = {name: parameters[tied[name] or translate(name, change)] for name in delta.shapes}
-    for name, parameter in found.items():
-        if tuple(parameter.shape) != delta.shapes[name]:
+    names = held_by(model, list(delta.shapes))
+    held = [held for _, held in names.plain] + [held for group in names.joined for held in group.held]
+    found = Touched({name: parameters[name] for name in held}, names)
+    for name, parameter in found.parameters.items():
+        if parameter.device.type == "meta":
             raise SurgeryError(
-                f"{name}: the model has shape {list(parameter.shape)}, the delta's base {list(delta.shapes[name])}"
+                f"{name}: the model does not hold its weights (offloaded, or on the meta device), so they cannot be "
+                "changed there; apply the delta to the checkpoint on disk (surgery apply) and open the result"
             )
         if parameter.dtype not in _DTYPES:
             raise SurgeryError(f"{name}: the model holds it as {parameter.dtype}; expected fp32, fp16 or bf16")
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.read().items()}
+    for name, shape in delta.shapes.items():
+        if shapes.get(name) != shape:
+            raise SurgeryError(
+                f"{name}: the model has shape {list(shapes.get(name, ()))}, the delta's base {list(shape)}"
+            )
     return found
 
 
-def to_stored(parameter: torch.Tensor) -> np.ndarray:
-    """The numbers of a parameter, flat, as numpy sees them on disk (bf16 as uint16). No copy on a CPU."""
-    flat = parameter.detach().to("cpu").contiguous().reshape(-1)
+def to_stored(tensor: torch.Tensor) -> np.ndarray:
+    """The numbers of a tensor, flat, as numpy sees them on disk (bf16 as uint16). No copy on a CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     if flat.dtype == torch.bfloat16:
         return flat.view(torch.int16).numpy().view(np.uint16)
     return flat.numpy()
@@ -91,10 +125,10 @@ def apply_live(
             `surgery.apply.apply` judges it), an overflow of the dtype, a scale that is not finite, a module for
             another width.
     """
-    edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
+    found, edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
     if delta.kind == "module":
         cross_attention.attach(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
-    _write(edited)
+    found.write(edited)
 
 
 @contextmanager
@@ -109,9 +143,9 @@ def applied_live(
     force: bool,
 ) -> Iterator[None]:
     """Inside, the model is as `apply_live` leaves it; then it is bit for bit as before, whatever happens."""
-    edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
+    found, edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
     with restored(delta, model), attached(delta, model, scale=scale):
-        _write(edited)
+        found.write(edited)
         yield
 
 
@@ -124,20 +158,21 @@ def attached(delta: Edit, model: nn.Module, *, scale: float = 1.0) -> AbstractCo
 
 def _edited(
     delta: Differences, model: nn.Module, scale: float, rounding: str, seed: int | None, as_stored: bool, force: bool
-) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The parameters that the delta changes, with what they will hold; all checks of `apply_live`."""
+) -> tuple[Touched, dict[str, torch.Tensor]]:
+    """What the delta changes, and what it will hold, by the base's names; all checks of `apply_live`."""
     if not math.isfinite(scale):
         raise SurgeryError(f"scale {scale}: expected a finite number")
     how, drawn = rounding_of(delta.metadata, rounding, seed)
-    parameters = touched(delta, model)
-    _check_related(delta, parameters, force)
-    edited = []
-    for name, parameter in parameters.items():
-        difference = delta.read(name, 0, parameter.numel())
+    found = touched(delta, model)
+    held = {name: tensor for name, tensor in found.read().items() if name in delta.shapes}
+    _check_related(delta, held, force)
+    edited = {}
+    for name, tensor in held.items():
+        difference = delta.read(name, 0, tensor.numel())
         refuse_not_finite(difference, name, "the delta")
-        dtype = _DTYPES[parameter.dtype]
+        dtype = _DTYPES[tensor.dtype]
         result = add(
-            to_stored(parameter),
+            to_stored(tensor),
             difference,
             dtype,
             scale=scale,
@@ -149,22 +184,16 @@ def _edited(
         wanted = delta.metadata["tensors"][name]["dtype"]
         if as_stored and dtype == "F32" and wanted in STORED:
             result = widen(narrow(result, wanted, how, drawn, name, 0), wanted)
-        edited.append((parameter, from_stored(result, parameter)))
-    return edited
+        edited[name] = from_stored(result, tensor)
+    return found, edited
 
 
-def _write(edited: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for parameter, value in edited:
-            parameter.copy_(value)
-
-
-def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], force: bool) -> None:
+def _check_related(delta: Differences, held: Mapping[str, torch.Tensor], force: bool) -> None:
     distances = {}
-    for name, parameter in parameters.items():
+    for name, tensor in held.items():
         entry = delta.metadata["tensors"][name]
         sketcher = sketch.Sketcher()
-        sketcher.feed(widen(to_stored(parameter), _DTYPES[parameter.dtype]))
+        sketcher.feed(widen(to_stored(tensor), _DTYPES[tensor.dtype]))
         sums, norm = sketcher.finish()
         distances[name] = sketch.distance(sums, norm, unpack_sketch(entry["sketch"]), entry["norm"])
     if distances:
@@ -174,7 +203,7 @@ def _check_related(delta: Differences, parameters: dict[str, nn.Parameter], forc
 @contextmanager
 def restored(delta: Differences, model: nn.Module) -> Iterator[None]:
     """Keep a copy of the parameters that the delta touches and put them back at the end, whatever happens."""
-    parameters = touched(delta, model)
+    parameters = touched(delta, model).parameters
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield

@@ -16,6 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.files.architecture import facts, read_json
 from surgery.files.rounding import STORED, refuse_not_finite, widen
 from surgery.files.safetensors_io import Entry, Header, open_regular, read_exactly, read_header
+from surgery.files.tensor_names import is_vocabulary
 from surgery.files.weight_fingerprint import Sketcher
 
 INDEX = "model.safetensors.index.json"
@@ -43,10 +44,13 @@ class CheckpointFiles:
     def entry(self, name: str) -> Entry:
         return self.shards[self.places[name]].tensors[name]
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        """True when the config says that the head is the embedding."""
-        return bool(self.facts.get("tied", False))
+        """True when the head is the embedding: the config says so, and no other head is stored beside it."""
+        matrices = [name for name in self.places if is_vocabulary(name)]
+        return bool(self.facts.get("tied", False)) and all(
+            same_bytes(self, matrices[0], self, name) for name in matrices[1:]
+        )
 
 
 def open_checkpoint(path: Path | str) -> CheckpointFiles:
@@ -204,6 +208,42 @@ def measure(
         os.close(fd)
     sums, norm = sketcher.finish()
     return Measured(digest.hexdigest(), sums, norm)
+
+
+def values(stored: CheckpointFiles, name: str, start: int, stop: int) -> np.ndarray:
+    """Elements start..stop of a stored tensor, widened to fp32. Raises: SurgeryError (dtype, truncated)."""
+    entry, path = stored.entry(name), stored.path / stored.places[name]
+    require_float(entry.dtype, name, path)
+    size = STORED[entry.dtype].itemsize
+    fd = open_regular(path)
+    try:
+        raw = read_exactly(fd, entry.begin + size * start, size * (stop - start), path)
+    finally:
+        os.close(fd)
+    return widen(np.frombuffer(raw, STORED[entry.dtype]), entry.dtype)
+
+
+def same_bytes(left: CheckpointFiles, name: str, right: CheckpointFiles, other: str) -> bool:
+    """True when both tensors have one dtype, one shape and the same bytes."""
+    pair = [(stored, stored.entry(tensor), stored.places[tensor]) for stored, tensor in ((left, name), (right, other))]
+    if (pair[0][1].dtype, pair[0][1].shape) != (pair[1][1].dtype, pair[1][1].shape):
+        return False
+    files = [open_regular(stored.path / file) for stored, _, file in pair]
+    try:
+        size = pair[0][1].end - pair[0][1].begin
+        return all(
+            len(
+                {
+                    read_exactly(fd, entry.begin + at, min(CHUNK_BYTES, size - at), stored.path / file)
+                    for fd, (stored, entry, file) in zip(files, pair, strict=True)
+                }
+            )
+            == 1
+            for at in range(0, size, CHUNK_BYTES)
+        )
+    finally:
+        for fd in files:
+            os.close(fd)
 
 
 def require_float(dtype: str, name: str, where: Path) -> None:

@@ -1,8 +1,73 @@
-"""Match the tensor names of one checkpoint or model with those of another: prefixes, and tied heads."""
+"""Match the tensor names of one checkpoint or model with those of another: prefixes, old names, tied heads."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 
 from surgery.files.architecture import is_embedding, is_head
+
+# What transformers still reads under an older name, of models that are otherwise the same.
+_OLDER = tuple(
+    (re.compile(old), new)
+    for old, new in (
+        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+        (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        (r"\.weight_g$", ".parametrizations.weight.original0"),
+        (r"\.weight_v$", ".parametrizations.weight.original1"),
+        (r"^(model\.language_model|language_model\.model)\.model\.", "model.language_model."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(vision_tower|vision_model|multi_modal_projector)\.", r"model.\1."),
+    )
+)
+# In front of the names of a model with a head, and not of the same model without: `base_model_prefix` in transformers.
+_BASE_MODEL = (
+    "model.",
+    "transformer.",
+    "bert.",
+    "roberta.",
+    "distilbert.",
+    "electra.",
+    "deberta.",
+    "gpt_neox.",
+    "backbone.",
+)
+_BUFFER = re.compile(
+    r"(^|\.)(inv_freq|masked_bias|position_ids|token_type_ids|embed_positions_sin|embed_positions_cos)$"
+)
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
+
+
+def spelling(name: str) -> str:
+    """The name that transformers 5 gives a tensor which older versions stored under another."""
+    for old, new in _OLDER:
+        name = old.sub(new, name)
+    return name
+
+
+def is_leftover(name: str, shape: tuple[int, ...]) -> bool:
+    """True for what older versions stored and no model learns: rotary frequencies, position numbers, causal masks."""
+    return _BUFFER.search(name) is not None or (_MASK.search(name) is not None and len(shape) == 4)
+
+
+def same_tensors(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """{name: the known name of the same tensor}, of the names that are known, in an older spelling or without the
+    prefix of a base model (or with it, where `names` have none); other names are left out."""
+    names = list(names)
+    known = set(known)
+    found = {name: name for name in names if name in known}
+    modern: dict[str, list[str]] = {}
+    for other in known:
+        modern.setdefault(spelling(other), []).append(other)
+    for name in names:
+        others = modern.get(spelling(name), [])
+        if name not in found and len(others) == 1:
+            found[name] = others[0]
+    lost = [name for name in names if name not in found]
+    for old, new in [*((prefix, "") for prefix in _BASE_MODEL), *(("", prefix) for prefix in _BASE_MODEL)]:
+        moved = {name: modern.get(translate(spelling(name), (old, new)), []) for name in lost}
+        if lost and all(name.startswith(old) and len(others) == 1 for name, others in moved.items()):
+            return found | {name: others[0] for name, others in moved.items()}
+    return found
 
 
 def translate(name: str, change: tuple[str, str]) -> str:
