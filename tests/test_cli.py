@@ -79,6 +79,23 @@ def test_eval_with_a_delta_in_memory(run: Path, checkpoint: Path, tmp_path: Path
     assert set(before) == {"genbias", "model", "deltas"}
 
 
+def test_eval_of_two_checkpoints_is_paired_and_says_what_got_worse_first(
+    run: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ["--suite", "genbias", "--suite", "perplexity", "--quiet", "--device", "cpu"]
+    delta = ["--delta", run / "delta.safetensors", "--json", tmp_path / "pairs.json"]
+    code, stdout, stderr = surgery("eval", checkpoint, "--against", checkpoint, *options, *delta)
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "pairs.json").read_text())
+    gap = found["differences"]["genbias"]["relative_gap"]["all"]
+    was, now = (tree["genbias"]["relative_gap"]["all"]["value"] for tree in (found["against"]["scores"], found))
+    assert gap["value"] == pytest.approx(now - was) and gap["low"] <= gap["value"] <= gap["high"]
+    verdicts = [line.split("  ")[-1].split(";")[0] for line in stdout.splitlines()[1:]]
+    assert verdicts == sorted(verdicts, key=["worse", "better", "within noise", "not paired"].index)
+    code, same, _ = surgery("eval", checkpoint, "--against", checkpoint, *options)
+    assert code == 0 and "+0.0000 [+0.0000, +0.0000]  within noise" in same and "better" not in same
+
+
 def test_eval_on_a_data_folder(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     (folder / "crows_pairs").mkdir(parents=True)

@@ -55,6 +55,15 @@ def test_other_rows_or_another_scorer_are_no_pairs() -> None:
     assert one.samples is not None and one.samples.shape == (RESAMPLES,)
 
 
+def test_looking_at_many_axes_widens_every_interval() -> None:
+    draw = np.random.default_rng(0)
+    before = draw.normal(5, 2, 60)
+    pair = of(before), of(before + draw.normal(0.1, 0.4, 60))
+    one, many = (difference(*pair, axes=axes) for axes in (1, 20))
+    assert one is not None and many is not None and many.low < one.low and many.high > one.high
+    assert (one.verdict, many.verdict) == ("worse", "within noise")
+
+
 def test_a_tree_of_scores_gives_a_tree_of_differences() -> None:
     before = {"a": {"b": of(np.arange(5.0)), "only": of(np.arange(5.0))}, "c": 3}
     after = {"a": {"b": of(np.arange(5.0) + 1), "new": of(np.arange(5.0))}, "c": 4}

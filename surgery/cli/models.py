@@ -1,4 +1,4 @@
-"""Commands that open a model: locate, run, eval, list."""
+"""Commands that open a model: locate, run, list."""
 
 import os
 import sys
@@ -134,91 +134,6 @@ def run(
     for line in verdict(finished.summary):
         print(line)
     print(finished.folder / "report.html")
-
-
-@command(
-    name="eval",
-    epilog=examples(
-        "surgery eval demo",
-        "surgery eval demo --delta delta.safetensors --json after.json",
-        "surgery eval demo --suite stereoset --suite crows_pairs --data ./data --scorer bias-bench",
-        "surgery eval demo --lm-eval mmlu,hellaswag --limit 200",
-    ),
-)
-def evaluate(
-    model: Model,
-    delta: Annotated[list[Path] | None, typer.Option("--delta", help="Apply this delta in memory first.")] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            help="genbias, genhint, perplexity (default: these), or one that needs a data folder: surgery list.",
-        ),
-    ] = None,
-    data: Annotated[
-        str, typer.Option("--data", help="Prompt set (genbias, race, or a .toml / .json file), or the data folder.")
-    ] = "genbias",
-    split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
-    part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
-    texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
-    scorer: Annotated[
-        str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
-    ] = "bias-bench",
-    lm_eval: Annotated[
-        str | None,
-        typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), such as mmlu,hellaswag; then no default."),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the rows of --limit.")] = 0,
-    json_file: JsonFile = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a checkpoint by the chosen suites: every number with its scorer, its data and its interval."""
-    from surgery.data.prompts import load_prompt_set
-    from surgery.files.atomic import write_json
-    from surgery.metrics import lm_eval as benchmarks
-    from surgery.metrics.sentences import check_scorer
-    from surgery.metrics.suite import SUITES, check_suites, evaluate_suites, material, measure, plain
-    from surgery.progress import Progress
-    from surgery.runs.page import leaves
-
-    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
-    names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
-    shipped, others = [name for name in names if name in SUITES], [name for name in names if name not in SUITES]
-    check_suites(others)
-    check_scorer(scorer)
-    if tasks:
-        benchmarks.check_installed()
-    if others and not Path(data).is_dir():
-        raise SurgeryError(f"suite {others[0]}: --data {data} is no folder; give the folder that holds its files")
-    prompts = load_prompt_set("genbias" if others else data)
-    opened, tokenizer = open_model(model, quiet, device=device, deltas=delta or [])
-    scores: dict[str, Any] = {}
-    if shipped:
-        given = material(opened, tokenizer, prompts, split=split, part=part, texts=texts, suites=shipped)
-        scores |= measure(opened, given, progress=Progress(quiet)).scores
-    scores |= evaluate_suites(
-        opened,
-        tokenizer,
-        others,
-        data,
-        limit=limit,
-        seed=seed,
-        progress=Progress(quiet),
-        options={name: {"scorer": scorer} for name in ("stereoset", "crows_pairs")},
-    )
-    if tasks:
-        scores["lm_eval"] = benchmarks.evaluate(opened, tokenizer, tasks, limit=limit, seed=seed)
-    scores = plain(scores)
-    if json_file:
-        write_json(json_file, scores | {"model": model, "deltas": [str(path) for path in delta or []]})
-    for keys, metric in leaves(scores):
-        print(
-            f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
-            f"{metric['high']:.4f}]  n {metric['n']}, ideal {metric['ideal']:g}; {metric['scorer']}; {metric['data']}"
-        )
 
 
 @command(name="list", epilog=examples("surgery list"))

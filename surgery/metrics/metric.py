@@ -132,16 +132,17 @@ class Difference:
     verdict: str
 
 
-def difference(before: Metric, after: Metric) -> Difference | None:
+def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | None:
     """The paired difference of two measurements of the same rows; None where they cannot be paired.
 
     The bootstrap draws the same groups for both (its generator starts anew for each metric), so that the difference of
     the samples is the bootstrap of the difference. Other rows, another scorer or data, or no samples: None.
+    ``axes``: how many differences are looked at together; each interval is widened (Bonferroni) so that all hold.
     """
     told = (before.scorer, before.data, before.n) == (after.scorer, after.data, after.n)
     if not told or before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
         return None
-    low, high = np.quantile(after.samples - before.samples, [0.025, 0.975])
+    low, high = np.quantile(after.samples - before.samples, [0.025 / axes, 1 - 0.025 / axes])
     value = after.value - before.value
     low, high = min(float(low), value), max(float(high), value)
     better = _better(before, after)
@@ -156,16 +157,20 @@ def _better(before: Metric, after: Metric) -> float:
     return (after.value - before.value) * (1 if after.direction == "higher" else -1)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, axes: int = 1) -> dict[str, Any]:
     """``difference`` of every metric that stands at the same place of two trees of scores, as plain JSON values."""
     found: dict[str, Any] = {}
     for key, value in after.items():
         other = before.get(key)
         if isinstance(value, Metric) and isinstance(other, Metric):
-            one = difference(other, value)
+            one = difference(other, value, axes=axes)
             if one is not None:
                 found[key] = asdict(one)
-        elif isinstance(value, Mapping) and isinstance(other, Mapping) and (below := differences(other, value)):
+        elif (
+            isinstance(value, Mapping)
+            and isinstance(other, Mapping)
+            and (below := differences(other, value, axes=axes))
+        ):
             found[key] = below
     return found
 

@@ -1,0 +1,180 @@
+"""The command eval: measure a checkpoint, or two checkpoints on the same rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, command, examples
+from surgery.cli.models import open_model
+from surgery.errors import SurgeryError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, as the options say it."""
+
+    shipped: tuple[str, ...]
+    others: tuple[str, ...]
+    tasks: tuple[str, ...]
+    data: str
+    split: str
+    part: str
+    texts: Path | None
+    scorer: str
+    limit: int
+    seed: int
+
+
+@command(
+    name="eval",
+    epilog=examples(
+        "surgery eval demo",
+        "surgery eval demo --delta delta.safetensors --json after.json",
+        "surgery eval ./edited --against demo",
+        "surgery eval demo --suite stereoset --suite crows_pairs --data ./data --scorer bias-bench",
+        "surgery eval demo --lm-eval mmlu,hellaswag --limit 200",
+    ),
+)
+def evaluate(
+    model: Model,
+    delta: Annotated[list[Path] | None, typer.Option("--delta", help="Apply this delta in memory first.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help=f"Measure this one too, and the paired differences from it. {MODEL_HELP}"),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", help="A suite; default: those that need no data folder. See surgery list."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="Prompt set (genbias, race, or a .toml / .json file), or the data folder.")
+    ] = "genbias",
+    split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
+    part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
+    texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
+    scorer: Annotated[
+        str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
+    ] = "bias-bench",
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), such as mmlu,hellaswag; then no default."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the rows of --limit.")] = 0,
+    json_file: JsonFile = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a checkpoint by the chosen suites: every number with its scorer, its data and its interval.
+
+    With --against the same rows are measured on a second one; what got worse stands first, and the intervals of the
+    differences are widened so that all of them hold together.
+    """
+    from surgery.files.atomic import write_json
+    from surgery.metrics.metric import differences
+    from surgery.metrics.suite import SUITES, plain
+    from surgery.runs.page import leaves
+
+    tasks = tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip())
+    names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
+    shipped, others = (tuple(name for name in names if (name in SUITES) is inside) for inside in (True, False))
+    asked = Asked(shipped, others, tasks, data, split, part, texts, scorer, limit, seed)
+    _check(asked)
+    reference = _measured(against, [], asked, quiet, device) if against is not None else None
+    measured = _measured(model, delta or [], asked, quiet, device)
+    scores: dict[str, Any] = plain(measured)
+    found: dict[str, Any] = {}
+    if reference is not None:
+        pairs = sum(1 for _ in leaves(differences(reference, measured)))
+        found = differences(reference, measured, axes=pairs)
+    if json_file:
+        about = {"model": model, "deltas": [str(path) for path in delta or []]}
+        second = {"against": {"model": against, "scores": plain(reference)}, "differences": found}
+        write_json(json_file, scores | about | (second if reference is not None else {}))
+    if reference is None:
+        for keys, metric in leaves(scores):
+            print(
+                f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
+                f"{metric['high']:.4f}]  n {metric['n']}, ideal {metric['ideal']:g}; {metric['scorer']}; "
+                f"{metric['data']}"
+            )
+    else:
+        _print_differences(plain(reference), scores, found)
+
+
+def _check(asked: Asked) -> None:
+    """Refuse what is wrong before a model is opened."""
+    from surgery.metrics import lm_eval as benchmarks
+    from surgery.metrics.sentences import check_scorer
+    from surgery.metrics.suite import check_suites
+
+    check_suites(asked.others)
+    check_scorer(asked.scorer)
+    if asked.tasks:
+        benchmarks.check_installed()
+    if asked.others and not Path(asked.data).is_dir():
+        raise SurgeryError(
+            f"suite {asked.others[0]}: --data {asked.data} is no folder; give the folder that holds its files"
+        )
+
+
+def _measured(spec: str, deltas: list[Path], asked: Asked, quiet: bool, device: str | None) -> dict[str, Any]:
+    """The scores of one checkpoint, as ``Metric`` objects, which can be paired."""
+    from surgery.data.prompts import load_prompt_set
+    from surgery.metrics import lm_eval as benchmarks
+    from surgery.metrics.suite import evaluate_suites, material, measure
+    from surgery.progress import Progress
+
+    prompts = load_prompt_set("genbias" if asked.others else asked.data)
+    opened, tokenizer = open_model(spec, quiet, device=device, deltas=deltas)
+    scores: dict[str, Any] = {}
+    if asked.shipped:
+        given = material(
+            opened,
+            tokenizer,
+            prompts,
+            split=asked.split,
+            part=asked.part,
+            texts=asked.texts,
+            suites=asked.shipped,
+        )
+        scores |= measure(opened, given, progress=Progress(quiet)).scores
+    scores |= evaluate_suites(
+        opened,
+        tokenizer,
+        asked.others,
+        asked.data,
+        limit=asked.limit,
+        seed=asked.seed,
+        progress=Progress(quiet),
+        options={name: {"scorer": asked.scorer} for name in ("stereoset", "crows_pairs")},
+    )
+    if asked.tasks:
+        scores["lm_eval"] = benchmarks.evaluate(
+            opened, tokenizer, list(asked.tasks), limit=asked.limit, seed=asked.seed
+        )
+    return scores
+
+
+def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """A line for every number, what got worse first; those that cannot be paired stand last, without a verdict."""
+    from surgery.runs.page import leaves
+
+    old, pairs = dict(leaves(before)), dict(leaves(found))
+    order = {"worse": 0, "better": 1, "within noise": 2, "not paired": 3}
+    rows = [(pairs[keys]["verdict"] if keys in pairs else "not paired", keys, now) for keys, now in leaves(after)]
+    print(f"{'':34} {'against':>10} {'this':>10}  difference [95 %, over all {len(pairs)} together]")
+    for verdict, keys, now in sorted(rows, key=lambda row: order[row[0]]):
+        was = f"{old[keys]['value']:10.4f}" if keys in old else f"{'-':>10}"
+        change = "-"
+        if keys in pairs:
+            one = pairs[keys]
+            change = f"{one['value']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]"
+        print(
+            f"{' '.join(keys).replace('_', ' '):34} {was} {now['value']:10.4f}  {change}  {verdict}; n {now['n']}; "
+            f"{now['scorer']}"
+        )
