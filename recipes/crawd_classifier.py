@@ -5,29 +5,26 @@ before training (``base/``, a plain checkpoint) and the delta that makes it the 
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
-from surgery import delta as deltas
-from surgery.checkpoints import checkpoint_dir
 from surgery.data import hate
 from surgery.data.rows import sample
-from surgery.delta.module import module_delta
-from surgery.edits.classifier import WEIGHTS, Examples, Fitted, Method, fit, open_classifier, predict
+from surgery.edits.classifier import WEIGHTS, Examples, Method, fit, open_classifier, predict
 from surgery.errors import SurgeryError
-from surgery.files.atomic import write_json
 from surgery.metrics import groups
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import plain
-from surgery.progress import Progress
-from surgery.runs.folder import Folder, Run, run_folder
+from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.runs import summary
 from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
 
@@ -72,78 +69,72 @@ class Settings(surgery.runs.settings.Settings):
         return {"weight": WEIGHTS[method]} | values if method in WEIGHTS else values
 
 
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    *,
-    out: str | Path,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Summary(summary.Summary):
+    """``run.json`` of a classifier's run: also the method, and how many rows were trained and measured."""
+
+    method: str
+    rows: Mapping[str, int]
+    pareto: tuple[str, ...] = ("tpr_gap.mean", "accuracy")
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
     """Put a new classifier on the encoder, train it by each method, write deltas, measure the files put back onto it.
 
     ``model`` gives the device alone and stays as it was; the encoder is read from ``checkpoint``, the directory that
     ``model`` was loaded from (default: the one of ``settings.model``). Raises ``SurgeryError``.
     """
-    progress = progress or Progress(quiet=True)
-    directory = checkpoint_dir(checkpoint or settings.model)
-    text = surgery.runs.settings.dump("crawd_classifier", settings)
     given = _read(tokenizer, settings)
     methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in settings.controls}}
-    with run_folder(Path(out), text, resume=resume) as folder:
-        folder.log({"note": given.note})
-        progress.say(given.note)
-        classifier = open_classifier(directory, 2, seed=settings.seed, device=model.device)
-        base = folder.path / "base"
+    with operation("crawd_classifier", model, settings, **where) as op:
+        op.note(given.note)
+        classifier = open_classifier(op.directory, 2, seed=settings.seed, device=model.device)
+        base = op.folder.path / "base"
         if not (base / "config.json").is_file():
             shutil.rmtree(base, ignore_errors=True)  # half written
             classifier.save_pretrained(base)
             tokenizer.save_pretrained(base)
-        work = _Work(classifier, tokenizer, settings, base, folder, progress, text, given)
-        found = {name: work.case(name, method) for name, method in methods.items()}
+        work = _Work(replace(op, model=classifier, directory=base), tokenizer, settings, given)
+        before = op.once("before", work.measure)
+        found = {name: work.carry_out(name, method) for name, method in methods.items()}
         main = found.pop(settings.method)
-        summary = {
-            "recipe": "crawd_classifier",
-            "method": settings.method,
-            "model": settings.model,
-            "seed": settings.seed,
-            "before": work.measure(),
-            "after": main["scores"],
-            "edit": main["edit"],
-            "rows": given.counts,
-            "delta": main["delta"],
-            "controls": {
-                name: {"edit": one["edit"], "delta": one["delta"], "after": one["scores"]}
-                for name, one in found.items()
-            },
-            "cases": [],
-            "pareto": ["tpr_gap.mean", "accuracy"],
-        }
-        summary["verdict"] = [
-            f"{given.note}.",
-            f"{settings.method}: {main['edit']['parameters']:,} numbers trained in {main['edit']['steps']} steps, "
-            f"loss {main['edit']['loss_first']:.3f} to {main['edit']['loss_last']:.3f}. "
-            "Measured on the saved delta put back onto base/, the encoder with a new classifier.",
-            *(
-                f"{name}: accuracy {scores['accuracy']['value']:.3f}, TPR gap over groups: mean "
-                f"{scores['tpr_gap']['mean']['value']:.3f}, largest {scores['tpr_gap']['max']['value']:.3f}."
-                for name, scores in ((settings.method, main["scores"]), *((n, c["scores"]) for n, c in found.items()))
-            ),
-        ]
-        write_json(folder.path / "run.json", summary)
-        columns = {settings.method: summary["after"]} | {n: c["after"] for n, c in summary["controls"].items()}
-        write_page(
-            folder.path,
-            title=f"{settings.method} for a classifier on {settings.model}",
-            lines=summary["verdict"],
-            tables=[compared(columns, caption="The method and its controls")],
-            figures={},
-            recipe=text,
-            delta=summary["delta"],
+        summary = Summary(
+            **op.about(main),
+            method=settings.method,
+            before=before,
+            after=main.measured,
+            rows=given.counts,
+            controls={name: control(one, one.measured, delta=one.delta) for name, one in found.items()},
+            verdict=_verdict(given, settings.method, {settings.method: main, **found}),
         )
-    return Run(Path(out), summary)
+        return op.finish(summary, _report)
+
+
+def _verdict(given: "Given", method: str, found: Mapping[str, Outcome]) -> list[str]:
+    edit = found[method].edit
+    return [
+        f"{given.note}.",
+        f"{method}: {edit.parameters:,} numbers trained in {edit.steps} steps, loss {edit.loss_first:.3f} to "
+        f"{edit.loss_last:.3f}. Measured on the saved delta put back onto base/, the encoder with a new classifier.",
+        *(
+            f"{name}: accuracy {one.measured['accuracy']['value']:.3f}, TPR gap over groups: mean "
+            f"{one.measured['tpr_gap']['mean']['value']:.3f}, largest {one.measured['tpr_gap']['max']['value']:.3f}."
+            for name, one in found.items()
+        ),
+    ]
+
+
+def _report(folder: Path, summary: dict[str, Any], recipe: str) -> None:
+    columns = {summary["method"]: summary["after"]} | {n: c["after"] for n, c in summary["controls"].items()}
+    write_page(
+        folder,
+        title=f"{summary['method']} for a classifier on {summary['model']}",
+        lines=summary["verdict"],
+        tables=[compared(columns, caption="The method and its controls")],
+        figures={},
+        recipe=recipe,
+        delta=summary["delta"],
+    )
 
 
 @dataclass(frozen=True)
@@ -204,28 +195,28 @@ def _control(name: str, settings: Settings) -> Method:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every method of one run shares."""
+    """The steps that every method of one run goes through, on the classifier before training."""
 
-    model: PreTrainedModel
+    op: Operation
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
-    base: Path
-    folder: Folder
-    progress: Progress
-    recipe: str
     given: Given
 
-    def case(self, name: str, method: Method) -> dict[str, Any]:
-        """Train by ``method``, write its delta, measure the file on the base; taken up where it was left."""
-        main = name == self.settings.method
-        # A control's delta is gone from the finished run.
-        file = self.folder.path / "delta.safetensors" if main else self.folder.state(f"{name}.safetensors")
-        made = self.folder.once(f"train-{name}", partial(self._train, name, method, file))
-        return made | self.folder.once(f"after-{name}", partial(self._as_saved, file))
+    def carry_out(self, name: str, method: Method) -> Outcome:
+        """Train by ``method``, write its delta, measure the file on the base."""
+        return self.op.carry_out(
+            name,
+            partial(self._train, method),
+            self.measure,
+            trains=[name for name, _ in self.op.model.named_parameters()],
+            steps=steps_of(len(self.given.train.ids), self._plan),
+            keep=name == self.settings.method,
+        )
 
-    def _train(self, name: str, method: Method, file: Path) -> dict[str, Any]:
+    @property
+    def _plan(self) -> Plan:
         settings = self.settings
-        plan = Plan(
+        return Plan(
             settings.lr,
             settings.epochs,
             settings.batch_size,
@@ -235,49 +226,22 @@ class _Work:
             schedule="linear",
             warmup=0.1,
         )
-        with self.progress.work(f"train {name}", steps_of(len(self.given.train.ids), plan)) as step:
-            fitted = fit(
-                self.model,
-                self.tokenizer,
-                self.given.train,
-                method,
-                plan,
-                seed=settings.seed,
-                state=self.folder.state(f"{name}.pt"),
-                log=lambda row: self.folder.log({"method": name, **row}),
-                step_done=step,
-            )
-        delta = self._delta(fitted)
-        written = delta.record(file)
-        return {
-            "edit": {
-                "blocks": "all",
-                "part": "all",
-                "objective": "cross-entropy of the class" + (f" + {name}'s term" if method.weight else ""),
-                "weight": method.weight,
-                "parameters": fitted.parameters,
-                "steps": len(fitted.losses),
-                "loss_first": fitted.losses[0],
-                "loss_last": fitted.losses[-1],
-            },
-            "delta": written,
-        }
 
-    def _delta(self, fitted: Fitted) -> deltas.Delta:
-        about: Any = {"base": self.settings.model, "recipe": self.recipe, "seed": self.settings.seed}
-        if fitted.module is not None:
-            return module_delta(fitted.module, self.base, differences=fitted.differences, **about)
-        return deltas.make(fitted.differences, self.base, **about)
-
-    def _as_saved(self, file: Path) -> dict[str, Any]:
-        with deltas.Delta.load(file).applied(self.model, as_stored=True):
-            return {"scores": self.measure()}
+    def _train(self, method: Method, track: Tracking) -> Made:
+        log = track["log"]
+        track["log"] = lambda row: log({"method": method.name, **row})
+        seed = self.settings.seed
+        fitted = fit(self.op.model, self.tokenizer, self.given.train, method, self._plan, seed=seed, **track)
+        objective = "cross-entropy of the class" + (f" + {method.name}'s term" if method.weight else "")
+        edit = Edit.of(fitted, blocks="all", part="all", objective=objective, weight=method.weight)
+        kind = "dense" if fitted.module is None else "module"
+        return Made(fitted.differences, edit, kind, fitted.module)
 
     def measure(self) -> dict[str, Any]:
         """Accuracy on each source; on HateCheck the TPR gaps of the hateful class between the target groups."""
         found: dict[str, Any] = {}
         for name, rows in self.given.tests.items():
-            guessed = predict(self.model, rows.ids).argmax(1).tolist()
+            guessed = predict(self.op.model, rows.ids).argmax(1).tolist()
             if name == "hatecheck":
                 about = [str(group) if group >= 0 else "" for group in rows.groups]
                 found |= groups.score(guessed, rows.labels, about, data=self.given.names[name], positive=[1])

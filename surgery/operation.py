@@ -158,10 +158,11 @@ class Operation:
         """Train, write the delta, put the file onto the checkpoint, measure that; ``model`` is as before afterwards.
 
         With ``keep`` this is the run's edit: the file is ``delta.safetensors`` and is applied to the checkpoint on
-        disk, which is measured with the tensors read back from there. Else it is a control, rounded in memory as the
-        checkpoint's dtype rounds it, and its file is gone afterwards. ``trains`` are the parameters that ``train``
-        changes, ``steps`` the steps that it takes. Raises ``SurgeryError`` as ``surgery.delta.check_edit``
-        and the steps themselves do.
+        disk, which is measured with the tensors read back from there. A control, and a module, is put onto the model
+        in memory, rounded as the checkpoint's dtype rounds it; a control's file is gone afterwards.
+
+        ``trains`` are the parameters that ``train`` changes, ``steps`` the steps that it takes. Raises ``SurgeryError``
+        as ``surgery.delta.check_edit`` and the steps themselves do.
         """
         plain = _plain(name)
         file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{plain}.safetensors")
@@ -170,8 +171,7 @@ class Operation:
         found = self.once(f"measured-{plain}", saved)
         if not keep:
             file.unlink(missing_ok=True)
-        applied = Applied(**found["applied"]) if found["applied"] else None
-        return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], applied)
+        return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], Applied(**found["applied"]))
 
     def _trained(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
         deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
@@ -180,18 +180,20 @@ class Operation:
         return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
-        saved = self.folder.path / "checkpoint"
+        saved, delta = self.folder.path / "checkpoint", Delta.load(file)
+        if delta.kind == "module":  # which no plain checkpoint holds
+            return self._in_memory(file, measure)
         applied = self.apply(file, saved, undo=undo)
-        with tensors_of(self.model, Delta.load(file), saved):
+        with tensors_of(self.model, delta, saved):
             measured = measure()
         if not self.keep_checkpoint:
             shutil.rmtree(saved)
-        return {"measured": measured, "applied": vars(applied)}
+        return {"measured": measured, "applied": applied.to_dict()}
 
     def _in_memory(self, file: Path, measure: Callable[[], Any]) -> dict[str, Any]:
         rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
         with Delta.load(file).applied(self.model, **rounding):
-            return {"measured": measure(), "applied": None}
+            return {"measured": measure(), "applied": {"rounding": self.rounding}}
 
     def about(self, main: Outcome) -> dict[str, Any]:
         """The fields of a ``Summary`` that are the same for every recipe."""

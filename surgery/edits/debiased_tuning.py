@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.edits import debiasing
-from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, token_losses
+from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, target_names, token_losses
 from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import Batch
 from surgery.modules import cross_attention
@@ -91,25 +91,8 @@ def tune(
     Raises ``SurgeryError`` for an unknown method, a method without anything to train, a weight for a method that has
     no term, words that do not fit the tokenizer, and when the loss is not finite.
     """
-    if method.name not in METHODS:
-        raise SurgeryError(f"method: got {method.name!r}, expected one of {', '.join(METHODS)}")
-    if method.lora is None and method.name != "crawd":
-        raise SurgeryError(f"method {method.name}: nothing to train without LoRA; only crawd trains its module alone")
-    if method.weight and method.name == "vanilla":
-        raise SurgeryError(f"weight: got {method.weight}, but vanilla adds nothing to the cross-entropy; leave it at 0")
-    pairs = debiasing.word_pairs(tokenizer, method.reference) if method.name == "deep_soft_debias" else []
     device = model.device
-    with ExitStack() as stack:
-        term = stack.enter_context(_term(model, tokenizer, method))
-        layers = stack.enter_context(adapters(model, method.lora, seed)) if method.lora else {}
-        module = None
-        if method.name == "crawd":
-            settings: dict[str, Any] = {
-                "reference": method.reference,
-                "seed": seed,
-                "live": method.lora is not None,
-            } | method.module
-            module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
+    with _prepared(model, tokenizer, method, seed) as (term, layers, module, pairs):
         names = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("cross_attention.")]
 
         def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor:
@@ -118,25 +101,56 @@ def tune(
             plain = token_losses(logits, batch.ids, learnt)
             return plain if term is None else plain + method.weight * term(logits, batch, learnt)
 
-        parameters = stack.enter_context(trainable(model, names))
         rates = {name: method.module_rate for name in names if name.startswith("cross_attention.")}
-        done = train(
-            model,
-            parameters,
-            losses,
-            len(rows),
-            plan,
-            seed=seed,
-            state=state,
-            log=log,
-            step_done=step_done,
-            rates=rates,
-        )
-        model.eval()  # the reference states are taken without dropout
-        weights = cross_attention.weights_of(module) if module is not None else None
-        count = sum(parameter.numel() for parameter in parameters.values())
-        tuned = Tuned(factors(layers), "lora" if weights is None else "module", weights, done, count)
+        options: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "rates": rates}
+        with trainable(model, names) as parameters:
+            done = train(model, parameters, losses, len(rows), plan, **options)
+            model.eval()  # the reference states are taken without dropout
+            weights = cross_attention.weights_of(module) if module is not None else None
+            count = sum(parameter.numel() for parameter in parameters.values())
+            found = factors(layers)
+        tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count)
     return _softened(model, tuned, pairs, method, seed) if pairs else tuned
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, seed: int) -> Iterator[Any]:
+    """Inside, the model is ready for ``tune``: (the method's term, its LoRA layers, its module, pairs of words)."""
+    if method.name not in METHODS:
+        raise SurgeryError(f"method: got {method.name!r}, expected one of {', '.join(METHODS)}")
+    if method.lora is None and method.name != "crawd":
+        raise SurgeryError(f"method {method.name}: nothing to train without LoRA; only crawd trains its module alone")
+    if method.weight and method.name == "vanilla":
+        raise SurgeryError(f"weight: got {method.weight}, but vanilla adds nothing to the cross-entropy; leave it at 0")
+    pairs = debiasing.word_pairs(tokenizer, method.reference) if method.name == "deep_soft_debias" else []
+    with ExitStack() as stack:
+        term = stack.enter_context(_term(model, tokenizer, method))
+        layers = stack.enter_context(adapters(model, method.lora, seed)) if method.lora else {}
+        module = None
+        if method.name == "crawd":
+            live = method.lora is not None
+            settings: dict[str, Any] = {"reference": method.reference, "seed": seed, "live": live} | method.module
+            module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
+        yield term, layers, module, pairs
+
+
+def check(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, *, seed: int, bits: int = 16
+) -> None:
+    """Raises ``SurgeryError`` now for what ``tune`` would refuse, and for ``bits`` = 4 where that cannot be."""
+    if bits == 4:
+        _check_four_bit(model.device)
+    with _prepared(model, tokenizer, method, seed):
+        pass
+
+
+def trained_names(model: PreTrainedModel, method: Method) -> list[str]:
+    """The parameters of ``model`` that ``tune`` changes by ``method``; a new module is none of them."""
+    names = [f"{name}.weight" for name in target_names(model, method.lora.targets)] if method.lora else []
+    if method.name == "deep_soft_debias":
+        embedding = _embedding(model)
+        names += [name for name, parameter in model.named_parameters() if parameter is embedding]
+    return names
 
 
 def four_bit(directory: Path | str, device: torch.device) -> PreTrainedModel:
@@ -144,17 +158,21 @@ def four_bit(directory: Path | str, device: torch.device) -> PreTrainedModel:
 
     Raises ``SurgeryError`` without a CUDA device or without bitsandbytes.
     """
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        got = f"this model is on {device.type}" if device.type != "cuda" else "bitsandbytes is not installed"
-        raise SurgeryError(
-            f"four_bit: {got}; expected a CUDA device and bitsandbytes (pip install bitsandbytes); or leave it off"
-        )
+    _check_four_bit(device)
     settings: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
     model = AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
     )
     return cast(PreTrainedModel, model.eval())
+
+
+def _check_four_bit(device: torch.device) -> None:
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        got = f"this model is on {device.type}" if device.type != "cuda" else "bitsandbytes is not installed"
+        raise SurgeryError(
+            f"four_bit: {got}; expected a CUDA device and bitsandbytes (pip install bitsandbytes); or leave it off"
+        )
 
 
 @contextmanager

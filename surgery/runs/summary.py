@@ -52,12 +52,19 @@ class Edit:
 
 @dataclass(frozen=True)
 class Applied:
-    """How the file was put onto the checkpoint: entries of the tensors it touches, how many bits changed or not."""
+    """How the file was put onto the checkpoint: entries of the tensors it touches, how many bits changed or not.
+
+    The counts are None where it was put there in memory, with a module that a plain checkpoint cannot hold.
+    """
 
     rounding: str
-    entries: int
-    changed: int
-    lost: int
+    entries: int | None = None
+    changed: int | None = None
+    lost: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``run.json``; what is None is left out."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Summary:
         """Plain values, as they stand in ``run.json``."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         found |= {"edit": self.edit.to_dict(), "cases": list(self.cases)}
-        found |= {"applied": vars(self.applied)} if self.applied else {}
+        found |= {"applied": self.applied.to_dict()} if self.applied else {}
         return {key: value for key, value in found.items() if value is not None}
 
 

@@ -1,0 +1,83 @@
+"""The report of a CrAWD run: what the method did beside plain fine-tuning, in sentences, tables and pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.plots import block_bars, cross_attention_map
+from hooks.ranking import Ranking
+from recipes.crawd.settings import Settings
+from surgery.delta import Delta
+from surgery.modules.cross_attention import cross_weights
+from surgery.runs.page import Table, compared, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def report(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    folder: Path,
+    summary: dict[str, Any],
+    recipe: str,
+) -> None:
+    """Write ``report.html`` and the pictures; the cross-attention is drawn on ``model`` with the delta in it."""
+    columns = {"before": summary["before"], settings.method: summary["after"]}
+    columns |= {name: control["after"] for name, control in summary["controls"].items()}
+    tables = [compared(columns, caption="Before, after and controls")]
+    if summary["cases"]:
+        head = list(summary["cases"][0])
+        rows = [[case[key].replace("\n", " ") for key in head] for case in summary["cases"]]
+        tables.append(Table("Continuations", head, rows, "One text each, drawn with the same random numbers."))
+    rankings = [Ranking.from_dict(one) for one in summary["sensitivity"].values() if one]
+    figures: dict[str, Figure] = {"sensitivity": block_bars(*rankings)} if rankings else {}
+    if summary["delta"]["kind"] == "module":
+        with Delta.load(folder / summary["delta"]["file"]).applied(model), torch.no_grad():
+            figures["cross_attention"] = cross_attention_map(cross_weights(model, tokenizer, settings.prompt))
+    write_page(
+        folder,
+        title=f"{settings.method} on {settings.model}",
+        lines=summary["verdict"],
+        tables=tables,
+        figures=figures,
+        recipe=recipe,
+        delta=summary["delta"],
+    )
+
+
+def cases(before: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The same prompts continued by each model (Figure 3)."""
+    return [
+        {"prompt": prompt, "before": text} | {name: one["texts"][place][1] for name, one in found.items()}
+        for place, (prompt, text) in enumerate(before["texts"])
+    ]
+
+
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """What the method did beside plain fine-tuning, in sentences."""
+    edit, after = summary["edit"], summary["after"]
+    lines = [
+        f"{summary['method']}: {edit['objective']}; {edit['parameters']:,} numbers trained in {edit['steps']} steps, "
+        f"loss {edit['loss_first']:.3f} to {edit['loss_last']:.3f}. Everything under after was measured on the saved "
+        "delta put back onto the checkpoint, rounded as the checkpoint is."
+    ]
+    vanilla = summary["controls"].get("vanilla", {}).get("after")
+    for path, label in ((("gas", "gas"), "GAS"), (("held_out_perplexity",), "Perplexity on held-out texts")):
+        values = [_at(scores, path) for scores in (summary["before"], vanilla, after)]
+        if values[0] and values[2]:
+            line = f"{label} went from {values[0]['value']:.3f} before to {values[2]['value']:.3f}"
+            if values[1]:
+                change = 100 * (values[2]["value"] / values[1]["value"] - 1) if values[1]["value"] else float("nan")
+                line += f"; plain fine-tuning reaches {values[1]['value']:.3f} ({change:+.0f} % against it)"
+            lines.append(line + ".")
+    return lines
+
+
+def _at(scores: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        scores = scores.get(key) if isinstance(scores, dict) else None
+    return scores
