@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hooks import sites
 from hooks import trace_modules as probe
 from hooks.anatomy import Anatomy, find
+from hooks.batching import takes_positions
 from hooks.errors import HookError
 
 Reducer = Callable[[str, Tensor, Tensor], None]
@@ -228,11 +229,13 @@ def last_token(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
 
 
 def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with what makes padding sides agree: `position_ids` from the mask, if the model takes them.
+    """The batch with what makes padding sides agree: `position_ids` from the mask where rows are padded on the left.
 
     batch: ids (batch pos) or what a tokenizer returns. Keys the model does not take (token_type_ids of some
     tokenizers) are left out; an encoder-decoder without decoder_input_ids gets its start token.
-    Models that derive positions from the ids themselves (RoBERTa) or from the mask (Bloom) are left alone.
+    Rows that begin in the first column get no positions, and the model derives its own. On the left it is found out
+    whether the model needs them (`hooks.batching.takes_positions`): some begin elsewhere (RoBERTa), or derive them from
+    the mask. Raises HookError for padding on the left of a model that gives other values then, such as a recurrent one.
     """
     core = probe.pretrained(model)
     accepted = probe.forward_arguments(core.base_model)
@@ -243,14 +246,18 @@ def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[st
         raise HookError(f"the batch has {', '.join(given) or 'nothing'}; expected input_ids as a (batch, pos) tensor")
     ids = inputs["input_ids"]
     mask = inputs.setdefault("attention_mask", torch.ones_like(ids))
-    from_ids = any(hasattr(module, "create_position_ids_from_input_ids") for module in core.modules())
-    if "position_ids" in accepted and "position_ids" not in inputs and not from_ids:
+    if "position_ids" not in inputs and _padded_left(mask) and takes_positions(model):
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if core.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         start = core.config.decoder_start_token_id
         start = core.config.pad_token_id if start is None else start
         inputs["decoder_input_ids"] = torch.full((len(ids), 1), start, dtype=ids.dtype, device=device)
     return inputs
+
+
+def _padded_left(mask: Tensor) -> bool:
+    """Whether some real token has padding before it."""
+    return mask.device.type != "meta" and mask.ndim == 2 and bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
 def run_base(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -15,11 +15,12 @@ from torch.nn import functional
 from hooks import trace_modules as probe
 from hooks.activations import last_token, model_inputs, run_base
 from hooks.anatomy import find
+from hooks.batching import positions_limit
 from hooks.errors import HookError
 from hooks.interventions import edit
 from hooks.sites import normalize
-from hooks.streaming import Text, positions_limit, token_batches
-from hooks.tokens import reads_whole, word_pieces
+from hooks.streaming import Text, token_batches
+from hooks.tokens import word_pieces
 
 Changes = dict[str, Callable[[Tensor], Tensor]]  # of `hooks.edit`
 
@@ -70,9 +71,9 @@ def prompts_in_batches(
     without exactly one mask token, if it `reads`.
     """
     core = probe.pretrained(model)
-    limit, closed = positions_limit(model), reads_whole(model)
+    limit = positions_limit(model)
     mask_token = getattr(tokenizer, "mask_token_id", None)
-    for batch in token_batches(tokenizer, prompts, batch_tokens=batch_tokens, closed=closed):
+    for batch in token_batches(tokenizer, prompts, batch_tokens=batch_tokens, model=model):
         if limit is not None and batch.input_ids.shape[1] > limit:
             raise HookError(
                 f"prompt {batch.places[0]} has {batch.input_ids.shape[1]} tokens; the model has learned "

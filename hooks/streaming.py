@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooks import trace_modules as probe
 from hooks.activations import Reducer, capture, model_inputs, run_base
+from hooks.batching import positions_limit, why_alone
 from hooks.errors import HookError
 from hooks.tokens import reads_whole, text_tokens
 
@@ -37,12 +38,13 @@ def token_batches(
     *,
     batch_tokens: int = 4096,
     window: int = WINDOW,
-    closed: bool = False,
+    model: nn.Module | None = None,
 ) -> Iterator[Batch]:
     """Batches of at most `batch_tokens` tokens with padding (a longer text goes alone), sorted by length.
 
-    texts: strings (as `hooks.tokens.text_tokens` reads them, with `closed`), or sequences of token ids (then the
-    tokenizer may be None). Nothing is cut off.
+    texts: strings (as `hooks.tokens.text_tokens` reads them), or sequences of token ids (then the tokenizer may be
+    None). Nothing is cut off. model: what will run them; one that reads whole texts gets their end, and one that
+    cannot take several rows at once (`hooks.batching.why_alone`) gets batches of one.
     Raises HookError for an empty data set, and for a text without tokens, naming its place.
     """
     if batch_tokens < 1:
@@ -50,11 +52,14 @@ def token_batches(
     if isinstance(texts, str):
         raise HookError("the data is one string; expected several texts: wrap it in a list")
     source, start = iter(texts), 0
+    closed = model is not None and reads_whole(model)
     while chunk := list(islice(source, window)):
         rows = _ids(tokenizer, chunk, start, closed)
         waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))  # longest first: fails early
         while waiting:
             size = max(1, batch_tokens // len(rows[waiting[0]]))
+            if min(size, len(waiting)) > 1 and model is not None and why_alone(model):
+                size = 1
             taken, waiting = waiting[:size], waiting[size:]
             yield _pad([rows[i] for i in taken], tuple(start + i for i in taken))
         start += len(chunk)
@@ -105,14 +110,14 @@ def stream(
     reducers: pairs of sites (see `hooks.capture`) and reducer(site, tensor, mask). Nothing else is kept, no
     logits over the vocabulary are computed, and no KV cache is built: memory is that of one batch.
     """
-    limit, closed = positions_limit(model), reads_whole(model)  # before anything is hooked
+    limit = positions_limit(model)
     total = len(texts) if isinstance(texts, Sequence) else None
     done = 0
     with ExitStack() as stack:
         stack.enter_context(probe.unchanged(model))
         for wanted, reducer in reducers:
             stack.enter_context(capture(model, wanted, reducer=reducer, positions=positions))
-        for batch in token_batches(tokenizer, texts, batch_tokens=batch_tokens, closed=closed):
+        for batch in token_batches(tokenizer, texts, batch_tokens=batch_tokens, model=model):
             if limit is not None and batch.input_ids.shape[1] > limit:
                 raise HookError(
                     f"text {batch.places[0]} has {batch.input_ids.shape[1]} tokens; the model has learned "
@@ -124,15 +129,6 @@ def stream(
             if progress is not None:
                 progress(done, total)
     return done
-
-
-def positions_limit(model: nn.Module) -> int | None:
-    """The longest text where positions are a learned table; None for rotary, relative and ALiBi positions."""
-    core = probe.pretrained(model)
-    limit = getattr(core.config.get_text_config(), "max_position_embeddings", None)
-    words = core.get_input_embeddings()
-    sizes = {m.num_embeddings for m in core.modules() if isinstance(m, nn.Embedding) and m is not words}
-    return limit if limit is not None and sizes & {limit, limit + 2} else None  # OPT and BART leave out two rows
 
 
 class Mean:

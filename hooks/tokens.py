@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hooks import trace_modules as probe
+from hooks.batching import remembered, unhooked
 from hooks.errors import HookError
 
 _SAMPLES = ("a", "the", "1", "x y")  # some of these gives a token in any vocabulary that knows text
@@ -75,10 +76,15 @@ def reads_whole(model: nn.Module) -> bool:
         return False
     if core.base_model is not core:  # a masked model or a classifier: its texts end as its tokenizer ends them
         return True
+    return bool(remembered(core, "whole", lambda: _looks_ahead(core)))
+
+
+def _looks_ahead(core: Any) -> bool:
+    """Whether the last of three tokens changes the state of the first."""
     device = probe.input_device(core)
     if device.type == "meta":
         return False
     ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=device) % core.get_input_embeddings().weight.shape[0]
-    with probe.unchanged(core):
+    with probe.unchanged(core), unhooked(core):
         first = core(input_ids=ids).last_hidden_state[:, 0]
     return bool((first[0] - first[1]).abs().max() > 1e-3 * first.abs().max())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hooks
 from hooks import BmiReducer, HookError, Mean, Ranking, anatomy
+from hooks.batching import why_alone
 from tests.families import FAMILIES, REFUSED, build, demo, state
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [18, 19, 20], [21]]
@@ -224,6 +225,7 @@ def test_several_reducers_in_one_pass() -> None:
     model, passes, seen = build("gpt2"), [], []
     handle = model.transformer.h[0].register_forward_hook(lambda *a: passes.append(1))
     anatomy.find(model)
+    why_alone(model)  # what is found out once a model takes passes of its own
     passes.clear()
     first, second = Mean(), Mean()
     done = hooks.stream(

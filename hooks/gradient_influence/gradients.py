@@ -21,10 +21,10 @@ from torch.nn import functional
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs
 from hooks.anatomy import find
+from hooks.batching import context_limit, why_alone
 from hooks.errors import HookError
 from hooks.gradient_influence.examples import Batch
 from hooks.gradient_influence.layers import Layer, Preconditioner, find_layers
-from hooks.streaming import positions_limit
 
 MATERIALISED = 2**25  # entries of per-text gradients that are held at a time
 VISIT = 16  # what reading or writing one entry of memory costs, in multiply-adds
@@ -111,6 +111,10 @@ class Job:
         """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
 
+    def budget(self, batch_tokens: int) -> int:
+        """Tokens a batch: as asked, or 1, so that each unit goes alone, where rows must not share a batch."""
+        return 1 if why_alone(self.model) else batch_tokens
+
 
 def job(
     model: nn.Module,
@@ -130,8 +134,7 @@ def job(
     if anatomy.head is None or len(anatomy.stacks) > 1 or "MaskedLM" in kind:
         raise HookError(f"{kind} is no causal language model with a head; load it with AutoModelForCausalLM")
     layers = find_layers(model, anatomy, targets)
-    config = core.config.get_text_config()
-    limit = positions_limit(model) or getattr(config, "max_position_embeddings", None)
+    limit = context_limit(model)
     blocks = tuple(block.name for block in anatomy.blocks)
     return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, _plain_head(model, anatomy.head))
 
@@ -186,6 +189,11 @@ def differentiate(
     """
     model, core = work.model, probe.pretrained(work.model)
     found = [row for unit in batch for row in unit]
+    if len(found) > 1 and why_alone(model):
+        raise HookError(
+            f"texts {found[0].place} and {found[1].place} are of one unit, and this model cannot run two rows at once "
+            f"({why_alone(model)}); take units of one text, and no contrast"
+        )
     group, width = len(batch[0]), max(len(row.ids) for row in found)
     given = list(weights) if weights is not None else [1.0 / group] * group
     given = given if len(given) == len(found) else given * len(batch)

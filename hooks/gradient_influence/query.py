@@ -129,7 +129,7 @@ def _mean(work: Job, found: list[tuple[Row, ...]], mean: str, batch_tokens: int)
     """The mean gradient over the units: first their norms, then one weighted sum."""
     signs = [1.0, -1.0][: len(found[0])]
     plain = Preconditioner("none", None, work.layers)
-    batches = [batch for window in windows(found, batch_tokens=batch_tokens) for batch in window]
+    batches = [batch for window in windows(found, batch_tokens=work.budget(batch_tokens)) for batch in window]
     totals: dict[str, Tensor] = {}
 
     def add(gradient: Gradient) -> None:

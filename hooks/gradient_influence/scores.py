@@ -166,7 +166,7 @@ def influence_windows(
     source = (probe.refuse(row) for row in rows(tokenizer, texts, limit=work.limit, cut=cut, first=first))
     size = 1 if unit == "example" else unit_size
     done = 0
-    for batches in windows(units(source, size), batch_tokens=batch_tokens, window=window):
+    for batches in windows(units(source, size), batch_tokens=work.budget(batch_tokens), window=window):
         found = []
         for batch in batches:
             found.append((batch, _score(work, batch, probe, prepared, normalise)))
@@ -308,7 +308,9 @@ def example_gradients(
     work = job(model, targets=targets, loss=loss, checkpointing=checkpointing)
     prepared = Preconditioner(optimizer, moments, work.layers)
     for batches in windows(
-        units(rows(tokenizer, texts, limit=work.limit, cut=cut), 1), batch_tokens=batch_tokens, window=window
+        units(rows(tokenizer, texts, limit=work.limit, cut=cut), 1),
+        batch_tokens=work.budget(batch_tokens),
+        window=window,
     ):
         for batch in batches:
             yield _project(work, batch, project, prepared)

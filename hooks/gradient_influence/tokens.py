@@ -67,7 +67,7 @@ def token_influence(
     folded = {layer.name: prepared.fold(layer, probe.vectors[layer.name]) for layer in work.layers}
     results: list[TokenInfluence] = []
     found = units(rows(tokenizer, texts, limit=work.limit, cut=cut), 1)
-    for batch in (batch for window in windows(found, batch_tokens=batch_tokens) for batch in window):
+    for batch in (batch for window in windows(found, batch_tokens=work.budget(batch_tokens)) for batch in window):
         parts: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
 

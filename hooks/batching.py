@@ -1,0 +1,197 @@
+"""Whether rows may stand beside each other in a batch, and how many tokens a model takes: found out, not listed.
+
+Rows are padded on the right, where a causal model does not look, and no positions are passed, so that each model
+derives its own, wherever they start. What is left (a mixture of experts with a capacity, a model that ignores the
+mask of an encoder) shows when a few short rows are run together and alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hooks import trace_modules as probe
+from hooks.errors import HookError, Note
+from hooks.wider import errs_more
+
+_LENGTHS = (7, 4, 2)  # tokens of the rows that are compared
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Cache(WeakKeyDictionary):
+    """What was found out, by model; sent elsewhere (`hooks.remote`), it starts empty."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Cache, ()
+
+
+_cache = _Cache()
+
+
+def remembered(model: nn.Module, key: str, find: Any) -> Any:
+    """`find()`, kept for this model until its modules change."""
+    fingerprint = hash(tuple(id(module) for module in model.modules()))
+    held = _cache.setdefault(model, {})
+    if key not in held or held[key][0] != fingerprint:
+        held[key] = (fingerprint, find())
+    return held[key][1]
+
+
+def why_alone(model: nn.Module) -> str | None:
+    """Why rows of this model must not share a batch, or None. Found out once a model, and said as a note.
+
+    Compares the states of three short rows, padded on the right under a mask, with those of each row alone.
+    """
+
+    def find() -> str | None:
+        if probe.input_device(probe.pretrained(model)).type == "meta":
+            return None
+        rows = _rows(model)
+        try:
+            reason = errs_more(_batched(model, rows), _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
+        except HookError:
+            raise
+        except Exception as error:  # an unknown architecture may break anywhere; the reason is said
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        if reason:
+            name = type(probe.pretrained(model)).__name__
+            warnings.warn(f"{name}: a row changes with what stands beside it, so rows run alone ({reason})", Note, 2)
+        return reason
+
+    found: str | None = remembered(model, "alone", find)
+    return found
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether rows padded on the left need `position_ids` counted from their first token (else: none are passed).
+
+    Found out once a model by comparison with rows alone. Raises HookError where neither gives what a row gives alone.
+    """
+
+    def find() -> bool | None:
+        core = probe.pretrained(model)
+        accepted = "position_ids" in probe.forward_arguments(core.base_model)
+        if probe.input_device(core).type == "meta":
+            return accepted
+        rows = _rows(model)
+        alone = _alone(model, rows)
+        for positions in (True, False) if accepted else (False,):
+            try:
+                quick = _batched(model, rows, left=True, positions=positions)
+            except Exception:
+                continue
+            if errs_more(quick, alone, lambda: _alone(model, rows), _dtype(model)) is None:
+                return positions
+        return None
+
+    found: bool | None = remembered(model, "left", find)
+    if found is None:
+        raise HookError(
+            f"{type(probe.pretrained(model)).__name__}: rows padded on the left give other values than the same rows "
+            "alone; expected rows padded on the right: set tokenizer.padding_side = 'right'"
+        )
+    return found
+
+
+def positions_limit(model: nn.Module) -> int | None:
+    """The longest text where positions are a learned table; None for rotary, relative and ALiBi positions."""
+    core = probe.pretrained(model)
+    limit = getattr(core.config.get_text_config(), "max_position_embeddings", None)
+    words = core.get_input_embeddings()
+    tables = [m for m in core.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # OPT and BART leave out two rows and have them besides; RoBERTa's positions begin behind its padding row.
+    room = [
+        min(limit, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
+        for table in tables
+        if limit is not None and table.num_embeddings in (limit, limit + 2)
+    ]
+    return min(room) if room else None
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """The most tokens that the model takes, or None where neither its positions nor its configuration has a limit."""
+    limit = positions_limit(model)
+    if limit is not None:
+        return limit
+    found = getattr(probe.pretrained(model).config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found and found > 0 else None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in probe.pretrained(model).parameters() if p.is_floating_point())
+
+
+def _rows(model: nn.Module) -> list[list[int]]:
+    """Short rows of ordinary tokens: no special ones, which some models count or mask by themselves."""
+    core = probe.pretrained(model)
+    config, size = core.config.get_text_config(), core.get_input_embeddings().weight.shape[0]
+    special = {getattr(config, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = [token for token in range(min(size, 64)) if token not in special] * sum(_LENGTHS)
+    return [ids[sum(_LENGTHS[:n]) : sum(_LENGTHS[: n + 1])] for n in range(len(_LENGTHS))]
+
+
+def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The states of each row from the model's own plain pass: no padding, no mask, no positions."""
+    each = [_states(model, {"input_ids": torch.tensor([row])}, [slice(0, len(row))]) for row in rows]
+    return [found[part] for part in range(len(each[0])) for found in each]  # a decoder's states before an encoder's
+
+
+def _batched(
+    model: nn.Module, rows: Sequence[Sequence[int]], *, left: bool = False, positions: bool = False
+) -> list[Tensor]:
+    width, fill = max(map(len, rows)), getattr(probe.pretrained(model).config.get_text_config(), "pad_token_id", None)
+    pad = [fill if isinstance(fill, int) and fill >= 0 else 0]
+    blank = [width - len(row) for row in rows]
+    ids = [pad * b + [*row] if left else [*row] + pad * b for row, b in zip(rows, blank, strict=True)]
+    mask = [[0] * b + [1] * len(row) if left else [1] * len(row) + [0] * b for row, b in zip(rows, blank, strict=True)]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    if positions:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    real = [slice(b, width) if left else slice(0, len(row)) for row, b in zip(rows, blank, strict=True)]
+    return _states(model, inputs, real)
+
+
+def _states(model: nn.Module, inputs: dict[str, Tensor], real: Sequence[slice]) -> list[Tensor]:
+    """The last hidden states of each row at its real tokens; of an encoder-decoder the encoder's and the decoder's."""
+    core = probe.pretrained(model)
+    base, device = core.base_model, probe.input_device(core)
+    accepted = probe.forward_arguments(base)
+    given: dict[str, Any] = {key: value.to(device) for key, value in inputs.items() if key in accepted}
+    given |= {"use_cache": False} if "use_cache" in accepted else {}
+    if core.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.zeros(len(real), 1, dtype=torch.long, device=device)
+    with probe.unchanged(model), unhooked(model):
+        out = base(**given)
+    if not core.config.is_encoder_decoder:
+        return [out[0][row, place] for row, place in enumerate(real)]
+    return [*out[0], *(out.encoder_last_hidden_state[row, place] for row, place in enumerate(real))]
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """Inside, the hooks that this package registered do not run: a pass beside the one that they watch."""
+    held = []
+    for module in model.modules():
+        for kind in _FORWARD_HOOKS:
+            hooked = module.__dict__[kind]
+            ours = {key: hook for key, hook in hooked.items() if _ours(hook)}
+            if ours:
+                held.append((hooked, dict(hooked)))
+                for key in ours:
+                    del hooked[key]
+    try:
+        yield
+    finally:
+        for hooked, before in held:
+            hooked.clear()
+            hooked.update(before)
+
+
+def _ours(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("hooks.")
