@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hooks.block_importance import BlockImportance, BmiReducer, Robustness, bmi, robustness
     from hooks.engines import record
     from hooks.errors import HookError
+    from hooks.gain_rankings import Gain
     from hooks.gradient_influence import (
         Influence,
         Moments,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from hooks.interventions import edit
     from hooks.logit_lens import Lens, lens
+    from hooks.natural_gain import GainConfig, gain
     from hooks.patching import Patching, attribute, attribution_patch, counterfactual_pairs, patch
     from hooks.rank_correlation import Comparison, compare, rank_map
     from hooks.ranking import Ranking
@@ -44,6 +46,7 @@ _NAMES = {
     "block_importance": ("BlockImportance", "BmiReducer", "Robustness", "bmi", "robustness"),
     "engines": ("record",),
     "errors": ("HookError",),
+    "gain_rankings": ("Gain",),
     "gradient_influence": (
         "Influence",
         "Moments",
@@ -60,6 +63,7 @@ _NAMES = {
     ),
     "interventions": ("edit",),
     "logit_lens": ("Lens", "lens"),
+    "natural_gain": ("GainConfig", "gain"),
     "patching": ("Patching", "attribute", "attribution_patch", "counterfactual_pairs", "patch"),
     "rank_correlation": ("Comparison", "compare", "rank_map"),
     "ranking": ("Ranking",),
@@ -77,6 +81,8 @@ __all__ = [
     "BmiReducer",
     "Comparison",
     "CrossWeights",
+    "Gain",
+    "GainConfig",
     "HookError",
     "Influence",
     "Lens",
@@ -102,6 +108,7 @@ __all__ = [
     "cross_attention_weights",
     "edit",
     "example_gradients",
+    "gain",
     "highlighted",
     "influence",
     "influence_probe",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from hooks.display import Readable
 from hooks.errors import HookError
 
-Unit = Literal["block", "head", "attention", "mlp"]
-_DIMENSIONS = {"block": 1, "attention": 1, "mlp": 1, "head": 2}
+Unit = Literal["block", "head", "attention", "mlp", "matrix"]
+_DIMENSIONS = {"block": 1, "attention": 1, "mlp": 1, "head": 2, "matrix": 1}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking(Readable):
     """Scores of the units of a model; higher ranks first.
 
-    method: what measured them, such as "bmi"; unit: "block", "attention" or "mlp" with scores (block,), or
-    "head" with scores (block, head). errors: standard error of each score, in the same shape; low, high: bounds
-    of an interval. data: name of the data set; count: how many of its rows were measured; settings: everything
-    else that is needed to measure it again.
+    method: what measured them, such as "bmi"; unit: "block", "attention" or "mlp" with scores (block,), "head" with
+    scores (block, head), or "matrix" with a score for each of `names`. errors: standard error of each score, in the
+    same shape; low, high: bounds of an interval. data: name of the data set; count: how many of its rows were
+    measured; settings: everything else that is needed to measure it again.
     """
 
     method: str
@@ -35,6 +35,7 @@ class Ranking(Readable):
     low: NDArray[np.float64] | None = None
     high: NDArray[np.float64] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in _DIMENSIONS:
@@ -55,6 +56,11 @@ class Ranking(Readable):
                 raise HookError(f"ranking {self.method}: the score of {self.unit} {first} is {array[first]}")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+        if (self.names is not None) != (self.unit == "matrix") or (self.names and len(self.names) != len(self.scores)):
+            raise HookError(
+                f"ranking {self.method}: {len(self.names or ())} names for {self.scores.size} scores of unit "
+                f"{self.unit}; expected a name for each matrix, and none for other units"
+            )
 
     def order(self) -> list[Any]:
         """Units from the highest score to the lowest: block numbers, or (block, head); ties by position."""
@@ -72,6 +78,7 @@ class Ranking(Readable):
         lines = [f"{self.method} by {self.unit}, {self.data}, n = {self.count}"]
         for rank, unit in enumerate(self.order()[:count], 1):
             name = ".".join(map(str, unit)) if isinstance(unit, tuple) else str(unit)
+            name = self.names[unit] if self.names is not None else name
             line = f"{rank:>4}  {name:>6}  {self.scores[unit]:>10.4f}"
             if self.errors is not None:
                 line += f" ± {self.errors[unit]:.4f}"
@@ -85,7 +92,8 @@ class Ranking(Readable):
         arrays = {name: getattr(self, name) for name in ("scores", "errors", "low", "high")}
         lists = {name: None if array is None else array.tolist() for name, array in arrays.items()}
         plain = {"method": self.method, "unit": self.unit, "data": self.data, "count": self.count}
-        return plain | lists | {"settings": dict(self.settings)}
+        named = {} if self.names is None else {"names": list(self.names)}
+        return plain | lists | {"settings": dict(self.settings)} | named
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ranking:

@@ -73,7 +73,7 @@ def find_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] | Non
     if isinstance(targets, str):
         raise HookError(f"targets is the string {targets!r}; expected a list of names")
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    adapted = {name: name.rpartition(".lora_")[0] for name in found if _is_factor(model, name)}
+    adapted = {name: name.rpartition(".lora_")[0] for name in found if is_factor(model, name)}
     if adapted:
         base = adapted
     else:
@@ -92,7 +92,8 @@ def find_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] | Non
     return tuple(_layer(name, found[name]) for name in chosen)
 
 
-def _is_factor(model: nn.Module, name: str) -> bool:
+def is_factor(model: nn.Module, name: str) -> bool:
+    """Whether the module `name` is a factor of an active LoRA adapter."""
     owner, _, last = name.rpartition(".")
     wrapper, _, side = owner.rpartition(".")
     if side not in ("lora_A", "lora_B"):

@@ -1,0 +1,180 @@
+"""hooks.gain: gradients as autograd gives them, a small case by hand, and a model left as it was."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import hooks
+from hooks.errors import HookError
+from hooks.natural_gain import GainConfig, Objective, find_places
+from tests import families
+
+EXACT = GainConfig(groups=4, batch=3, sketch=None, per_draw=2)
+FAMILIES = ("gpt2", "llama", "qwen3", "gemma3", "gpt_neox", "falcon_new", "mixtral")
+
+
+def examples(count: int = 10, length: int = 7) -> Tensor:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(3, families.VOCABULARY - 4, (count, length), generator=draw)
+
+
+def objective(ids: Tensor) -> Objective:
+    def losses(model: nn.Module, places: Sequence[int]) -> Tensor:
+        logits = model(**hooks.model_inputs(model, ids[list(places)])).logits[:, -1]
+        return -logits.log_softmax(-1)[:, [5, 9]].sum(-1)
+
+    return losses
+
+
+def retain() -> list[list[int]]:
+    return [row.tolist()[: 4 + n % 3] for n, row in enumerate(examples(6))]
+
+
+def by_autograd(model: nn.Module, ids: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """The mean gradient of all examples, the plain way."""
+    chosen = [dict(model.named_parameters())[name] for name in names]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        loss = objective(ids)(model, range(len(ids))).mean()
+    found = torch.autograd.grad(loss, chosen, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, found, strict=True)]
+
+
+class Quantised(nn.Module):
+    """A linear layer that keeps its weight in 8 bits, as bitsandbytes' does."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(out, into, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return stream @ (0.01 * self.weight.float()).T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_are_autograds(family: str, lora: bool) -> None:
+    tied = {"tie_word_embeddings": True} if family in ("llama", "gemma3") else {}
+    model: Any = families.build(family, **tied)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    ids, before = examples(), families.state(model)
+    found = hooks.gain(model, objective(ids), len(ids), retain(), config=EXACT)
+    assert families.state(model) == before
+    names = [place.name for place in found.places]
+    assert lora == any("lora" in name for name in names)
+    # unequal groups: the mean over groups of their means, weighted by their sizes, is the mean over all
+    sizes = np.array([3, 3, 2, 2]) / 10
+    squares = np.einsum("g,pgh,h->p", sizes, found.plain, sizes)
+    expected = [float(g.double().square().sum()) for g in by_autograd(model, ids, names)]
+    np.testing.assert_allclose(squares, expected, rtol=1e-3, atol=1e-9 * max(expected))
+
+
+def test_natural_gain_of_one_layer_by_hand() -> None:
+    """The Fisher information from its definition: the mean over all labels, weighted by their probability."""
+    model: Any = families.build("llama", num_hidden_layers=1)
+    ids, texts = examples(8), [row.tolist() for row in examples(4, 3)]
+    config = GainConfig(groups=4, sketch=None, per_draw=1, damping=0.5)
+    many = hooks.gain(model, objective(ids), 8, texts * 150, config=config)  # labels drawn 150 times
+    named = dict(model.named_parameters())
+    names = [place.name for place in many.places]
+    fisher = {name: torch.zeros_like(named[name]) for name in names}
+    for text in texts:
+        logits = model(torch.tensor([text])).logits[0, :-1]
+        for row in logits:
+            for label, probability in enumerate(row.detach().softmax(-1)):
+                got = torch.autograd.grad(row.log_softmax(-1)[label], [named[n] for n in names], retain_graph=True)
+                for name, gradient in zip(names, got, strict=True):
+                    fisher[name] += probability * gradient.square() / (4 * 2)
+    damping = 0.5 * sum(float(f.sum()) for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+    np.testing.assert_allclose(many.fisher, [float(fisher[n].sum()) for n in names], rtol=0.15)
+    gradients = by_autograd(model, ids, names)
+    expected = sum(float((g.square() / (fisher[n] + damping)).sum()) for n, g in zip(names, gradients, strict=True))
+    np.testing.assert_allclose(many.ranking("natural").scores, [expected], rtol=0.1)
+
+
+def test_a_sketch_keeps_inner_products() -> None:
+    model: Any = families.build("llama", hidden_size=64, intermediate_size=256)
+    ids = examples()
+    exact = hooks.gain(model, objective(ids), 10, retain(), config=EXACT)
+    small = hooks.gain(model, objective(ids), 10, retain(), config=GainConfig(groups=4, per_draw=2, sketch=1024))
+    assert (small.sizes > 1024).any()
+    for method in ("natural", "ratio", "rgn"):
+        np.testing.assert_allclose(small.ranking(method).scores, exact.ranking(method).scores, rtol=0.15)
+
+
+def test_scores_of_known_products() -> None:
+    """Two parameters in two blocks whose groups' gradients are known vectors."""
+    from hooks.gain_rankings import Gain, Place
+
+    vectors = np.array([[[3.0, 0], [1, 0], [3, 0], [1, 0]], [[1.0, 1], [1, -1], [1, 1], [1, -1]]])
+    plain = np.einsum("pgi,phi->pgh", vectors, vectors)
+    places = (Place("a.w", 0, "mlp"), Place("b.w", 1, "mlp"))
+    found = Gain(places, np.array([2, 2]), 4 * plain, plain, np.array([16.0, 1.0]), np.array([1.0, 4.0]), "d", 4, {})
+    assert found.ranking("natural").scores.tolist() == [16.0, 4.0]
+    assert found.ranking("ratio").scores.tolist() == [0.5, 1.0]
+    assert found.ranking("rgn").scores.tolist() == [2.0, 0.5]
+    assert found.ranking("inner").scores == pytest.approx([(64 - 20) / 12, (16 - 8) / 12])
+    # variance between groups: ((3-2)^2 * 4) / 3 and (4 * 1) / 3
+    assert found.ranking("snr").scores == pytest.approx([4 / (4 / 3), 1 / (4 / 3)])
+    # halves of the second: {0,1}|{2,3} and {0,3}|{1,2} agree fully, {0,2}|{1,3} has cosine 0
+    assert found.ranking("agreement").scores == pytest.approx([1.0, 2 / 3])
+    assert found.ranking("natural", "matrix").names == ("a.w", "b.w")
+    assert [half.scores.tolist() for half in found.halves()] == [[36.0, 8.0], [4.0, 8.0]]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(training: bool) -> None:
+    model: Any = families.build("gpt2").train(training)
+    model.transformer.h[0].mlp.c_fc.weight.grad = torch.ones(32, 128)
+    model.transformer.wte.weight.requires_grad_(False)
+    before, mark = families.state(model), model.transformer.h[0].mlp.c_fc.weight.grad
+    first = hooks.gain(model, objective(examples()), 10, retain(), config=EXACT)
+    assert families.state(model) == before and model.transformer.h[0].mlp.c_fc.weight.grad is mark
+    again = hooks.gain(model.eval(), objective(examples()), 10, retain(), config=EXACT)
+    np.testing.assert_array_equal(first.plain, again.plain)  # dropout was off
+    model.train(training)
+
+    def broken(_: nn.Module, __: Sequence[int]) -> Tensor:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        hooks.gain(model, broken, 10, retain(), config=EXACT)
+    assert families.state(model) == before and model.transformer.h[0].mlp.c_fc.weight.grad is mark
+
+
+def test_bad_input_is_one_line() -> None:
+    model: Any = families.build("llama")
+    loss = objective(examples())
+
+    def refused(match: str, *args: Any, of: Any = model, config: GainConfig = EXACT) -> None:
+        given = [loss, 10, retain()]
+        given[: len(args)] = args
+        with pytest.raises(HookError, match=match) as caught:
+            hooks.gain(of, *given, config=config)
+        assert "\n" not in str(caught.value)
+
+    refused("the retain text is 1 sentence", loss, 10, retain()[:1])
+    refused("3 examples for 4 groups", loss, 3)
+    refused("no gradient for the ranked parameters", lambda m, rows: torch.zeros(len(rows)))
+    refused("no gradient for the ranked parameters", lambda m, rows: m.get_input_embeddings().weight[0, : len(rows)])
+    refused("zero for every ranked parameter", lambda m, rows: loss(m, rows) * 0)
+    refused("no causal language model", of=families.build("bert"))
+    half = families.build("llama").to(torch.bfloat16)
+    overflow = 3e38  # times a gradient above 1 it is more than bfloat16 holds
+    refused("not finite at block . .*bfloat16", lambda m, rows: loss(m, rows) * overflow * 1e3, of=half)
+    with torch.no_grad():
+        half.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan  # type: ignore[index,union-attr,operator]
+    refused("logits of retain text . are not finite .*bfloat16", of=half)
+    whole: Any = families.build("llama")
+    whole.model.layers[2].self_attn.q_proj = Quantised(32, 32)
+    with pytest.raises(HookError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight is quantised \(int8\)"):
+        find_places(whole)
+    with pytest.raises(HookError, match="method is 'gains'; expected one of natural"):
+        hooks.gain(model, loss, 10, retain(), config=EXACT).ranking("gains")
