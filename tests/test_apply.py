@@ -465,11 +465,11 @@ def test_apply_inspect_and_undo_import_no_torch(base, tmp_path):
     code = """if True:
         import sys
         from surgery.apply import apply, inspect, undo
-        from surgery.delta import Delta, compose, diff
+        from surgery.delta import Delta, compose
         from surgery.delta.card import card
         inspect(sys.argv[1], sys.argv[2])
         apply(sys.argv[1], sys.argv[2], sys.argv[3], rounding="auto")
-        compose([Delta.load(sys.argv[1]), diff(sys.argv[2], sys.argv[3])])
+        compose([Delta.load(sys.argv[1]), Delta.load(sys.argv[1])])
         undo(sys.argv[3], sys.argv[3] + "-undone")
         card(Delta.load(sys.argv[1]))
         heavy = {"torch", "transformers", "safetensors", "pydantic", "typer"} & set(sys.modules)

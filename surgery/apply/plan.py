@@ -105,7 +105,7 @@ def make_plan(
 
 def check_architecture(delta: Differences, stored: CheckpointFiles) -> None:
     """Raises: SurgeryError when the checkpoint's config states another architecture than the delta's base."""
-    odd = differences(delta.metadata["architecture"], stored.facts)
+    odd = differences(delta.metadata["architecture"], stored.facts, delta.metadata.get("unsaid"))
     if odd:
         where = stored.path
         raise SurgeryError(f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
@@ -116,20 +116,21 @@ def _targets(
 ) -> dict[str, tuple[str, ...]]:
     """{stored tensor: the delta's tensors to add to it}."""
     base_tied = bool(delta.metadata["architecture"].get("tied", False))
+    target_tied = stored.tied_by(bool(delta.metadata.get("unsaid", {}).get("tied", False)))
     known = stored.places
     names = {name: translate(name, rename) if rename else name for name in delta.shapes}
     same = same_tensors(names.values(), known)
     targets: dict[str, tuple[str, ...]] = {}
     lost = []
     for name, wanted in names.items():
-        if is_vocabulary(name) and (base_tied or stored.tied):
+        if is_vocabulary(name) and (base_tied or target_tied):
             continue
         if wanted in same:
             targets[same[wanted]] = (name,)
         else:
             lost.append(name)
     matrices = [name for name in names if is_vocabulary(name)]
-    if base_tied and stored.tied:
+    if base_tied and target_tied:
         for name in matrices:
             # Some tied checkpoints store the matrix twice, some under the head's name: change what is there.
             copies = [other for other in known if is_vocabulary(other)]
@@ -137,7 +138,7 @@ def _targets(
             lost += [] if copies else [name]
     elif base_tied:
         targets.update(_untie(stored, matrices, tied))
-    elif stored.tied and matrices:
+    elif target_tied and matrices:
         targets.update(_tie(stored, matrices, tied))
     if lost:
         raise _no_such_names(stored, lost, list(delta.shapes))
@@ -234,7 +235,8 @@ def _elements(
 
 def _notes(delta: Differences, stored: CheckpointFiles) -> list[str]:
     notes = []
-    unknown = sorted(set(delta.metadata["architecture"]) - set(stored.facts))
+    unsaid = delta.metadata.get("unsaid", {})
+    unknown = sorted(set(delta.metadata["architecture"]) - set(stored.facts) - set(unsaid))
     if unknown:
         notes.append(f"not compared, since the target's config.json does not state it: {', '.join(unknown)}")
     shadows = [

@@ -1,4 +1,4 @@
-"""Commands on delta files and checkpoints on disk; all but export and card of an adapter work without torch."""
+"""Commands on delta files and checkpoints on disk; apply, undo, inspect, compose and card work without torch."""
 
 import json
 from pathlib import Path

@@ -12,8 +12,8 @@ How to read one:
  7. `tensors` has, per NAME of the base: `shape`, `dtype`, `sha256` of the base's stored bytes, `norm` and
     `sketch` (64 little-endian fp32 in base64; `surgery/files/weight_fingerprint.py`), which tell how far a target
     is from the base.
- 8. `architecture` holds the facts of the base's config.json, `base` its name, `tokenizer` a hash of its
-    tokens.
+ 8. `architecture` holds the facts of the base's config.json, `unsaid` what its family means by those that a config
+    leaves out, `base` its name, `tokenizer` a hash of its tokens.
  9. `recipe` (TOML), `seed`, `tool` (version), `parents` (of a composed delta), `measured` (effects) and
     `prefix` (what the live model's names have before the checkpoint's, e.g. "transformer.") say where it
     comes from.

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.delta.config import resolved
 from surgery.delta.naming import place
 from surgery.errors import SurgeryError
 from surgery.files.architecture import differences, facts
@@ -35,7 +36,7 @@ def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str,
     stored = open_checkpoint(checkpoint)
     config = getattr(model, "config", None)
     if config is not None:
-        odd = differences(stored.facts, facts(config.to_dict()))
+        odd = differences(resolved(stored.config)[0], facts(config.to_dict()))
         if odd:
             raise SurgeryError(
                 f"{stored.path}: config.json describes another model than the one given: {'; '.join(odd)}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery import __version__
+from surgery.delta.config import refuse_other_config, resolved
 from surgery.delta.format import Delta
 from surgery.delta.metadata import FORMAT, KINDS, MODULE, check_metadata, encode, pack_sketch
 from surgery.delta.naming import Joined, place
@@ -70,9 +71,11 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     differ.
 
     Raises:
-        SurgeryError: a tensor is missing or has another shape; nothing differs; values are not finite.
+        SurgeryError: the configs describe models that compute differently (a delta holds weights only); a tensor is
+            missing or has another shape; nothing differs; values are not finite.
     """
     left, right = open_checkpoint(base_dir), open_checkpoint(edited_dir)
+    refuse_other_config(left, right)
     tensors = dict(changes(left, right))
     if not tensors:
         raise SurgeryError(f"{right.path}: no tensor differs from {left.path}; there is nothing to write")
@@ -97,9 +100,10 @@ def _assemble(
             "sketch": pack_sketch(found.sketch),
         }
     vocabulary = [entries[name]["shape"][0] for name in entries if is_embedding(name) or is_head(name)]
-    metadata = {
+    known, unsaid = resolved(stored.config)
+    metadata: dict[str, Any] = {
         "format": FORMAT,
-        "architecture": stored.facts | ({"tied": stored.tied} if "tied" in stored.facts else {}),
+        "architecture": known | ({"tied": stored.tied_by(bool(known["tied"]))} if "tied" in known else {}),
         "tensors": entries,
         "tool": f"model-surgery {__version__}",
         "parents": [],
@@ -108,6 +112,7 @@ def _assemble(
         **about,
         "measured": dict(about.get("measured") or {}),
     }
+    metadata |= {"unsaid": unsaid} if unsaid else {}
     encode(metadata)
     check_metadata(metadata, {name: array.shape for name, array in tensors.items()}, "this delta")
     return Delta(dict(sorted(tensors.items())), metadata)

@@ -50,6 +50,12 @@ class Touched:
                     self.parameters[held].copy_(whole)
 
 
+def _tied(parameters: Mapping[str, nn.Parameter], said: bool) -> bool:
+    """Whether the model has one matrix for embedding and head; a config may say so of a checkpoint that has two."""
+    matrices = {id(parameter) for name, parameter in parameters.items() if is_vocabulary(name)}
+    return said and len(matrices) < 2
+
+
 def touched(delta: Differences, model: nn.Module) -> Touched:
     """What `delta` changes in the model. Raises: SurgeryError when a name, shape or the architecture does not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -60,7 +66,7 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
         if odd:
             raise SurgeryError(f"the model is of another architecture than the delta's base: {'; '.join(odd)}")
         matrices = [name for name in delta.shapes if is_vocabulary(name)]
-        if matrices and bool(base.get("tied")) != bool(live.get("tied")):
+        if matrices and bool(base.get("tied")) != _tied(parameters, bool(live.get("tied"))):
             raise SurgeryError(
                 f"{matrices[0]}: embedding and head are tied in only one of the delta's base and the model; "
                 "apply it to the checkpoint on disk with --tied embed, head or both"

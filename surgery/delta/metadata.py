@@ -90,6 +90,8 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
     for field, kind in _FIELDS.items():
         if field not in metadata or not isinstance(metadata[field], kind) or isinstance(metadata[field], bool):
             raise SurgeryError(f"{where}: its metadata has no proper {field!r}; not a delta, or broken")
+    if not isinstance(metadata.get("unsaid", {}), dict):
+        raise SurgeryError(f"{where}: its metadata has no proper 'unsaid'; not a delta, or broken")
     if metadata.get("rounding", "auto") not in ROUNDINGS:
         raise SurgeryError(f"{where}: its rounding is {str(metadata['rounding'])[:40]!r}; broken, or update this tool")
     if metadata["kind"] not in KINDS:

@@ -129,7 +129,7 @@ def place(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], stored: C
     Raises:
         SurgeryError: a parameter that no tensor of the checkpoint becomes.
     """
-    tied = {name: resolve_tied(name, stored.places) for name in names if stored.tied}
+    tied = {name: resolve_tied(name, stored.places) for name in names}  # whatever is not stored must be tied
     plain = [name for name in names if tied.get(name) is None]
     change = common_prefix(plain, stored.places)
     if change is not None:

@@ -2,7 +2,8 @@
 
 Configs spell the same fact in several ways (n_embd and hidden_size; rope_theta at the top or inside
 rope_parameters); `facts` gives each one name, so that a checkpoint saved by another library version compares
-equal.
+equal. What a config leaves unsaid is not guessed here: the family's class knows it (`surgery.delta.config`), and a
+delta says it (`unsaid` in its metadata), so that `differences` can compare without torch.
 """
 
 import hashlib
@@ -23,20 +24,36 @@ _SPELLINGS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
-    "kv_heads": ("num_key_value_heads",),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "head_dim": ("head_dim",),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
     "vocab_size": ("vocab_size",),
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"),
-    "activation": ("hidden_act", "hidden_activation", "activation_function"),
+    "activation": ("hidden_activation", "hidden_act", "activation_function", "activation"),
     "tied": ("tie_word_embeddings",),
     "sliding_window": ("sliding_window",),
     "attention_softcap": ("attn_logit_softcapping",),
+    "final_softcap": ("final_logit_softcapping",),
+    "query_scale": ("query_pre_attn_scalar",),
+    "attention_multiplier": ("attention_multiplier",),
+    "residual_multiplier": ("residual_multiplier",),
+    "embedding_multiplier": ("embedding_multiplier",),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
+_ROPE_BESIDE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
+    "original_max_position_embeddings": ("original_max_position_embeddings",),
+}
+_ROPE = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_local_base_freq",
+    *(key for keys in _ROPE_BESIDE.values() for key in keys),
+)
 # Facts that a target may change without changing what the edited weights mean; handled on their own.
 FREE = ("vocab_size", "tied")
-_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight$")
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 
 
@@ -61,15 +78,12 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         value = next((flat[key] for key in spellings if flat.get(key) is not None), None)
         if isinstance(value, bool | int | float | str):
             found[name] = value
-    if found.get("model_type") == "gpt2":
-        # GPT-2 states neither; both are fixed by its code (transformers GPT2Config).
-        found.setdefault("tied", True)
-        if isinstance(found.get("hidden_size"), int):
-            found.setdefault("intermediate_size", 4 * found["hidden_size"])
-    if isinstance(found.get("heads"), int) and found["heads"] > 0:
-        found.setdefault("kv_heads", found["heads"])
-        if isinstance(found.get("hidden_size"), int):
-            found.setdefault("head_dim", found["hidden_size"] // found["heads"])
+    if isinstance(found.get("model_type"), str):
+        found["model_type"] = _family(found["model_type"])
+        if found["model_type"].startswith("gemma") and found.get("activation") == "gelu":
+            found["activation"] = (
+                "gelu_pytorch_tanh"  # what the first Gemma files mean by gelu (transformers GemmaConfig)
+            )
     if flat.get("use_sliding_window") is False:
         found.pop("sliding_window", None)
     rope = _rope(flat)
@@ -78,36 +92,95 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _family(model_type: str) -> str:
+    """A text model inside a model of more than text is of the same family."""
+    return model_type.removesuffix("_text")
+
+
+def spelled(name: str) -> tuple[str, ...]:
+    """The keys of a config that can state the fact `name`."""
+    return _ROPE if name == "rope" else _SPELLINGS[name]
+
+
 def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in one form: {"rope_theta", "rope_type", ...}, or one such map per kind of layer."""
+    """Rotary parameters in one form: {"rope_theta", "rope_type", ...}, or one such map per kind of layer; what is
+    unsaid is absent."""
     stated = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
     stated = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, Mapping) else {}
     if any(isinstance(value, Mapping) for value in stated.values()):
         return {kind: _one_rope(value) for kind, value in stated.items() if isinstance(value, Mapping)}
+    beside = {
+        name: value
+        for name, keys in _ROPE_BESIDE.items()
+        if (value := next((flat[key] for key in keys if flat.get(key) is not None), None)) is not None
+    }
     if flat.get("rope_local_base_freq") is not None:  # Gemma 3 before transformers 5
         local = {"rope_theta": flat["rope_local_base_freq"]}
-        return {
-            "full_attention": _one_rope({"rope_theta": flat.get("rope_theta"), **stated}),
-            "sliding_attention": _one_rope(local),
-        }
-    if flat.get("rope_theta") is not None:
-        stated = {"rope_theta": flat["rope_theta"], **stated}
-    return _one_rope(stated) if stated else {}
+        return {"full_attention": _one_rope({**beside, **stated}), "sliding_attention": _one_rope(local)}
+    if not stated and "rope_theta" not in beside:
+        return {}
+    return _one_rope({**beside, **stated})
 
 
 def _one_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | list)}
-    result["rope_type"] = result.pop("type", "") or result.get("rope_type") or "default"
+    kind = result.pop("type", "") or result.get("rope_type") or "default"
+    result["rope_type"] = "default" if kind == "mrope" else kind  # Qwen2-VL before transformers 5
     return result
 
 
-def differences(base: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
-    """The stated facts on which two models disagree, as `name: base 10000.0, target 500000.0`, sorted."""
+def differences(
+    base: Mapping[str, Any], target: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The facts on which two models disagree, as `name: base 10000.0, target 500000.0`, sorted.
+
+    unsaid: what the base's family means by a fact that a config leaves out; without it such a fact is not compared.
+    """
+    target = completed(target, unsaid or {})
     return [
         f"{name}: the delta's base has {_show(base[name])}, the target {_show(target[name])}"
         for name in sorted(base)
-        if name in target and name not in FREE and not _equal(base[name], target[name])
+        if name in target and name not in FREE and not _agree(name, base[name], target[name])
     ]
+
+
+def completed(found: Mapping[str, Any], unsaid: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with the facts, and the rotary parameters, that it does not state."""
+    whole = {**unsaid, **found}
+    if isinstance(found.get("rope"), Mapping) and isinstance(unsaid.get("rope"), Mapping):
+        whole["rope"] = _same_form(unsaid["rope"], found["rope"])
+    return whole
+
+
+def _same_form(unsaid: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    if not _by_layer(stated):
+        return {**_by_layer(unsaid).get("full_attention", unsaid), **stated}
+    return {kind: {**_by_layer(unsaid).get(kind, {}), **value} for kind, value in _by_layer(stated).items()}
+
+
+def _by_layer(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """A rotary map for each kind of layer, {} where there is one for all."""
+    return {kind: value for kind, value in rope.items() if isinstance(value, Mapping)}
+
+
+def _agree(name: str, left: Any, right: Any) -> bool:
+    if name == "model_type":
+        return _family(str(left)) == _family(str(right))
+    if name != "rope" or not isinstance(left, Mapping) or not isinstance(right, Mapping):
+        return _equal(left, right)
+    kinds = _by_layer(left), _by_layer(right)
+    if all(kinds):
+        return all(_same_rope(kinds[0][kind], kinds[1][kind]) for kind in kinds[0].keys() & kinds[1].keys())
+    # One map for all stands for the layers that see the whole text, where a family has two (Gemma 3).
+    one, two = (
+        kind.get("full_attention", next(iter(kind.values()), side))
+        for kind, side in zip(kinds, (left, right), strict=True)
+    )
+    return _same_rope(one, two)
+
+
+def _same_rope(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    return all(_equal(left[key], right[key]) for key in left.keys() & right.keys())
 
 
 def _show(value: Any) -> str:

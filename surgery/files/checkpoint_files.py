@@ -47,8 +47,12 @@ class CheckpointFiles:
     @cached_property
     def tied(self) -> bool:
         """True when the head is the embedding: the config says so, and no other head is stored beside it."""
+        return self.tied_by(False)
+
+    def tied_by(self, unsaid: bool) -> bool:
+        """`tied`, where a config that says nothing of it means `unsaid`."""
         matrices = [name for name in self.places if is_vocabulary(name)]
-        return bool(self.facts.get("tied", False)) and all(
+        return bool(self.facts.get("tied", unsaid)) and all(
             same_bytes(self, matrices[0], self, name) for name in matrices[1:]
         )
 
