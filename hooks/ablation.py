@@ -16,7 +16,7 @@ from hooks import trace_modules as probe
 from hooks.anatomy import find
 from hooks.display import Readable
 from hooks.errors import HookError
-from hooks.logit_difference import Changes, logit_difference, prompts_in_batches, word_tokens
+from hooks.logit_difference import Changes, check_head, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
 from hooks.streaming import Mean, Progress, Text, stream
@@ -111,9 +111,12 @@ def mean_ablation(
     if wrong or not chosen:
         raise HookError(f"mean-ablation: block {wrong[0] if wrong else 'none'}; the model has 0 to {len(sites) - 1}")
     mean = _means(model, tokenizer, prompts, [sites[block] for block in chosen], batch_tokens)
-    before, after = [], []
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     with probe.unchanged(model):
         for batch in prompts_in_batches(model, tokenizer, prompts, batch_tokens=batch_tokens):
+            if not before:
+                check_head(model, batch, tokens)
             mask = batch.inputs["attention_mask"].bool()
             mask = mask & (torch.arange(mask.shape[1], device=mask.device) > 0)
             before.append(logit_difference(model, batch, tokens, {}).double().cpu())

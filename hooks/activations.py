@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hooks import sites
@@ -16,56 +15,13 @@ from hooks import trace_modules as probe
 from hooks.anatomy import Anatomy, find
 from hooks.batching import takes_positions
 from hooks.errors import HookError
+from hooks.forward_pass import abandon, watched
 
 Reducer = Callable[[str, Tensor, Tensor], None]
 
 
 class _Stop(BaseException):
     """Ends a forward pass early; not an Exception, so that no model code catches it."""
-
-
-class Pass:
-    """What the sites of one context need to know about the forward pass that is running."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.batch_pos: dict[int, tuple[int, int]] = {}
-        self.given: dict[str, Tensor | None] = {}
-        self._found: dict[Any, Tensor] = {}  # masks and last places of this pass, found once
-
-    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        named = dict(zip(names, args, strict=False)) | kwargs
-        self.given = {key: named.get(key) for key in ("attention_mask", "decoder_attention_mask")}
-        self.batch_pos.clear()
-        self._found.clear()
-
-    def enter_stack(self, stack: int, tensor: Tensor) -> None:
-        self.batch_pos[stack] = (tensor.shape[0], tensor.shape[1])
-
-    def mask(self, stack: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        """True at real tokens; all true where the model got no mask. With a cache, the newest positions."""
-        key = (stack, device)
-        if key not in self._found:
-            self._found[key] = self._mask(stack, device)
-        return self._found[key]
-
-    def last(self, stack: int, device: torch.device) -> Int[Tensor, " batch"]:
-        """Places of the last real tokens: searched once a pass, since it waits for the device."""
-        key = ("last", stack, device)
-        if key not in self._found:
-            self._found[key] = last_token(self.mask(stack, device))
-        return self._found[key]
-
-    def _mask(self, stack: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        batch, pos = self.batch_pos[stack]
-        decoder = len(self.anatomy.stacks) == 2 and stack == 1
-        mask = self.given.get("decoder_attention_mask" if decoder else "attention_mask")
-        if mask is None:
-            return torch.ones(batch, pos, dtype=torch.bool, device=device)
-        if mask.ndim != 2:
-            raise HookError(f"attention_mask has shape {tuple(mask.shape)}; expected (batch, pos) to find real tokens")
-        return mask[:, -pos:].to(device).bool()
 
 
 @contextmanager
@@ -101,8 +57,11 @@ def capture(
     Tensors are detached copies. A further pass in the same context replaces what the store holds. A pattern
     makes the model use eager attention inside the context.
 
-    Raises HookError for an unknown site (before any hook is registered), and on leaving for NaN or infinite
-    activations at real tokens, naming the first site that had them.
+    A compiled model runs uncompiled inside. Blocks that gradient checkpointing runs again are not handed out again.
+
+    Raises HookError for an unknown site (before any hook is registered); from the model's call where a site is not
+    reached in it, or twice; and on leaving where none was reached at all, and for NaN or infinite activations at
+    real tokens, naming the first site that had them.
     """
     anatomy = find(model)
     wanted = sites.expand(anatomy, sites_wanted)
@@ -112,10 +71,11 @@ def capture(
         raise HookError(f"stop_after is {stop_after}; the model has blocks 0 to {len(anatomy.blocks) - 1}")
     store: dict[str, Tensor] = {}
     faults: dict[str, Tensor] = {}
-    state = Pass(anatomy)
 
     def take(site: sites.Site, module: nn.Module, tensor: Tensor) -> None:
-        value = site.canonical(tensor.detach(), batch_pos_of(state, site, tensor), module)
+        if not state.reach(site):
+            return
+        value = site.canonical(tensor.detach(), state.batch_pos_of(site, tensor), module)
         mask = state.mask(site.stack, value.device)
         if positions == "last":
             rows, last = torch.arange(len(value), device=value.device), state.last(site.stack, value.device)
@@ -131,7 +91,8 @@ def capture(
             store[site.name] = value if positions == "last" else value.clone()
 
     with ExitStack() as stack:
-        watch(model, state, stack)
+        before = [site for site in wanted if stop_after is None or not _behind(anatomy, site, stop_after)]
+        state = stack.enter_context(watched(model, anatomy, before, "hooks.capture"))
         if any(site.kind == "pattern" for site in wanted):
             stack.enter_context(probe.eager(model))
         for site in wanted:
@@ -144,6 +105,8 @@ def capture(
         except _Stop:
             if stop_after is None:
                 raise
+            state.refuse_unreached(before)
+            abandon(model)
     for name, fault in faults.items():  # in the order of the pass
         if bool(fault):
             raise HookError(
@@ -152,29 +115,15 @@ def capture(
             )
 
 
+def _behind(anatomy: Anatomy, site: sites.Site, block: int) -> bool:
+    """Whether the site is reached after `block` of the last stack, or not at all where the pass ends there."""
+    if site.stack < len(anatomy.stacks) - 1 or site.kind == "embed":
+        return False
+    return site.block is None or anatomy.blocks.index(site.block) > block
+
+
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Stop
-
-
-def batch_pos_of(state: Pass, site: sites.Site, tensor: Tensor) -> tuple[int, int]:
-    if site.stack not in state.batch_pos:  # the embeddings run before the first block
-        state.enter_stack(site.stack, tensor)
-    return state.batch_pos[site.stack]
-
-
-def watch(model: nn.Module, state: Pass, stack: ExitStack) -> None:
-    """Note the masks of each pass, and batch and position of each stack."""
-    base = probe.pretrained(model).base_model
-    stack.callback(base.register_forward_pre_hook(state.begin, with_kwargs=True, prepend=True).remove)
-    for number, part in enumerate(state.anatomy.stacks):
-        first = model.get_submodule(part.blocks[0].name)
-
-        def enter(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> None:
-            tensor = probe.first_tensor(args, kwargs)
-            if tensor is not None:
-                state.enter_stack(number, tensor)
-
-        stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
 
 
 def _register(model: nn.Module, site: sites.Site, take: Callable[..., None], stack: ExitStack) -> None:
@@ -220,14 +169,6 @@ def _with_weights(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return args, kwargs | {"output_attentions": True}
 
 
-def last_token(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
-    """Index of each row's last real token, on either padding side. Raises HookError where there is none."""
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise HookError(f"row {empty[0]} of attention_mask marks no token; expected at least one real token a row")
-    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-
-
 def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
     """The batch with what makes padding sides agree: `position_ids` from the mask where rows are padded on the left.
 
@@ -238,7 +179,7 @@ def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[st
     the mask. Raises HookError for padding on the left of a model that gives other values then, such as a recurrent one.
     """
     core = probe.pretrained(model)
-    accepted = probe.forward_arguments(core.base_model)
+    accepted = probe.forward_arguments(probe.body(model))
     device = probe.input_device(core)
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     inputs = {key: value.to(device) for key, value in given.items() if isinstance(value, Tensor) and key in accepted}
@@ -249,8 +190,7 @@ def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[st
     if "position_ids" not in inputs and _padded_left(mask) and takes_positions(model):
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if core.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-        start = core.config.decoder_start_token_id
-        start = core.config.pad_token_id if start is None else start
+        start = decoder_start(core)
         inputs["decoder_input_ids"] = torch.full((len(ids), 1), start, dtype=ids.dtype, device=device)
     return inputs
 
@@ -260,13 +200,29 @@ def _padded_left(mask: Tensor) -> bool:
     return mask.device.type != "meta" and mask.ndim == 2 and bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
+def decoder_start(core: Any) -> int:
+    """The token that an encoder-decoder's answers begin with, by its configs or else as it shifts labels itself.
+
+    Raises HookError where nothing says it.
+    """
+    for holder in (core.config, getattr(core, "generation_config", None)):
+        token = getattr(holder, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    if hasattr(core, "prepare_decoder_input_ids_from_labels"):
+        return int(core.prepare_decoder_input_ids_from_labels(torch.full((1, 2), 3))[0, 0])
+    if core.config.pad_token_id is not None:
+        return int(core.config.pad_token_id)
+    raise HookError(f"{core.config.model_type}: its config has no decoder_start_token_id; give decoder_input_ids")
+
+
 def run_base(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """One forward pass without the head over the vocabulary and without a KV cache, for what hooks see of it.
 
     Logits and cache are what costs memory, not hooks: without them the peak above the weights is a fifth.
     """
-    core = probe.pretrained(model)
     learned = [c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False)]
-    runner = model if learned else core.base_model  # virtual tokens are only added by the wrapper
-    accepted = probe.forward_arguments(core.base_model)
+    body = probe.body(model)
+    runner = model if learned else body  # virtual tokens are only added by the wrapper
+    accepted = probe.forward_arguments(body)
     runner(**inputs, **({"use_cache": False} if "use_cache" in accepted else {}))

@@ -14,11 +14,8 @@ from hooks import block_roles as parts
 from hooks import trace_modules as probe
 from hooks.display import Readable
 from hooks.errors import HookError
+from hooks.stacks import MAPPING_HELP, stack_lists
 
-MAPPING_HELP = (
-    "pass hooks.anatomy.find(model, mapping={'blocks': 'model.layers', 'attention': 'self_attn'}), where the "
-    "parts of a block are named relative to the block and None says that there is none; it is remembered"
-)
 _BLOCK_KEYS = ("attention", "attention_writer", "mlp", "mlp_writer")
 _MODEL_KEYS = ("blocks", "final_norm", "embeddings", "head")
 
@@ -187,7 +184,7 @@ def _assemble(model: nn.Module, events: list[probe.Event], given: dict[str, Any]
     core = probe.pretrained(model)
     model_type = core.config.model_type
     names = {name for name, _ in model.named_modules()}
-    lists = _stack_lists(model, events, given.get("blocks"), model_type)
+    lists = stack_lists(model, events, given.get("blocks"), model_type)
     by_name = {event.name: event for event in events}
     stacks = []
     mixing = _mixing(model, events, [by_name[child] for children in lists.values() for child in children])
@@ -216,50 +213,6 @@ def _assemble(model: nn.Module, events: list[probe.Event], given: dict[str, Any]
             raise HookError(probe.no_such(part, names))
     width = by_name[next(iter(lists.values()))[0]].output.shape[-1]
     return Anatomy(model_type, width, tuple(stacks), found["embeddings"], found["head"])
-
-
-def _stack_lists(model: nn.Module, events: list[probe.Event], given: Any, model_type: str) -> dict[str, list[str]]:
-    """Site prefix -> block names: the outermost ModuleLists whose children map the stream to itself."""
-    called: dict[str, list[probe.Event]] = {}
-    for event in events:
-        called.setdefault(event.name, []).append(event)
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if given is not None:
-        chosen = dict(given) if isinstance(given, Mapping) else {"blocks": given}
-        for name in chosen.values():
-            if name not in lists:
-                raise HookError(probe.no_such(name, lists, "ModuleList"))
-    else:
-        outer: list[str] = []
-        for name, module in lists.items():
-            children = [f"{name}.{i}" for i in range(len(module))]
-            if not children or any(name.startswith(other + ".") for other in outer):
-                continue
-            if all(child in called and all(e.maps_stream for e in called[child]) for child in children):
-                outer.append(name)
-        if not outer:
-            raise HookError(
-                f"{model_type}: blocks not found: no ModuleList of it has children that all map "
-                f"(batch, pos, width) to (batch, pos, width); {MAPPING_HELP}"
-            )
-        outer.sort(key=lambda name: called[f"{name}.0"][0].start)
-        if len(outer) == 1:
-            chosen = {"blocks": outer[0]}
-        elif len(outer) == 2 and probe.pretrained(model).config.is_encoder_decoder:
-            chosen = {"encoder_blocks": outer[0], "decoder_blocks": outer[1]}
-        else:
-            raise HookError(f"{model_type}: blocks are uncertain: {', '.join(outer)} all qualify; {MAPPING_HELP}")
-    result = {}
-    for prefix, name in chosen.items():
-        result[prefix] = [f"{name}.{i}" for i in range(len(lists[name]))]
-        for child in result[prefix]:
-            calls = len(called.get(child, ()))
-            if calls != 1:
-                raise HookError(
-                    f"{model_type}: block {child} ran {calls} times in one forward pass, expected 1: layers "
-                    "that share one module (as in Albert) have no site of their own and are not supported"
-                )
-    return result
 
 
 def _inner(block: probe.Event, events: list[probe.Event]) -> list[probe.Event]:

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooks.activations import last_token
 from hooks.anatomy import Stack, find
 from hooks.display import Readable
 from hooks.errors import HookError
+from hooks.forward_pass import last_token
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
 from hooks.streaming import Progress, Text, stream

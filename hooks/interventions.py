@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hooks import sites
 from hooks import trace_modules as probe
-from hooks.activations import Pass, batch_pos_of, watch
 from hooks.anatomy import find
 from hooks.errors import HookError
+from hooks.forward_pass import Pass, watched
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def edit(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) ->
 
     A later `capture` sees the edited activations. Raises HookError for an unknown site, for
     `attn.hook_pattern` (weights are a by-product that nothing reads) and `ln_final.hook_normalized`, and for
-    a changed shape.
+    a changed shape; from the model's call where a site is not reached in it, or twice; and on leaving where none was
+    reached. A compiled model runs uncompiled inside.
     """
     anatomy = find(model)
     todo = [(site, function) for name, function in changes.items() for site in sites.expand(anatomy, name)]
@@ -36,11 +37,10 @@ def edit(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) ->
         if not site.editable:
             other = "attn.hook_z" if site.kind == "pattern" else "ln_final.hook_out"
             raise HookError(f"{site.name} can be read but not replaced: the model does not read it again; edit {other}")
-    state = Pass(anatomy)
     with ExitStack() as stack:
+        state = stack.enter_context(watched(model, anatomy, [site for site, _ in todo], "hooks.edit"))
         for site, function in todo:
             _replace(model, site, function, state, stack)
-        watch(model, state, stack)
         yield
 
 
@@ -50,7 +50,8 @@ def _replace(
     entering: list[Tensor] = []
 
     def changed(module: nn.Module, tensor: Tensor) -> Tensor:
-        value = site.canonical(tensor, batch_pos_of(state, site, tensor), module)
+        state.reach(site)  # outside of a pass, a block that gradient checkpointing runs again is edited again
+        value = site.canonical(tensor, state.batch_pos_of(site, tensor), module)
         if site.kind == "mid":  # the stream also bypasses the norm that reads it: edit what attention adds to it
             value = entering[-1] + value
         new = function(value)
@@ -72,7 +73,7 @@ def _replace(
             return changed(module, output)
         return (changed(module, output[0]), *output[1:])
 
-    if site.kind == "mid" and site.block is not None and site.block.attention_out is not None:
+    if site.kind == "mid" and site.block is not None and (site.block.attention_out or site.block.mixer_out) is not None:
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensor = probe.first_tensor(args, kwargs)
@@ -80,7 +81,7 @@ def _replace(
                 entering[:] = [tensor]
 
         block = model.get_submodule(site.block.name)
-        out = model.get_submodule(site.block.attention_out)
+        out = model.get_submodule(site.block.attention_out or site.block.mixer_out or "")
         stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(out.register_forward_hook(after, prepend=True).remove)
     elif site.side == "in":

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hooks import trace_modules as probe
-from hooks.activations import last_token, model_inputs, run_base
+from hooks.activations import model_inputs, run_base
 from hooks.anatomy import find
 from hooks.batching import positions_limit
 from hooks.errors import HookError
+from hooks.forward_pass import last_token
 from hooks.interventions import edit
 from hooks.sites import normalize
 from hooks.streaming import Text, token_batches
@@ -112,6 +113,40 @@ def logit_difference(model: nn.Module, batch: Prompts, tokens: list[int], change
     return logits[:, 0] - logits[:, 1]
 
 
+def check_head(model: nn.Module, batch: Prompts, tokens: Sequence[int]) -> None:
+    """Raises HookError where `head_logits` of the stream is not what the model itself answers to the first prompt."""
+    core = probe.pretrained(model)
+    kept: list[Tensor] = []
+    first = {key: value[:1] for key, value in batch.inputs.items()}
+    at = int(batch.at[0])
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[:] = [tensor[:1, at]]
+        return tensor
+
+    with torch.no_grad():
+        with edit(model, {f"{find(model).blocks[-1].site}.hook_resid_post": keep}):
+            run_base(model, first)
+        if not bool(kept[0].isfinite().all()):
+            return  # the measurement names the site
+        try:
+            read = head_logits(model, kept[0], tokens)[0]
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            reason = str(error).strip().splitlines()
+            raise HookError(
+                f"{type(core).__name__} does not run from the stream after its last block ({type(error).__name__}: "
+                f"{reason[0] if reason else 'no reason'}); no word can be read along the stream of this family"
+            ) from error
+        own = core(**first, **({"use_cache": False} if "use_cache" in probe.forward_arguments(core) else {})).logits
+    right = own[0, at, list(tokens)].to(read.dtype)
+    bound = 1e-3 if own.dtype == torch.float32 else 0.05
+    if not float((read - right).abs().max() / own[0, at].abs().max().clamp(min=1e-30)) <= bound:
+        raise HookError(
+            f"{type(core).__name__}: logits read from the stream after the last block are {read.tolist()}, the model's "
+            f"own {right.tolist()}: its head reads something else as well, so no word can be read along the stream"
+        )
+
+
 def head_logits(
     model: nn.Module,
     stream: Float[Tensor, "rows d_model"],
@@ -162,7 +197,8 @@ def head_logits(
             accepted = probe.forward_arguments(core)
             cache = {"use_cache": False} if "use_cache" in accepted else {}
             logits = core(**model_inputs(model, one), **cache).logits[:, -1]
-        logits = logits if rows else logits[:, list(tokens)]
+        if logits.shape[-1] != len(tokens):  # MobileBERT takes its head's weights without calling it
+            logits = logits[:, list(tokens)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     if (
@@ -170,7 +206,10 @@ def head_logits(
         and head.weight.device.type != "meta"
         and "final_logits_bias" not in dict(core.named_buffers())
     ):  # BART adds a bias over the whole vocabulary to what its head returns
-        return run(rows=True)
+        try:
+            return run(rows=True)
+        except RuntimeError:  # and ESM a bias that is no buffer: shapes differ
+            return run(rows=False)
     return run(rows=False)
 
 

@@ -17,7 +17,7 @@ from hooks.activations import capture, run_base
 from hooks.anatomy import Block, Stack, find
 from hooks.display import Readable
 from hooks.errors import HookError
-from hooks.logit_difference import Prompts, frozen, head_logits, prompts_in_batches, word_tokens
+from hooks.logit_difference import Prompts, check_head, frozen, head_logits, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking, Unit
 from hooks.remote import anywhere
 from hooks.streaming import Mean, Progress, Text
@@ -130,6 +130,8 @@ def lens(
     done = 0
     with probe.unchanged(model):
         for batch in prompts_in_batches(model, tokenizer, prompts, batch_tokens=batch_tokens):
+            if not done:
+                check_head(model, batch, tokens)
             for name, value in _measure(model, stack, batch, tokens, missing).items():
                 mean(name, value.reshape(len(batch.places), -1).cpu(), torch.empty(0, 0))
             done += len(batch.places)

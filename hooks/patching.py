@@ -17,7 +17,7 @@ from hooks.activations import model_inputs
 from hooks.display import Readable
 from hooks.errors import HookError
 from hooks.interchange import SITES, PatchUnit, Positions, attributed, patched, places_of
-from hooks.logit_difference import Prompts, logit_difference, prompts_in_batches, word_tokens
+from hooks.logit_difference import Prompts, check_head, logit_difference, prompts_in_batches, word_tokens
 from hooks.ranking import Ranking
 from hooks.remote import anywhere
 from hooks.streaming import Progress, Text
@@ -221,6 +221,8 @@ def _measure(
     done = 0
     with probe.unchanged(model):
         for first, second in _batches(model, tokenizer, pairs, batch_tokens):
+            if not done:
+                check_head(model, first, tokens)
             places = places_of(first, second, positions)
             values = [logit_difference(model, b, tokens, {}).double().cpu() for b in (first, second)]
             moved = effects_of(model, first, second, tokens, unit, places).double().cpu()  # (batch ...)

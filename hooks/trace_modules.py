@@ -32,12 +32,13 @@ class Event:
     output: Any = None  # the first tensor of a tuple
     output_copy: Any = None
     extra: tuple[Any, ...] = ()  # the whole tuple; () where the module returned a tensor
+    named: bool = False  # the tuple's fields have names (Reformer's two streams)
 
     @property
     def maps_stream(self) -> bool:
         """Takes (batch, pos, width) and gives the same shape."""
         same = self.input is not None and self.output is not None and self.input.shape == self.output.shape
-        return same and self.output.ndim == 3 and self.output.shape[1] in (LENGTH, _DECODER_LENGTH)
+        return same and not self.named and self.output.ndim == 3 and self.output.shape[1] in (LENGTH, _DECODER_LENGTH)
 
 
 def pretrained(model: nn.Module) -> Any:
@@ -52,6 +53,12 @@ def pretrained(model: nn.Module) -> Any:
         f"got a {type(model).__module__}.{type(model).__qualname__}, expected a Hugging Face model; "
         "hooks.record also reads a TransformerBridge or an nnsight model"
     )
+
+
+def body(model: nn.Module) -> Any:
+    """The Hugging Face model without its head; the model itself where its base takes no ids (BartForCausalLM)."""
+    core = pretrained(model)
+    return core.base_model if "input_ids" in forward_arguments(core.base_model) else core
 
 
 def forward_arguments(module: Any) -> set[str]:
@@ -142,7 +149,7 @@ def run(model: nn.Module) -> list[Event]:
     Only the base model runs: no head, no labels, so classifiers and headless models need no special case.
     Raises HookError if the model cannot run (the reason is in the line).
     """
-    core = pretrained(model).base_model
+    core = body(model)
     events: list[Event] = []
     pending: dict[int, list[Event]] = {}
     count = 0
@@ -159,6 +166,7 @@ def run(model: nn.Module) -> list[Event]:
         event = pending[id(module)].pop()
         event.end, count = count, count + 1
         event.extra = tuple(output) if isinstance(output, (tuple, list)) else ()
+        event.named = hasattr(output, "_fields")
         head = event.extra[0] if event.extra else output
         event.output = head if isinstance(head, Tensor) else None
         event.output_copy = None if event.output is None else event.output.clone()
@@ -183,14 +191,17 @@ def run(model: nn.Module) -> list[Event]:
                 f"{core.config.model_type}: a forward pass over {LENGTH} tokens failed "
                 f"({type(error).__name__}: {line}); expected a model that takes input_ids"
             ) from error
-    for event in events:
-        out = event.output_copy
-        if out is not None and out.is_floating_point() and out.device.type != "meta" and not out.isfinite().all():
-            raise HookError(
-                f"{core.config.model_type}: in a forward pass over {LENGTH} tokens the first NaN or infinite "
-                f"value comes out of {event.name or 'the model'}; expected finite ones: check the weights"
-            )
+    broken = [event for event in events if _broken(event.output_copy)]
+    if broken and _broken(next(e.output_copy for e in reversed(events) if e.output_copy is not None)):
+        raise HookError(  # what is masked away again does no harm (CPM-Ant's softmax over padding)
+            f"{core.config.model_type}: in a forward pass over {LENGTH} tokens the first NaN or infinite "
+            f"value comes out of {broken[0].name or 'the model'}; expected finite ones: check the weights"
+        )
     return events
+
+
+def _broken(out: Tensor | None) -> bool:
+    return out is not None and out.is_floating_point() and out.device.type != "meta" and not bool(out.isfinite().all())
 
 
 def mixing(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
@@ -199,7 +210,7 @@ def mixing(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     One more forward pass: each module runs twice in it, on what it reads and on that with the channels of the first
     position moved by one place. Nothing is known of a model on "meta".
     """
-    core = pretrained(model).base_model
+    core = body(model)
     found: set[str] = set()
     if input_device(core).type == "meta":
         return frozenset()
