@@ -76,7 +76,7 @@ def takes_positions(model: nn.Module) -> bool:
 
     def find() -> bool | None:
         core = probe.pretrained(model)
-        accepted = "position_ids" in probe.forward_arguments(core.base_model)
+        accepted = "position_ids" in probe.forward_arguments(probe.body(core))
         if probe.input_device(core).type == "meta":
             return accepted
         rows = _rows(model)
@@ -160,7 +160,7 @@ def _batched(
 def _states(model: nn.Module, inputs: dict[str, Tensor], real: Sequence[slice]) -> list[Tensor]:
     """The last hidden states of each row at its real tokens; of an encoder-decoder the encoder's and the decoder's."""
     core = probe.pretrained(model)
-    base, device = core.base_model, probe.input_device(core)
+    base, device = probe.body(core), probe.input_device(core)  # of BartForCausalLM the logits stand for its states
     accepted = probe.forward_arguments(base)
     given: dict[str, Any] = {key: value.to(device) for key, value in inputs.items() if key in accepted}
     given |= {"use_cache": False} if "use_cache" in accepted else {}
