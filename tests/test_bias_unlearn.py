@@ -15,6 +15,7 @@ from families import demo, state
 
 import surgery
 from recipes import bias_unlearn
+from recipes.bias_unlearn import training
 from surgery.apply import apply
 from surgery.data import genbias
 from surgery.data.stereoset import Triples
@@ -236,11 +237,11 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     assert not (tmp_path / "cut" / "state").exists()
 
 
-@pytest.mark.parametrize("where", ["recipes.bias_unlearn.measuring.evaluate_suites", "recipes.bias_unlearn.write_page"])
+@pytest.mark.parametrize("where", ["measuring.evaluate_suites", "report.write_page"])
 def test_a_run_killed_after_its_training_does_not_train_again(
     tiny: Any, checkpoint: Path, suites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    settings = {"suites": ["crows_pairs"], "keep_checkpoint": True}
+    settings, where = {"suites": ["crows_pairs"], "keep_checkpoint": True}, f"recipes.bias_unlearn.{where}"
     whole = learn(tiny, checkpoint, suites, tmp_path / "whole", **settings)
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -248,15 +249,15 @@ def test_a_run_killed_after_its_training_does_not_train_again(
 
     with monkeypatch.context() as patch:
         if where.endswith("evaluate_suites"):  # before the training it is left alone
-            train = bias_unlearn.unlearn
+            train = training.unlearn
             patch.setattr(
-                "recipes.bias_unlearn.unlearn", lambda *a, **k: (train(*a, **k), patch.setattr(where, stop))[0]
+                "recipes.bias_unlearn.training.unlearn", lambda *a, **k: (train(*a, **k), patch.setattr(where, stop))[0]
             )
         else:
             patch.setattr(where, stop)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny, checkpoint, suites, tmp_path / "cut", **settings)
-    never = ["recipes.bias_unlearn.unlearn"]
+    never = ["recipes.bias_unlearn.training.unlearn"]
     if where.endswith("write_page"):
         never.append("recipes.bias_unlearn.measuring.evaluate_triples")
     for name in never:
@@ -327,7 +328,6 @@ def test_a_profile_changes_what_nothing_is_said_about() -> None:
         ({"target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
         ({"target_modules": ["q_proj", "lm_head"]}, "got the head, with which the kept reference would change"),
         ({"weight_forget": 0, "weight_retain": 0, "weight_kl": 0}, "got 0 for all"),
-        ({"lr": 1e30}, "learning rate 1e\\+30"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(

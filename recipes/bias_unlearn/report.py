@@ -1,16 +1,34 @@
 """The report of an unlearning run: what happened in sentences, tables with intervals, scores along the steps."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
-from surgery.runs.page import Table, compared
+from recipes.bias_unlearn.measuring import skipped_rows
+from surgery.runs.page import Table, compared, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_FALL = 1.5  # of LMS; the paper's largest is 1.42
 SCORES = ("ss", "lms", "icat")
+
+
+def write_report(
+    notes: Sequence[str], before: dict[str, Any], folder: Path, summary: dict[str, Any], recipe: str
+) -> None:
+    """Write ``report.html`` and the picture; ``notes`` say what the data are, ``before`` also what was skipped."""
+    steps = summary["edit"].get("evaluations")
+    write_page(
+        folder,
+        title=f"{summary['method']} on {summary['model']}",
+        lines=[*summary["verdict"], *notes, *skipped_rows(before)],
+        tables=tables(summary),
+        figures={"steps": picture(steps, summary["edit"]["kept_step"])} if steps else {},
+        recipe=recipe,
+        delta=summary.get("delta"),
+    )
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:

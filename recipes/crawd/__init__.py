@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.crawd.measuring import Judge
-from recipes.crawd.report import cases, report, verdict
+from recipes.crawd.report import cases, verdict, write_report
 from recipes.crawd.settings import Settings
 from recipes.crawd.texts import read
 from surgery.edits.debiased_tuning import OBJECTIVES, WEIGHTS, Method, Tuned, check, four_bit, trained_names, tune
@@ -63,7 +63,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             pareto=["gas.gas", "held_out_perplexity"] if "gas" in settings.suites else [],
         )
         summary = replace(summary, verdict=[given.note + ".", *verdict(summary.to_dict())])
-        return op.finish(summary, partial(report, model, tokenizer, settings))
+        return op.finish(summary, partial(write_report, model, tokenizer, settings))
 
 
 def _method(settings: Settings) -> Method:

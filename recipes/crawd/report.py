@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def report(
+def write_report(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,

@@ -7,7 +7,7 @@ from surgery.edits.unlearning.encoding import ANTI, STEREOTYPE, UNRELATED, Encod
 from surgery.edits.unlearning.losses import ascent, batch_weights, dpo, kl, npo, npo_batch, retention
 from surgery.edits.unlearning.reference_logprobs import Reference, reference
 from surgery.edits.unlearning.split import Split, split_terms
-from surgery.edits.unlearning.unlearn import Objective, Unlearned, batch_losses, unlearn
+from surgery.edits.unlearning.unlearn import Objective, Unlearned, batch_losses, trained_names, unlearn
 
 __all__ = [
     "ANTI",
@@ -39,5 +39,6 @@ __all__ = [
     "reference",
     "retention",
     "split_terms",
+    "trained_names",
     "unlearn",
 ]

@@ -116,6 +116,14 @@ def batch_losses(
     return values, ratio
 
 
+def trained_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """The parameters that ``unlearn`` changes through factors; raises ``SurgeryError`` where the head is among them."""
+    names = target_names(model, targets)
+    if anatomy.find(model).head in names:
+        raise SurgeryError("target_modules: got the head, with which the kept reference would change; leave it out")
+    return [f"{name}.weight" for name in names]
+
+
 def unlearn(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Row]],
@@ -140,8 +148,7 @@ def unlearn(
     Raises ``SurgeryError`` when a loss is not finite, when the forget loss explodes before there was a good
     checkpoint to keep, and for factors beside the head, with which the kept reference would change.
     """
-    if anatomy.find(model).head in target_names(model, lora.targets):
-        raise SurgeryError("target_modules: got the head, with which the kept reference would change; leave it out")
+    trained_names(model, lora.targets)
     if state:
         state.mkdir(parents=True, exist_ok=True)
     watch = _Watch(control, chunks, evaluate, steps, state, log)

@@ -1,0 +1,127 @@
+"""The settings of an unlearning run: the paper's values as defaults, and what a variant, profile or method changes."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+import surgery.runs.settings
+from surgery.data.stereoset import Kind
+
+# What a variant, a profile or a method changes where nothing else is said; later ones win.
+CHANGES: dict[tuple[str, str], dict[str, Any]] = {
+    ("variant", "released"): {
+        "weight_forget": 0.5,
+        "weight_retain": 0.3,
+        "weight_kl": 0.2,
+        "retain_by": "token",
+        "lr": 4e-5,
+        "dev_rows": 100,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    # Chosen on the development sets of SmolLM2-135M among 14 settings; docs/recipes/bias_unlearn.md has them.
+    ("profile", "small"): {"lr": 2e-4, "steps": 250, "weight_forget": 0.05, "dev_rows": 1000},
+    # For two cores and the demo model. So few steps need a high rate, at which the paper's weights (beta 0.1, forget
+    # 0.4) make every sentence unlikely: NPO's gradient then fades only once a stereotype is e^10 times less likely.
+    ("profile", "quick"): {
+        "lr": 1e-3,
+        "steps": 40,
+        "beta": 1.0,
+        "weight_forget": 0.1,
+        "retain_batch": 12,
+        "balance": "types",
+        "evaluate_every": 8,
+        "dev_rows": 40,
+        "limit": 400,
+    },
+    # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4 unless
+    # weight_kl asks for it.
+    ("method", "cda"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "sft"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "dpo"): {"swap": False, "weight_kl": 0.0},
+    ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
+}
+
+
+class Settings(surgery.runs.settings.Settings):
+    """Defaults are the paper's (appendix A.2) where it says one."""
+
+    data: str = ""
+    """Directory of data sets, with stereoset/stereoset_train_union.jsonl and stereoset/stereoset_dev.jsonl in it."""
+    train: str = ""
+    """Another training source, and another test file; any form that surgery.data.stereoset reads."""
+    test: str = ""
+    kind: Kind = "intrasentence"
+    """Which rows of the test file: intrasentence (what bias-bench and the paper score), intersentence or all."""
+    profile: Literal["paper", "small", "quick"] = "paper"
+    """small: for models of about 0.1 billion parameters; quick: fewer steps and rows, for two CPU cores."""
+    method: Literal["bias_unlearn", "cda", "sft", "dpo", "ga", "self_debias"] = "bias_unlearn"
+    """Or a baseline: CDA (anti-stereotypes only), SFT (both sides), DPO, gradient ascent, Self-Debias (no edit)."""
+    variant: Literal["paper", "released"] = "paper"
+    """released: as the authors' code: one sigmoid a batch, one type after another, selection on the test file."""
+    forget_batch: int = Field(4, ge=1)
+    retain_batch: int = Field(28, ge=1)
+    unrelated_batch: int = Field(4, ge=1)
+    """Unrelated sentences of a chunk, for the KL divergence; the paper gives no number."""
+    beta: float = Field(0.1, gt=0)
+    weight_forget: float = Field(0.4, ge=0)
+    weight_retain: float = Field(0.4, ge=0)
+    weight_kl: float = Field(0.2, ge=0)
+    """Eq. 4; 0 leaves a part out (Table 5)."""
+    retain_by: Literal["sentence", "token"] = "sentence"
+    """Eq. 2's cross-entropy summed over a sentence, as NPO's argument is, or per token, as the released code has it.
+
+    Held per token, every sentence of the development set became less likely by 1 nat a token in ten steps of the demo
+    model at 2e-3, stereotypes and others alike, and LMS fell by 4 to 10 points; summed, LMS stayed.
+    """
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """KL(reference || model); reverse is Eq. 3 as printed."""
+    adversarial: float = Field(0.25, ge=0, le=1)
+    """The share of anti-stereotypes mixed into the forget set; "a small portion" in the paper, 25 % in its code."""
+    swap: bool = True
+    """Exchange the two sets of a bias type while its score on the development set is below 50."""
+    balance: Literal["rows", "types"] = "rows"
+    """Draw from all triples alike, as the paper does, or from each bias type equally often."""
+    start: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """A start token before each training sentence where the tokenizer puts one by itself, always, or never."""
+    lr: float = Field(5e-5, gt=0)
+    steps: int = Field(1000, ge=1)
+    """At most so many chunks."""
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Of the LoRA factors' input (and the model's own dropout, where it has any); 0 trains without any."""
+    target_modules: list[str] = []
+    """Ends of the names of the layers that get factors, such as q_proj; every linear layer of the blocks if none."""
+    dev_share: float = Field(0.2, gt=0, lt=1)
+    """The share of each bias type's target terms that is not trained on."""
+    dev_rows: int = Field(50, ge=2)
+    """At most so many rows of each bias type are scored while training."""
+    evaluate_every: int = Field(25, ge=1)
+    threshold: float = Field(2.0, gt=0)
+    """Training ends when each type's score on the development set is so near 50 (or one row of that set, if larger)."""
+    early_stop: bool = True
+    keep: Literal["best", "last"] = "best"
+    """Without an early stop: the checkpoint with the highest ICAT on the development set, or the last one."""
+    scorer: str = "bias-bench"
+    limit: int = Field(0, ge=0)
+    """So many rows are measured before and after, drawn by the seed from each set of rows; 0 takes all."""
+    suites: list[str] = []
+    """What is measured before and after besides: crows_pairs, bbq, capability."""
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
+    keep_checkpoint: bool = False
+    """Leave the edited model as a checkpoint in the run's folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _changes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        changed: dict[str, Any] = {}
+        for (key, value), more in CHANGES.items():
+            if values.get(key) == value:
+                changed |= more
+        return changed | values

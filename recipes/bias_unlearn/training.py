@@ -1,0 +1,128 @@
+"""One unlearning: batches of the training triples, losses of the method, early stopping on the watched rows."""
+
+from collections import Counter
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from recipes.bias_unlearn.measuring import watched_scores
+from recipes.bias_unlearn.settings import Settings
+from surgery.edits.supervised import Lora
+from surgery.edits.unlearning import (
+    RELEASED_TARGETS,
+    BatchSampler,
+    Dataset,
+    EarlyStopping,
+    Objective,
+    encode_triples,
+    reference,
+    unlearn,
+)
+from surgery.errors import SurgeryError
+from surgery.operation import Edit, Made, Operation, Tracking
+from surgery.training import Plan
+
+OBJECTIVES = {
+    "bias_unlearn": "forget stereotypes (NPO), retain anti-stereotypes, keep unrelated sentences (KL), Eq. 4",
+    "cda": "cross-entropy of anti-stereotypes",
+    "sft": "cross-entropy of stereotypes and anti-stereotypes alike",
+    "dpo": "DPO of anti-stereotypes over stereotypes",
+    "ga": "gradient ascent on stereotypes",
+    "self_debias": "Self-Debias (Schick et al. 2021): no edit, the next-token distribution is changed",
+}
+
+
+def train(
+    op: Operation, tokenizer: PreTrainedTokenizerBase, given: Dataset, settings: Settings, track: Tracking
+) -> Made:
+    """Unlearn by the settings' method; the differences are LoRA factors."""
+    longest = getattr(op.model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    coded = encode_triples(tokenizer, given.train, max_length=longest, start=settings.start)
+    if coded.skipped:
+        op.note(f"{len(coded.skipped)} training triples left out: {'; '.join(coded.skipped[:3])}")
+    sizes, weights = parts(settings)
+    released = settings.variant == "released"
+    chunks = BatchSampler(
+        types=tuple(given.train[number].bias_type for number in coded.kept),
+        sizes=sizes,
+        seed=settings.seed,
+        adversarial=settings.adversarial,
+        in_order=released,
+        balance=settings.balance,
+    )
+    control = _stopping(given, settings)
+    sentences, unrelated = chunks.referenced(settings.steps, focus=control.focus)
+    with op.progress.work("reference", len(sentences) + len(unrelated)) as step:
+        kept = reference(op.model, coded.rows, sentences, unrelated, step=step)
+    forget = "ascent" if settings.method == "ga" else "npo_batch" if released else "npo"
+    found = unlearn(
+        op.model,
+        coded.rows,
+        chunks,
+        kept,
+        Objective(weights, forget, settings.beta, settings.kl_direction, settings.retain_by),
+        control,
+        _plan(settings, chunks.size),
+        steps=settings.steps,
+        lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.dropout),
+        evaluate=partial(watched_scores, op.model, tokenizer, given, settings.scorer, op.progress),
+        state=track["state"].with_suffix(""),  # a folder: the scores while training stand in it, too
+        log=track["log"],
+        step_done=track["step_done"],
+    )
+    edit = Edit.of(
+        found.trained,
+        blocks="all",
+        part="lora",
+        objective=OBJECTIVES[settings.method],
+        chunk=sizes,
+        triples=found.triples,
+        kept_step=found.kept_step,
+        stopped=found.stopped,
+        evaluations=[{"step": step} | scores for step, scores in sorted(found.evaluations.items())],
+    )
+    return Made(found.trained.differences, edit, "lora")
+
+
+def _stopping(given: Dataset, settings: Settings) -> EarlyStopping:
+    released = settings.variant == "released"
+    return EarlyStopping(
+        every=settings.evaluate_every,
+        rows=dict(sorted(Counter(row.bias_type for row in given.watched.rows).items())),
+        threshold=settings.threshold,
+        swap=settings.swap,
+        early_stop=settings.early_stop,
+        focus=released and settings.swap,
+        targets=RELEASED_TARGETS if released else {},
+        keep=settings.keep,
+    )
+
+
+def _plan(settings: Settings, size: int) -> Plan:
+    return Plan(
+        settings.lr,
+        epochs=1,
+        batch_size=size,
+        optimizer="adamw",
+        weight_decay=settings.weight_decay,
+        dropout=settings.dropout > 0,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        shuffle=False,
+    )
+
+
+def parts(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
+    """How many places of a batch each role has, and its weight; raises ``SurgeryError`` where all weights are 0."""
+    both = settings.forget_batch + settings.retain_batch
+    alone = {"cda": ("retain", both), "sft": ("both", both), "dpo": ("prefer", both // 2)}  # a pair is two sentences
+    weights = {"forget": settings.weight_forget, "retain": settings.weight_retain}
+    sizes = {"forget": settings.forget_batch, "retain": settings.retain_batch}
+    if settings.method in alone:
+        role, size = alone[settings.method]
+        weights, sizes = {role: 1.0}, {role: max(1, size)}
+    weights["unrelated"], sizes["unrelated"] = settings.weight_kl, settings.unrelated_batch
+    chosen = {role: size for role, size in sizes.items() if weights[role]}
+    if not chosen:
+        raise SurgeryError("weight_forget, weight_retain, weight_kl: got 0 for all, expected at least one above 0")
+    return chosen, weights
