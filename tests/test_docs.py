@@ -63,7 +63,7 @@ def desk(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for page in PAGES:
         for title, code in re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page.read_text("utf-8"), re.S):
-            (place / title).write_text(code)
+            (place / title).write_text(code.replace('"demo"', json.dumps(str(checkpoint))))
     return place
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("edits",),
     ("attribution", "locate"),
     ("runs",),
-    ("operation",),
+    ("operation", "study"),
     ("cli",),
 )
 FORBIDDEN = {"hooks": {"surgery", "recipes"}, "surgery": {"recipes"}, "recipes": {"recipes"}}

@@ -1,0 +1,68 @@
+"""The command study: methods, models and seeds on one page, judged on the same rows."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli.app import Debug, Device, Quiet, command, examples
+from surgery.cli.models import chosen_recipe
+from surgery.errors import SurgeryError
+
+
+@command(
+    epilog=examples(
+        "surgery study studies/quick.toml",
+        "surgery study studies/full.toml --folder ./data --out runs/full --device cuda",
+    )
+)
+def study(
+    file: Annotated[Path, typer.Argument(help="A study's TOML file: models, seeds, judges, and [[methods]].")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Its folder; default runs/NAME. May exist: it goes on.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="The data folder, for suites and recipes that need one.")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Let several processes work on it, each on its cells.")
+    ] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
+    from surgery.progress import Progress
+    from surgery.runs.settings import build
+    from surgery.study import Cell, carry_out, read
+
+    asked, methods = read(file)
+    if folder is not None:
+        asked = asked.model_copy(update={"folder": str(folder)})
+    progress = Progress(quiet)
+    ready: dict[tuple[str, int, str], Any] = {}
+    modules: dict[str, Any] = {}
+    for method in (one for one in methods if one.recipe):
+        module, values, _ = chosen_recipe(method.recipe, None, [], None)
+        modules[method.name] = module
+        fields = module.Settings.model_fields
+        given = {
+            key: value for key, value in (("dtype", asked.dtype), ("data", asked.folder)) if key in fields and value
+        }
+        if "data" in given and given["data"] == asked.folder and fields["data"].default == "genbias":
+            given["data"] = asked.data
+        for model in asked.models:
+            for seed in asked.seeds:
+                own = {**values, **given, **method.settings, "model": model, "seed": seed}
+                ready[method.name, seed, model] = build(module.Settings, own, f"{file}, method {method.name}")
+    missing = [method.delta for method in methods if method.delta and not Path(method.delta).is_file()]
+    if missing:
+        raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
+
+    def run(cell: Cell, opened: Any, resume: bool) -> None:
+        assert cell.method is not None
+        settings = ready[cell.method.name, cell.seed, cell.model]
+        modules[cell.method.name].run(*opened, settings, out=cell.folder / "run", resume=resume, progress=progress)
+
+    name = out or Path("runs") / file.stem
+    print(carry_out(asked, methods, name, run, share=share, device=device, progress=progress))

@@ -1,0 +1,140 @@
+"""Carry out a study: run every cell that is not finished, judge each on the same rows, and write the page."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.errors import HookError
+from surgery.checkpoints import load
+from surgery.delta import Delta
+from surgery.errors import SurgeryError
+from surgery.files.atomic import write_json
+from surgery.progress import Progress
+from surgery.study.cells import Cell, Judged, cells
+from surgery.study.judging import check, judge, keep, kept
+from surgery.study.report import write_report
+from surgery.study.settings import Method, Study
+
+Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+RunRecipe = Callable[[Cell, Opened, bool], object]
+"""Run the recipe of a cell into ``cell.folder / "run"``; the last argument says whether an interrupted one goes on."""
+
+
+def carry_out(
+    study: Study,
+    methods: Sequence[Method],
+    out: Path,
+    run: RunRecipe,
+    *,
+    share: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run, judge, report; the page's path. Runs and judgements that exist are taken, interrupted ones go on.
+
+    A method that is refused on a model (no head, wrong family) becomes a row that says so. ``share``: several
+    processes work on the folder; each takes the cells that no other holds.
+
+    Raises ``SurgeryError`` for judges without their data, before anything is run, and for a folder in which another
+    study is at work (unless ``share``).
+    """
+    progress = progress or Progress(quiet=True)
+    check(study)
+    out.mkdir(parents=True, exist_ok=True)
+    judged: list[Judged] = []
+    elsewhere: list[str] = []
+    with _held(out / "study.lock", shared=share):
+        opened: dict[str, Opened] = {}
+        every = cells(study, methods, out)
+        for number, cell in enumerate(every, 1):
+            label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
+            try:
+                with _held(cell.folder / "cell.lock", shared=False):
+                    judged.append(_one(cell, study, run, opened, device, progress, label))
+            except BlockedError:
+                elsewhere.append(label)
+                progress.say(f"{label}: another process has it")
+        if elsewhere:
+            raise SurgeryError(
+                f"{out}: other processes are at work on {len(elsewhere)} of {len(every)} cells ({elsewhere[0]}); "
+                "the last one to finish writes the page, or run the command again"
+            )
+        return write_report(out, study, judged)
+
+
+def _one(
+    cell: Cell,
+    study: Study,
+    run: RunRecipe,
+    opened: dict[str, Opened],
+    device: str | None,
+    progress: Progress,
+    label: str,
+) -> Judged:
+    """The cell's numbers, from disk if they are there."""
+    known = kept(cell.folder, study)
+    if known is not None:
+        progress.say(f"{label}: judged before")
+        return Judged(cell, known)
+    progress.say(label)
+    if cell.model not in opened:
+        opened.clear()  # one model at a time
+        opened[cell.model] = load(cell.model, dtype=study.dtype, device=device)
+    model, tokenizer = opened[cell.model]
+    try:
+        with _edited(cell, opened[cell.model], run):
+            preamble = cell.method.preamble if cell.method else ""
+            scores = judge(model, tokenizer, study, preamble=preamble, progress=progress)
+    except (SurgeryError, HookError) as error:
+        reason = " ".join(str(error).split())
+        progress.say(f"{label}: refused: {reason}")
+        write_json(cell.folder / "refused.json", {"reason": reason})
+        return Judged(cell, {}, reason)
+    (cell.folder / "refused.json").unlink(missing_ok=True)
+    keep(cell.folder, study, scores)
+    return Judged(cell, scores)
+
+
+@contextmanager
+def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[None]:
+    """Inside, the model is edited as its checkpoint on disk would be; afterwards it is as before."""
+    method = cell.method
+    if method is None or method.preamble:
+        yield
+        return
+    file = Path(method.delta)
+    if method.recipe:
+        folder = cell.folder / "run"
+        if not folder.exists():
+            run(cell, opened, folder.with_name("run.part").exists())
+        file = folder / "delta.safetensors"
+    with Delta.load(file).applied(opened[0], scale=method.scale, as_stored=True):
+        yield
+
+
+class BlockedError(SurgeryError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def _held(path: Path, *, shared: bool) -> Iterator[None]:
+    """Inside, this process has the lock at ``path``; the kernel lets it go when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockedError(
+                f"{path.parent}: another study is at work in this folder; wait for it, choose another --out, or start "
+                "both with --share"
+            ) from None
+        yield
+    finally:
+        os.close(file)

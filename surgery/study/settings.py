@@ -1,0 +1,86 @@
+"""What a study compares, read from one TOML file: models, methods, seeds, judges, and which numbers decide."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from surgery.errors import SurgeryError
+from surgery.runs.settings import build
+
+PROMPT_SUITES = ("genbias", "genhint")
+
+
+class Method(BaseModel):
+    """A row of the study: a recipe with settings, a delta file, or a text put before every prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(min_length=1)
+    recipe: str = ""
+    settings: dict[str, Any] = {}
+    """Settings of the recipe beside its own TOML file's; ``model`` and ``seed`` are the study's."""
+    delta: str = ""
+    """A delta file, ours or foreign, instead of a recipe."""
+    preamble: str = ""
+    """A text before every prompt, instead of an edit: the baseline that costs nothing."""
+    scale: float = 1.0
+    """What the delta is multiplied by; -1 subtracts what a recipe taught (task-vector negation)."""
+    about: str = ""
+    """Where it comes from and what differs, for the page."""
+
+
+class Study(BaseModel):
+    """A study; every key has the same meaning as in a recipe where both have it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    models: list[str] = ["demo"]
+    seeds: list[int] = [0]
+    suites: list[str] = []
+    """What is measured; none stands for every suite that needs no data folder."""
+    data: str = "genbias"
+    """A prompt set."""
+    folder: str = ""
+    """The data folder, for suites that need one."""
+    scorer: str = "bias-bench"
+    limit: int = Field(0, ge=0)
+    """So many rows of each file of the data folder; 0 for all."""
+    bias: list[str] = []
+    """The numbers an edit is to improve, by their place such as "genbias.afgb.all"."""
+    cost: list[str] = []
+    """The numbers it must not spoil."""
+    tolerance: float = Field(0.01, ge=0)
+    """A cost number that is worse by less than this share of what it was is no objection."""
+    dtype: str = "float32"
+
+
+def read(path: Path) -> tuple[Study, list[Method]]:
+    """The study and its methods. Raises ``SurgeryError`` with every fault of the file in one line."""
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be read ({error.strerror}); give a study's TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SurgeryError(f"{path}: not valid TOML ({error}); mend that place") from None
+    tables = raw.pop("methods", [])
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise SurgeryError(f"{path}: has no methods; write at least one [[methods]] table")
+    study = build(Study, raw, str(path))
+    methods = [build(Method, table, f"{path}, methods[{n}]") for n, table in enumerate(tables, 1)]
+    for number, method in enumerate(methods, 1):
+        kinds = [key for key in ("recipe", "delta", "preamble") if getattr(method, key)]
+        if len(kinds) != 1:
+            raise SurgeryError(
+                f"{path}, methods[{number}] ({method.name}): got {' and '.join(kinds) or 'nothing'}, expected exactly "
+                "one of recipe, delta and preamble"
+            )
+        if set(method.settings) & {"model", "seed", "recipe"}:
+            raise SurgeryError(f"{path}, methods[{number}] ({method.name}): model, seed and recipe are the study's own")
+    names = [method.name for method in methods]
+    if twice := next((name for name in names if names.count(name) > 1 or name == "untouched"), None):
+        raise SurgeryError(f"{path}: the method {twice!r} is named twice, or is the model itself; name each once")
+    if not study.models or not study.seeds:
+        raise SurgeryError(f"{path}: no {'seeds' if study.models else 'models'}; name at least one")
+    return study, methods

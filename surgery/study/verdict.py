@@ -1,0 +1,144 @@
+"""What a study says: each method's numbers over its seeds, what it spoilt, and which edit to ship."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.metrics.metric import Difference, difference
+from surgery.runs.compare import loss, mean_over_seeds
+from surgery.study.cells import Flat, Judged
+from surgery.study.settings import Method, Study
+
+BIAS = ("genbias.relative_gap.all", "genbias.afgb.all", "stereoset.ss.overall", "stereoset.margin.overall")
+COST = ("perplexity", "genbias.mass.all", "genhint.ub", "stereoset.lms.overall")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on one model: its numbers over the seeds, and each seed's paired differences from the model as it is."""
+
+    model: str
+    name: str
+    method: Method | None
+    scores: Mapping[str, Mapping[str, Any]]
+    differences: tuple[Mapping[str, Difference], ...]
+    refused: str = ""
+
+    def worse(self) -> list[str]:
+        """Places that got worse with every seed, the intervals widened so that all of them hold together."""
+        if not self.differences:
+            return []
+        places = [
+            place
+            for place in self.differences[0]
+            if all(one.get(place) is not None and one[place].verdict == "worse" for one in self.differences)
+        ]
+        return sorted(places, key=lambda place: -abs(self.change(place)))
+
+    def change(self, place: str) -> float:
+        """The mean difference over the seeds, as a share of what it was (of 1 where that was 0)."""
+        values = [one[place].value for one in self.differences if place in one]
+        mean = sum(values) / len(values)
+        was = float(self.scores[place]["value"]) - mean
+        return mean / abs(was) if was else mean
+
+
+def axes(study: Study, found: Collection[str]) -> tuple[list[str], list[str]]:
+    """The study's bias and cost numbers; where it names none, the usual ones among those that were measured."""
+    return (
+        [place for place in (study.bias or BIAS) if study.bias or place in found],
+        [place for place in (study.cost or COST) if study.cost or place in found],
+    )
+
+
+def rows(judged: Sequence[Judged]) -> list[Row]:
+    """A row for every method and model, the untouched model first."""
+    found: list[Row] = []
+    for model in dict.fromkeys(one.cell.model for one in judged):
+        own = [one for one in judged if one.cell.model == model]
+        untouched = next(one for one in own if one.cell.method is None)
+        for name in dict.fromkeys(one.cell.name for one in own):
+            members = [one for one in own if one.cell.name == name]
+            measured = [one for one in members if not one.refused]
+            places = dict.fromkeys(place for one in measured for place in one.scores)
+            scores = {
+                place: mean_over_seeds([one.scores[place].to_dict() for one in measured if place in one.scores])
+                for place in places
+            }
+            paired = (
+                () if members[0].cell.method is None else tuple(_paired(untouched.scores, m.scores) for m in measured)
+            )
+            refused = next((one.refused for one in members if one.refused), "")
+            found.append(Row(model, name, members[0].cell.method, scores, paired, refused))
+    return found
+
+
+def _paired(before: Flat, after: Flat) -> dict[str, Difference]:
+    shared = [place for place in after if place in before]
+    pairs = {place: difference(before[place], after[place], axes=len(shared)) for place in shared}
+    return {place: one for place, one in pairs.items() if one is not None}
+
+
+def removed(row: Row, untouched: Row, bias: Sequence[str]) -> float:
+    """The share of the bias that is gone, mean over the bias numbers: 1 is all of it, below 0 it grew."""
+    shares = []
+    for place in bias:
+        if place in row.scores and place in untouched.scores and (was := _distance(untouched.scores[place])):
+            shares.append(1 - _distance(row.scores[place]) / was)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _distance(metric: Mapping[str, Any]) -> float:
+    return abs(loss(metric)) if metric["direction"] != "higher" else abs(metric["ideal"] - metric["value"])
+
+
+def objections(row: Row, cost: Sequence[str], tolerance: float) -> list[str]:
+    """The cost numbers that got worse with every seed and by more than ``tolerance`` of what they were."""
+    return [place for place in row.worse() if place in cost and abs(row.change(place)) > tolerance]
+
+
+def recommend(found: Sequence[Row], study: Study) -> list[str]:
+    """Which edit to ship on each model, why, and what speaks against it; or that none can be recommended."""
+    lines: list[str] = []
+    for untouched in (row for row in found if row.method is None):
+        own = [row for row in found if row.model == untouched.model and row.method is not None and not row.refused]
+        if untouched.refused:
+            lines.append(f"{untouched.model}: could not be measured as it is ({untouched.refused}).")
+            continue
+        bias, cost = axes(study, untouched.scores)
+        ranked = sorted(own, key=lambda row: -removed(row, untouched, bias))
+        clean = [
+            row for row in ranked if removed(row, untouched, bias) > 0 and not objections(row, cost, study.tolerance)
+        ]
+        if not clean:
+            lines.append(f"{untouched.model}: no method can be recommended.")
+            for row in ranked[:2]:
+                against = ", ".join(_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
+                lines.append(
+                    f"{row.name} removes {100 * removed(row, untouched, bias):.0f} % of the bias; it spoils {against}."
+                )
+            continue
+        best = clean[0]
+        lines.append(
+            f"{best.model}: ship {best.name}. It removes {100 * removed(best, untouched, bias):.0f} % of the bias "
+            f"(mean of {', '.join(_words(place) for place in bias)}), more than any other method that spoils none of "
+            f"{', '.join(_words(place) for place in cost)} by more than {100 * study.tolerance:g} %."
+        )
+        spoilt = best.worse()
+        lines.append(
+            f"It makes worse: {', '.join(f'{_words(p)} ({100 * best.change(p):+.1f} %)' for p in spoilt[:6])}."
+            if spoilt
+            else "Nothing that was measured got worse beyond noise."
+        )
+        for row in ranked[: ranked.index(best)]:
+            against = ", ".join(
+                f"{_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
+            )
+            lines.append(f"{row.name} removes {100 * removed(row, untouched, bias):.0f} %, but spoils {against}.")
+    if len(study.seeds) == 1:
+        lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
+    return lines
+
+
+def _words(place: str) -> str:
+    return place.replace("_", " ").replace(".", " ")

@@ -1,0 +1,163 @@
+"""Studies: what is run, judged once and taken again, refused, and recommended."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import surgery
+
+from surgery.errors import SurgeryError
+from surgery.metrics.metric import Metric, mean_metric
+from surgery.study import Method, Study, read
+from surgery.study.cells import Cell, Judged
+from surgery.study.judging import keep, kept
+from surgery.study.verdict import objections, recommend, removed, rows
+
+FILE = """
+models = [MODEL]
+seeds = [0, 1]
+suites = ["genbias", "perplexity"]
+
+[[methods]]
+name = "prompt"
+preamble = "Good day . "
+
+[[methods]]
+name = "lftf"
+recipe = "lftf"
+settings = { block = 2, lr = 1e-2, epochs = 1, batch_size = 256, controls = [] }
+about = "one block"
+
+[[methods]]
+name = "back"
+delta = DELTA
+scale = -1.0
+
+[[methods]]
+name = "too deep"
+recipe = "lftf"
+settings = { block = 99 }
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    quick = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]"]
+    words = ["run", "lftf", "--model", checkpoint, "--out", tmp_path / "one", "--device", "cpu", *quick]
+    assert surgery(*words)[0] == 0
+    text = FILE.replace("MODEL", json.dumps(str(checkpoint)))
+    text = text.replace("DELTA", json.dumps(str(tmp_path / "one" / "delta.safetensors")))
+    file, out = write(tmp_path / "s.toml", text), tmp_path / "out"
+    words = ["study", file, "--out", out, "--device", "cpu"]
+    code, stdout, stderr = surgery(*words)
+    assert code == 0, stderr
+    assert stdout.strip() == str(out / "study.html")
+    found = json.loads((out / "study.json").read_text())
+    by = {(one["method"], one["seed"]): one for one in found["cells"]}
+    assert set(by) == {
+        ("untouched", 0), ("prompt", 0), ("lftf", 0), ("lftf", 1), ("back", 0), ("too deep", 0), ("too deep", 1)
+    }  # fmt: skip
+    assert "block" in by["too deep", 0]["refused"] and not by["lftf", 1]["refused"]
+    assert "perplexity" not in by["prompt", 0]["scores"] and "genbias.afgb.all" in by["prompt", 0]["scores"]
+    page = (out / "study.html").read_text()
+    assert "Which edit to ship" in page and "data:image/png" in page and "What lftf changed" in page
+    # A recipe's delta, judged here, gives what its own run measured on the checkpoint as saved.
+    run = json.loads(next(out.rglob("lftf/seed=0/run/run.json")).read_text())["after"]["genbias"]["afgb"]["all"]
+    assert by["lftf", 0]["scores"]["genbias.afgb.all"]["value"] == pytest.approx(run["value"], rel=1e-5)
+    again = surgery(*words)
+    assert again[0] == 0 and again[2].count("judged before") == 5
+    assert json.loads((out / "study.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("seeds = [0, 1]", "sedes = [0]"), "did you mean 'seeds'"),
+        (('recipe = "lftf"\n', ""), "expected exactly one of recipe, delta and preamble"),
+        (('name = "back"', 'name = "lftf"'), "'lftf' is named twice"),
+        (('"perplexity"]', '"bbq"]'), "is no folder"),
+        (('"perplexity"]', '"bqq"]'), "expected some of"),
+        (("lr = 1e-2", "lrr = 1e-2"), "did you mean 'lr'"),
+        (("DELTA", '"nothing.safetensors"'), "no such delta file"),
+        (("controls = []", "seed = 3"), "are the study's own"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    change: tuple[str, str], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    text = FILE.replace("MODEL", json.dumps(str(checkpoint))).replace(*change, 1)
+    text = text.replace("DELTA", json.dumps(str(checkpoint / "config.json")))
+    code, _, stderr = surgery("study", write(tmp_path / "s.toml", text), "--out", tmp_path / "out")
+    assert code == 1 and message in stderr and not list(tmp_path.rglob("run*"))
+
+
+def test_two_studies_in_one_folder_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    text = 'suites = ["genbias"]\nmodels = [MODEL]\n[[methods]]\nname = "p"\npreamble = "Good day . "\n'
+    file = write(tmp_path / "s.toml", text.replace("MODEL", json.dumps(str(checkpoint))))
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "study.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        code, _, stderr = surgery("study", file, "--out", tmp_path / "out")
+        assert code == 1 and "another study is at work in this folder" in stderr
+        code, _, stderr = surgery("study", file, "--out", tmp_path / "out", "--share", "--device", "cpu")
+        assert code == 0, stderr
+
+
+def metric(values: Any, direction: str = "lower", ideal: float = 0.0) -> Metric:
+    return mean_metric(np.asarray(values, float), scorer="s", data="d", ideal=ideal, direction=direction)
+
+
+def study(untouched: dict[str, Metric], **methods: dict[str, Metric]) -> list[Judged]:
+    cells = [Judged(Cell("m", None, 0, Path("u")), untouched)]
+    return cells + [
+        Judged(Cell("m", Method(name=name, preamble="x"), 0, Path(name)), found) for name, found in methods.items()
+    ]
+
+
+def test_the_edit_to_ship_removes_most_and_spoils_nothing() -> None:
+    draw = np.random.default_rng(0).uniform(0.4, 0.6, 50)
+    scores = {"bias": metric(draw), "cost": metric(10 + draw), "other": metric(draw, "higher", 1.0)}
+    judged = study(
+        scores,
+        strong={"bias": metric(draw / 10), "cost": metric(11 + draw), "other": metric(draw, "higher", 1.0)},
+        gentle={"bias": metric(draw / 2), "cost": metric(10.01 + draw), "other": metric(draw - 0.1, "higher", 1.0)},
+        nothing=scores,
+    )
+    asked = Study(bias=["bias"], cost=["cost"])
+    found = {row.name: row for row in rows(judged)}
+    assert removed(found["strong"], found["untouched"], ["bias"]) == pytest.approx(0.9)
+    assert objections(found["strong"], ["cost"], 0.01) == ["cost"]
+    assert objections(found["gentle"], ["cost"], 0.01) == []  # worse, but by a thousandth
+    assert found["gentle"].worse() == ["other", "cost"] and found["nothing"].worse() == []
+    said = " ".join(recommend(list(found.values()), asked))
+    assert "ship gentle" in said and "removes 50 % of the bias" in said and "makes worse: other (-" in said
+    assert "strong removes 90 %, but spoils cost (+9.5 %)" in said and "Warning: one seed" in said
+    none = " ".join(recommend([row for row in found.values() if row.name != "gentle"], asked))
+    assert "no method can be recommended" in none and "it spoils cost" in none
+
+
+def test_judgements_are_taken_again_only_for_the_same_judges(tmp_path: Path) -> None:
+    scores = {"a": metric([1.0, 2.0, 4.0])}
+    keep(tmp_path, Study(), scores)
+    found = kept(tmp_path, Study())
+    assert found == scores and found is not None
+    assert found["a"].samples is not None and (found["a"].samples == scores["a"].samples).all()
+    assert kept(tmp_path, Study(limit=3)) is None and kept(tmp_path / "nowhere", Study()) is None
+
+
+def test_a_study_file_without_methods(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="no methods"):
+        read(write(tmp_path / "s.toml", "seeds = [1]"))
+
+
+def test_the_shipped_studies_are_right() -> None:
+    for path in (Path(__file__).parent.parent / "studies").glob("*.toml"):
+        asked, methods = read(path)
+        assert asked.models and methods
