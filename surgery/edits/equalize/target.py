@@ -66,6 +66,15 @@ def divergence(target: Kept, logits: Float[Tensor, "places vocab"]) -> Float[Ten
     return (log_q.exp() * (log_q - torch.cat([logs, _log_rest(logs)], -1))).sum(-1)
 
 
+def imbalance(
+    logits: Float[Tensor, "places vocab"], words: Sequence[int], shares: Sequence[float]
+) -> Float[Tensor, " places"]:
+    """KL(shares || model's distribution among the words alone) in nats: the gap as such, however small the mass."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_s = logits.new_tensor(shares).log()
+    return (log_s.exp() * (log_s - logits[:, list(words)].log_softmax(-1))).sum(-1)
+
+
 def _log_rest(logs: Float[Tensor, "places k"]) -> Float[Tensor, "places 1"]:
     """log(1 - sum exp), with at least the float's own precision left for the rest, so that it stays finite."""
     eps = torch.finfo(logs.dtype).eps

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.edits.equalize.target import TOP, Kept, check_shares, divergence, keep, share_out
+from surgery.edits.equalize.target import TOP, Kept, check_shares, divergence, imbalance, keep, share_out
 from surgery.errors import SurgeryError
 
 Ids = Sequence[Sequence[int]]
 Target = tuple[Tensor, ...]
-POSITIONS = ("last", "all")
+POSITIONS = ("last", "all", "inner")
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,27 @@ def words_term(
     *,
     shares: Sequence[float] | None = None,
     weight: float = 1.0,
+    emphasis: float = 0.0,
     name: str = "words",
     top: int = TOP,
 ) -> Term:
-    """KL(target || model) after the last token, the mass of ``words`` shared out by ``shares`` (default: equally)."""
+    """KL(target || model) after the last token, the mass of ``words`` shared out by ``shares`` (default: equally).
+
+    That KL counts a gap by the mass of the words. ``emphasis`` times the KL among the words alone comes on top, which
+    counts the gap of every prompt alike; it has the same optimum.
+    """
     chosen = check_shares(words, shares)
 
     def target(logits: Float[Tensor, "places vocab"]) -> Target:
         return keep(share_out(_log_softmax(logits), words, chosen), words, top)
 
     places = tuple((len(row) - 1,) for row in ids)
-    return Term(name, weight, ids, places, target, _mean_divergence(places))
+    whole = _mean_divergence(places)
+
+    def loss(logits: Float[Tensor, "places vocab"], kept: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
+        return whole(logits, kept, rows) + emphasis * imbalance(logits, words, chosen)
+
+    return Term(name, weight, ids, places, target, loss)
 
 
 def hold_term(
@@ -82,7 +92,7 @@ def hold_term(
     always: Sequence[int] = (),
     top: int = TOP,
 ) -> Term:
-    """KL(untouched || model): the mean over all positions of each text, or at the last one.
+    """KL(untouched || model): the mean over all positions of each text, the last one, or all but that (``inner``).
 
     ``always`` are tokens that the kept part of the target holds although they may be unlikely: the compared words.
     """
@@ -92,7 +102,8 @@ def hold_term(
     def target(logits: Float[Tensor, "places vocab"]) -> Target:
         return keep(_log_softmax(logits), always, top)
 
-    places = tuple(tuple(range(len(row))) if positions == "all" else (len(row) - 1,) for row in ids)
+    span = {"last": (-1, None), "all": (0, None), "inner": (0, -1)}[positions]
+    places = tuple(tuple(range(len(row)))[slice(*span)] for row in ids)
     return Term(name, weight, ids, places, target, _mean_divergence(places))
 
 

@@ -1,7 +1,8 @@
 """Training on several terms at once, at a chosen place, against targets that the untouched model gave once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hooks import anatomy
+from hooks.activations import capture
 from surgery.edits.block import Trained, names_of
 from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.edits.supervised import Lora, fit, target_names
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
-from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut, why_not
 from surgery.progress import Advance
 from surgery.training import Log, Plan
@@ -51,40 +52,49 @@ def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, st
     _check_apart(terms)
     ids = [tuple(row) for term in terms for row in term.ids]
     first = [sum(len(term.ids) for term in terms[:number]) for number in range(len(terms))]
-    with evaluating(model):
-        prefix, note = None, ""
+    targets: list[Target] = [()] * len(ids)
+    stream: list[Tensor] = [torch.empty(0)] * len(ids)
+    plain = Prepared(tuple(terms), ids, tuple(first), (), None)
+    # As many places as fit 256 MB of float32 logits on a CPU, 1 GB elsewhere.
+    budget = max(1, (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size)
+    rows: list[int] = []  # of the batch that is under way
+
+    def take(_: str, entering: Tensor, mask: Tensor) -> None:
+        for place, row in enumerate(rows):
+            stream[row] = entering[place][mask[place].bool()].clone()
+
+    with evaluating(model), ExitStack() as stack:
         if start:
-            # A word is asked for because the pass gives probabilities; what counts is the stream it keeps.
-            prefix = next_words(model, ids, [0], keep=[start]).prefixes[start]
-            note = why_not(model, prefix) or ""
-            prefix = None if note else prefix
-        empty = Prepared(tuple(terms), ids, tuple(first), (), prefix, note)
-        targets: list[Target] = [()] * len(ids)
-        # As many places as fit 256 MB of float32 logits on a CPU, 1 GB elsewhere.
-        budget = (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size
+            stack.enter_context(capture(model, [f"blocks.{start}.hook_resid_pre"], reducer=take))
         for number, term in enumerate(terms):
-            for rows in by_length(term.ids, tokens=max(1, budget)):
-                logits = _logits(model, model, empty, [(number, row) for row in rows])
-                kept = term.target(logits)
-                counts = [len(term.places[row]) for row in rows]
-                pieces = [piece.split(counts) for piece in kept]
+            for chosen in by_length(term.ids, tokens=min(2048, budget)):
+                rows[:] = [first[number] + row for row in chosen]
+                kept = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
+                pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in kept]
                 for place, row in enumerate(rows):
-                    targets[first[number] + row] = tuple(piece[place].clone() for piece in pieces)
+                    targets[row] = tuple(piece[place].clone() for piece in pieces)
                 if step:
                     step(len(rows))
-    return Prepared(tuple(terms), ids, tuple(first), tuple(targets), prefix, note)
+    if not start:
+        return replace(plain, targets=tuple(targets))
+    flat = torch.cat([*stream, stream[0].new_zeros(1, stream[0].shape[-1])])
+    prefix = ResidualCache(start, tuple(ids), flat)
+    with evaluating(model):
+        note = why_not(model, prefix) or ""
+    return replace(plain, targets=tuple(targets), prefix=None if note else prefix, note=note)
 
 
 def _check_apart(terms: Sequence[Term]) -> None:
-    owner: dict[tuple[int, ...], tuple[str, int]] = {}
+    owner: dict[tuple[tuple[int, ...], int], tuple[str, int]] = {}
     for number, term in enumerate(terms):
-        for row, ids in enumerate(term.ids):
-            name, other = owner.setdefault(tuple(ids), (term.name, number))
-            if other != number:
-                raise SurgeryError(
-                    f"text {row} of {term.name!r} is also a text of {name!r}; one would move what the other holds; "
-                    "take it out of one of them"
-                )
+        for row, (ids, places) in enumerate(zip(term.ids, term.places, strict=True)):
+            for place in places:
+                name, other = owner.setdefault((tuple(ids), place), (term.name, number))
+                if other != number:
+                    raise SurgeryError(
+                        f"text {row} of {term.name!r} is also a text of {name!r}; one would move what the other "
+                        "holds; take it out of one of them"
+                    )
 
 
 def _logits(
@@ -99,16 +109,10 @@ def _logits(
     with shortcut(model, start=start, last=only_last, call=module) as run:
         if only_last:
             return run(batch)
-        width = batch.ids.shape[1]
-        # Padding stands on the left, so a row's positions are counted from its first token.
-        flat = torch.tensor(
-            [
-                number * width + width - len(given.ids[row]) + at
-                for number, (row, mine) in enumerate(zip(rows, places, strict=True))
-                for at in mine
-            ],
-            device=model.device,
-        )
+        width, first = batch.ids.shape[1], batch.mask.argmax(1)  # each row's first real token
+        counts = torch.tensor([len(mine) for mine in places], device=model.device)
+        begins = torch.arange(len(rows), device=model.device) * width + first
+        flat = begins.repeat_interleave(counts) + torch.tensor([at for mine in places for at in mine]).to(model.device)
 
         def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (args[0].flatten(0, 1)[flat][None], *args[1:])

@@ -1,0 +1,118 @@
+"""Sentence starts of hundreds of shapes about one person, from a small grammar; parts share neither shapes nor people.
+
+A shape is an opening, an action and a connective ("Late in the evening the {profession} sat down because"), or a whole
+frame ("We called the {profession} because", "The {profession}'s phone rang, and"), some with a sentence before it. The
+kinds in ``OTHERS`` (two sentences, dialogue, a name beside the profession) have no training part at all.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from surgery.data.genbias import SEED, Prompt, shuffled
+from surgery.errors import SurgeryError
+
+PARTS = ("train", "dev", "test")
+OTHERS = ("two sentences", "dialogue", "name")
+_KINDS = ("plain", "frame", "plain after a sentence", "frame after a sentence")
+_ODDS = (0.45, 0.35, 0.1, 0.1)
+
+
+def people(part: str) -> tuple[str, ...]:
+    """The persons of a part, none of them among the 262 professions: three fifths train, one dev, one test."""
+    _check(part)
+    order = shuffled(_grammar()["people"], SEED)
+    bounds = {"train": (0, 0.6), "dev": (0.6, 0.8), "test": (0.8, 1)}[part]
+    return tuple(order[slice(*(round(bound * len(order)) for bound in bounds))])
+
+
+def shapes(part: str, count: int, seed: int = SEED) -> list[str]:
+    """``count`` different templates with ``{subject}``, drawn from a part's words by the seed.
+
+    Raises ``SurgeryError`` for an unknown part, or more templates than the part's words can give.
+    """
+    _check(part)
+    words = {key: _grammar()[key][part] for key in ("openings", "actions", "connectives", "frames", "before")}
+    draw = np.random.default_rng([seed, PARTS.index(part)])
+    found: dict[str, None] = {}
+    idle = 0  # draws in a row that gave nothing new
+    while len(found) < count and idle < 2000:
+        size = len(found)
+        pick = {key: values[int(draw.integers(len(values)))] for key, values in words.items()}
+        kind = _KINDS[int(draw.choice(len(_KINDS), p=_ODDS))]
+        if kind.startswith("plain"):
+            start = f"{pick['openings']} the" if pick["openings"] else "The"
+            text = f"{start} {{subject}} {pick['actions']} {pick['connectives']}".replace(" ,", ",").replace(" ;", ";")
+        else:
+            text = pick["frames"]
+        found[f"{pick['before']} {text}" if kind.endswith("a sentence") else text] = None
+        idle = idle + 1 if len(found) == size else 0
+    if len(found) < count:
+        raise SurgeryError(f"shapes of {part}: got {len(found)} of {count}; its words give no more; ask for fewer")
+    return list(found)
+
+
+def others(kind: str, part: str) -> list[str]:
+    """The templates of a kind of text that training never sees; raises ``SurgeryError`` for the training part."""
+    if kind not in OTHERS or part not in ("dev", "test"):
+        raise SurgeryError(
+            f"other shapes: got {kind!r}, {part!r}; expected one of {', '.join(OTHERS)}, and dev or test"
+        )
+    return list(_grammar()["others"][kind][part])
+
+
+def hint_templates(part: str) -> list[str]:
+    """Templates with ``{subject}`` and ``{hint}`` (his, her, ..), in which the hint settles the pronoun."""
+    _check(part)
+    return list(_grammar()["hints"][part])
+
+
+def gendered() -> list[str]:
+    """Nouns whose gender is a matter of definition, by which an edit may be held; no judge uses them."""
+    return [noun for nouns in _grammar()["gendered"].values() for noun in nouns]
+
+
+def texts() -> list[str]:
+    """Ordinary sentences of our own, most with pronouns, by which an edit may be held; no judge uses them."""
+    return list(_grammar()["texts"])
+
+
+def fill(template: str, subject: str) -> str:
+    """The prompt; "a" becomes "an" before a vowel.
+
+    >>> fill("My cousin works as a {subject} because", "engineer")
+    'My cousin works as an engineer because'
+    """
+    if subject[0].lower() in "aeiou":
+        template = template.replace(" a {subject}", " an {subject}").replace("A {subject}", "An {subject}")
+    return template.replace("{subject}", subject)
+
+
+def prompts(
+    templates: Sequence[str], subjects: Sequence[str], each: int, *, seed: int = SEED, scale: str = "sentence"
+) -> list[Prompt]:
+    """Each subject in ``each`` of the templates, dealt out so that every template comes about equally often."""
+    order = [template for turn in range(2) for template in shuffled(templates, seed + turn)]
+    draw = np.random.default_rng(seed)
+    found = {}
+    for number, subject in enumerate(subjects):
+        for step in range(each):
+            # Going round deals the templates evenly; the random step keeps subject and template independent.
+            place = (number * each + step) % len(templates)
+            template = order[place] if draw.random() < 0.5 else order[len(templates) + place]
+            found[fill(template, subject)] = Prompt(fill(template, subject), subject, scale, template, None, None)
+    return list(found.values())
+
+
+@cache
+def _grammar() -> dict[str, Any]:
+    return json.loads(files("surgery.data").joinpath("shapes.json").read_text("utf-8"))
+
+
+def _check(part: str) -> None:
+    if part not in PARTS:
+        raise SurgeryError(f"part of the shapes: got {part!r}, expected one of {', '.join(PARTS)}")

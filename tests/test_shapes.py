@@ -1,0 +1,66 @@
+"""The grammar of sentence starts: parts that share nothing, prompts that are English, nothing gendered in a shape."""
+
+import re
+
+import pytest
+
+from surgery.data import locality, neutral, shapes
+from surgery.data.prompts import load_prompt_set
+from surgery.data.shapes import PARTS, _grammar
+from surgery.errors import SurgeryError
+
+
+def test_the_parts_share_no_shape_and_no_person() -> None:
+    for key in ("openings", "actions", "frames", "before", "hints"):
+        parts = [set(_grammar()[key][part]) - {""} for part in PARTS]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    drawn = [set(shapes.shapes(part, 120)) for part in PARTS]
+    people = [set(shapes.people(part)) for part in PARTS]
+    for found in (drawn, people):
+        assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    assert sum(map(len, people)) == len(_grammar()["people"]) == len(set(_grammar()["people"]))
+
+
+def test_hundreds_of_shapes_about_people_beyond_the_262() -> None:
+    prompts = load_prompt_set("genbias")
+    assert len(set(shapes.shapes("train", 1500))) == 1500
+    assert not {subject.name for subject in prompts.subjects} & set(_grammar()["people"])
+    known = {template.text.replace("{profession}", "{subject}") for template in prompts.templates}
+    assert not known & {text for part in PARTS for text in shapes.shapes(part, 150)}
+
+
+def test_no_shape_says_who_it_is_about() -> None:
+    """A pronoun or a gendered word in a shape would settle the gender of the person."""
+    every = [text for part in PARTS for text in shapes.shapes(part, 300)]
+    every += [text for kind in shapes.OTHERS for part in ("dev", "test") for text in shapes.others(kind, part)]
+    gendered = re.compile(r"\b(he|she|his|her|him|hers|man|woman|girl|boy|mother|father|sister|brother)\b", re.I)
+    assert [text for text in every if gendered.search(text)] == []
+    assert all(text.count("{subject}") == 1 and "  " not in text and " ," not in text for text in every)
+
+
+def test_what_holds_is_no_text_of_a_judge() -> None:
+    judged = {row.subject for row in locality.records("test")}
+    assert not judged & set(shapes.gendered())
+    assert not set(shapes.texts()) & (set(neutral.sentences()) | {row.text for row in locality.records("test")})
+
+
+def test_a_shape_is_filled_and_dealt_evenly() -> None:
+    assert shapes.fill("A {subject} met an {subject}"[:11], "usher") == "An usher"
+    templates = shapes.shapes("dev", 40)
+    found = shapes.prompts(templates, shapes.people("dev"), 10)
+    counts = [sum(row.template == template for row in found) for template in templates]
+    assert len({row.text for row in found}) == len(found)
+    assert min(counts) >= 1
+    assert max(counts) <= 3 * len(found) / len(templates)
+    assert [row.text for row in found] == [row.text for row in shapes.prompts(templates, shapes.people("dev"), 10)]
+
+
+@pytest.mark.parametrize("call", [lambda: shapes.shapes("all", 3), lambda: shapes.others("name", "train")])
+def test_what_does_not_exist_is_refused(call: object) -> None:
+    with pytest.raises(SurgeryError, match="expected one of"):
+        call()  # type: ignore[operator]
+
+
+def test_more_shapes_than_there_are_is_refused() -> None:
+    with pytest.raises(SurgeryError, match="ask for fewer"):
+        shapes.shapes("dev", 100000)
