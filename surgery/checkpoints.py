@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,12 +63,8 @@ def load(
         dtype = dtype_named(dtype)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
-    import transformers
-
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
     try:
-        model = model_class.from_pretrained(directory, dtype=dtype)
+        model = model_class(config).from_pretrained(directory, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise SurgeryError(
@@ -78,6 +75,14 @@ def load(
     for path in deltas:
         Delta.load(Path(path)).apply(model)
     return model, tokenizer
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that wrote the checkpoint; where the config names none that transformers has, the causal one."""
+    import transformers
+
+    named: type[PreTrainedModel] | None = getattr(transformers, (config.architectures or [""])[0], None)
+    return named or AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = None) -> Path:

@@ -15,6 +15,7 @@ FLOORS = (
     ("delta",),
     ("apply",),
     ("checkpoints", "data", "forward", "training"),
+    ("adapters",),
     ("metrics",),
     ("edits",),
     ("attribution", "locate"),

@@ -193,7 +193,7 @@ def export(
         return
     if peft is None or transformers is not None:
         raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
-    from surgery.delta.peft_io import export_peft
+    from surgery.adapters.exporting import export_peft
 
     report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors)
     for name, error in report.errors.items():
@@ -205,17 +205,19 @@ def export(
 
 @command(name="import", epilog=examples("surgery import ./adapter ./checkpoint --out adapter.safetensors"))
 def import_(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA adapter directory.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")],
     checkpoint: Annotated[str, typer.Argument(help=f"What it was trained on. {MODEL_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
-    kind: Annotated[str, typer.Option("--kind", help="lora keeps the factors, dense multiplies them out.")] = "lora",
+    kind: Annotated[
+        str, typer.Option("--kind", help="auto keeps LoRA factors where they are all; lora insists; dense multiplies.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Write a PEFT LoRA adapter as a delta."""
-    from surgery.delta.peft_io import import_peft
+    """Write what PEFT makes of an adapter and its base as a delta."""
+    from surgery.adapters.importing import import_peft
 
     found = import_peft(adapter, local(checkpoint), base=checkpoint, kind=kind)
-    print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")
+    print(f"{out}: {len(found.shapes)} tensors of kind {found.kind}, sha256 {found.save(out)}")
 
 
 @command(epilog=examples("surgery card runs/first/delta.safetensors > README.md"))

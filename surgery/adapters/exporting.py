@@ -1,5 +1,4 @@
-"""Deltas as PEFT LoRA adapters and back: an adapter directory in, an adapter directory out, without torch or
-peft."""
+"""A delta as a PEFT LoRA adapter directory, written without torch or peft."""
 
 import json
 import math
@@ -11,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from surgery.delta.extract import make
 from surgery.delta.format import Delta
 from surgery.errors import SurgeryError
-from surgery.files.architecture import is_embedding, read_json
+from surgery.files.architecture import is_embedding
 from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.copying import sync_tree
-from surgery.files.rounding import STORED, widen
-from surgery.files.safetensors_io import file_parts, open_regular, read_exactly, read_header
+from surgery.files.safetensors_io import file_parts
 from surgery.files.tensor_names import is_vocabulary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,7 +111,7 @@ def _dropped(delta: Delta, drop_vectors: bool) -> dict[str, float]:
         name = next(iter(vectors))
         raise SurgeryError(
             f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the "
-            "edit with its norms frozen, or drop such tensors and measure the result"
+            "edit with its norms frozen, or add --drop-vectors and measure the result"
         )
     return vectors
 
@@ -153,102 +150,3 @@ def _config(base: str, ranks: Mapping[str, int], highest: int, transposed: bool)
         "use_dora": False,
         "modules_to_save": None,
     }
-
-
-def import_peft(
-    adapter: Path | str,
-    checkpoint: Path | str,
-    *,
-    base: str | None = None,
-    kind: str = "lora",
-    recipe: str = "",
-) -> Delta:
-    """The delta of a PEFT LoRA adapter directory, for the checkpoint it was trained on.
-
-    kind "lora" keeps the factors (alpha / r is folded into lora_B), "dense" multiplies them out.
-
-    Raises:
-        SurgeryError: no LoRA adapter; DoRA, trained biases or `modules_to_save`, which are no plain
-            differences; a name that the checkpoint does not have; weights that are not plain floats.
-    """
-    adapter = Path(adapter)
-    config = read_json(adapter / CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise SurgeryError(f"{adapter / CONFIG}: not a LoRA adapter; expected peft_type LORA")
-    if kind not in ("lora", "dense"):
-        raise SurgeryError(f"kind {kind!r}: an adapter becomes 'lora' or 'dense'")
-    _refuse_special(adapter, config)
-    arrays = _adapter_tensors(adapter)
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():
-        stem, side = _split(name, adapter)
-        pairs.setdefault(stem, {})[side] = array
-    differences: dict[str, np.ndarray] = {}
-    for module, pair in pairs.items():
-        embedding = "embedding_A" in pair
-        a, b = (pair.get(("embedding_" if embedding else "") + side) for side in "AB")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise SurgeryError(f"{adapter / WEIGHTS}: {module!r} has no fitting pair of lora_A and lora_B")
-        b = b * np.float32(_scaling(config, module, a.shape[0], adapter))
-        left, right = (a.T, b.T) if embedding or config.get("fan_in_fan_out") else (b, a)
-        if kind == "dense":
-            differences[module + ".weight"] = left @ right
-        else:
-            differences[module + ".weight.lora_B"], differences[module + ".weight.lora_A"] = left, right
-    name = base or str(config.get("base_model_name_or_path") or Path(checkpoint).name)
-    return make(differences, checkpoint, base=name, recipe=recipe, seed=0, kind=kind)
-
-
-def _refuse_special(adapter: Path, config: Mapping[str, Any]) -> None:
-    if config.get("modules_to_save"):
-        raise SurgeryError(
-            f"{adapter / CONFIG}: modules_to_save ({', '.join(map(str, config['modules_to_save']))[:80]}) holds whole "
-            "weights, which would replace a child's instead of adding to them; merge the adapter and use surgery diff"
-        )
-    for field in ("use_dora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices"):
-        if config.get(field):
-            raise SurgeryError(f"{adapter / CONFIG}: {field} is not a plain difference; merge it and use surgery diff")
-    if config.get("bias", "none") != "none":
-        raise SurgeryError(f"{adapter / CONFIG}: bias {config['bias']!r}; merge the adapter and use surgery diff")
-
-
-def _adapter_tensors(adapter: Path) -> dict[str, np.ndarray]:
-    path = adapter / WEIGHTS
-    header = read_header(path)
-    arrays = {}
-    fd = open_regular(path)
-    try:
-        for name, entry in header.tensors.items():
-            if entry.dtype not in STORED:
-                raise SurgeryError(f"{path}: {name!r} is {entry.dtype}; expected F32, F16 or BF16")
-            raw = read_exactly(fd, entry.begin, entry.end - entry.begin, path)
-            arrays[name] = widen(np.frombuffer(raw, STORED[entry.dtype]), entry.dtype).reshape(entry.shape)
-    finally:
-        os.close(fd)
-    if not arrays:
-        raise SurgeryError(f"{path}: holds no tensors")
-    return arrays
-
-
-def _split(name: str, adapter: Path) -> tuple[str, str]:
-    for suffix, side in (
-        (".lora_A.weight", "A"),
-        (".lora_B.weight", "B"),
-        (".lora_embedding_A", "embedding_A"),
-        (".lora_embedding_B", "embedding_B"),
-    ):
-        if name.startswith(_ROOT) and name.endswith(suffix):
-            return name[len(_ROOT) : -len(suffix)], side
-    raise SurgeryError(f"{adapter / WEIGHTS}: {name[:80]!r} is no LoRA factor; merge the adapter and use surgery diff")
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int, adapter: Path) -> float:
-    """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        # PEFT matches these patterns as regular expressions; only plain names are understood here.
-        if module == pattern or module.endswith("." + pattern):
-            alpha = value
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise SurgeryError(f"{adapter / CONFIG}: lora_alpha is {alpha!r}, expected a number")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -1,18 +1,15 @@
-"""Deltas as PEFT adapters: PEFT itself merges what we export, and we import what PEFT trains."""
-
-import json
+"""Deltas as PEFT adapters: peft itself merges what we export."""
 
 import deltakit as kit
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from surgery import SurgeryError
-from surgery import delta as deltas
-from surgery.delta.card import card
-from surgery.delta.peft_io import export_peft, import_peft
+from surgery.adapters.exporting import export_peft
+from surgery.adapters.importing import import_peft
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -60,28 +57,6 @@ def test_truncated_adapter_tells_its_error(base, tmp_path):
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dense"])
-def test_adapter_that_peft_made(base, tmp_path, kind):
-    folder, names = base
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    modules = [name.removesuffix(".weight") for name in names]
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=modules, fan_in_fan_out="transformer" in names[0])
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "adapter")
-    delta = import_peft(tmp_path / "adapter", folder, base="tiny", kind=kind)
-    assert delta.kind == kind
-    expected, live = merged(folder, tmp_path / "adapter"), AutoModelForCausalLM.from_pretrained(folder)
-    delta.apply(live)
-    for name in names:
-        assert torch.allclose(live.state_dict()[name], expected[name], atol=1e-6)
-    again = import_peft(tmp_path / "adapter", folder, base="tiny", kind=kind)
-    assert again.sha256 == delta.sha256
-
-
 def test_embedding_and_head_travel_too(tmp_path):
     folder = kit.save(tmp_path / "base", {k: v.float() for k, v in kit.weights().items()})
     delta = kit.edit(folder, (kit.EMBED, kit.HEAD))
@@ -106,38 +81,3 @@ def test_what_lora_cannot_hold(tmp_path):
     tied = kit.save(tmp_path / "t", kit.weights(tie_word_embeddings=True), tie_word_embeddings=True)
     with pytest.raises(SurgeryError, match=r"adapters lose the tie"):
         export_peft(kit.edit(tied, (kit.EMBED,)), tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "holds whole weights"),
-        ({"use_dora": True}, "use_dora is not a plain difference"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"peft_type": "IA3"}, "not a LoRA adapter"),
-        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
-    ],
-)
-def test_adapters_that_are_no_difference(tmp_path, change, text):
-    folder = kit.save(tmp_path / "base", kit.weights())
-    export_peft(kit.edit(folder, (kit.DOWN,)), tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(SurgeryError, match=text):
-        import_peft(tmp_path / "adapter", folder)
-
-
-def test_card_says_what_it_is(tmp_path):
-    folder = kit.save(tmp_path / "base", kit.weights())
-    metric = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 90, "scorer": "next-token"}
-    measured = {"before": {"afgb": {"word": metric}}, "after": {"afgb": {"word": metric | {"value": 0.1}}}}
-    one = deltas.make(
-        {kit.DOWN: np.full((16, 24), 0.01, np.float32)}, folder, base="tiny/base", recipe="lr = 1\n", seed=3,
-        measured=measured,
-    )  # fmt: skip
-    text = card(one, file="debias.safetensors")
-    assert text.startswith("---\nlicense: other  # FILL IN") and 'base_model: "tiny/base"' in text
-    assert "| afgb.word | 0.25 [0.2, 0.3] | 0.1 [0.2, 0.3] | 90 | next-token |" in text
-    assert "surgery apply debias.safetensors CHECKPOINT" in text and "lr = 1" in text and one.sha256 in text
-    both = card(deltas.compose([one, one], [1.0, 2.0]))
-    assert "Part: weight 2.0" in both and "Recipe of part 2" in both and "Not measured" in both

@@ -1,0 +1,1 @@
+"""Adapters of the `peft` library: into a delta, and out of one."""
