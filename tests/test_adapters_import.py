@@ -1,4 +1,4 @@
-"""Foreign adapters: what peft makes of base and adapter is what our delta makes of the base, or it is refused by name."""
+"""Foreign adapters: our delta does to the base what peft makes of base and adapter, or it is refused by name."""
 
 import json
 import re
