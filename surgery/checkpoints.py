@@ -81,8 +81,10 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that wrote the checkpoint; where the config names none that transformers has, the causal one."""
     import transformers
 
-    named: type[PreTrainedModel] | None = getattr(transformers, (config.architectures or [""])[0], None)
-    return named or AutoModelForCausalLM._model_mapping[type(config)]
+    named: type[PreTrainedModel] = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None:
+        named = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
+    return named
 
 
 def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = None) -> Path:

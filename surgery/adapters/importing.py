@@ -23,7 +23,6 @@ from surgery.files.safetensors_io import read_header
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -81,7 +80,7 @@ def import_peft(
     return make(differences, checkpoint, base=name, recipe=recipe, seed=0, kind=how)
 
 
-def _read_config(adapter: Path) -> "PeftConfig":
+def _read_config(adapter: Path) -> Any:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -109,7 +108,7 @@ def _one_line(adapter: Path) -> Iterator[None]:
         raise SurgeryError(f"{adapter}: peft cannot read it onto this checkpoint ({text})") from error
 
 
-def _unplain(config: "PeftConfig") -> str | None:
+def _unplain(config: Any) -> str | None:
     """The first setting by which the adapter is no plain sum of products, as `name value`."""
     from peft import LoraConfig
 
@@ -127,7 +126,7 @@ def _unplain(config: "PeftConfig") -> str | None:
 
 
 def _factors(
-    adapter: Path, config: "PeftConfig", checkpoint: Path
+    adapter: Path, config: Any, checkpoint: Path
 ) -> tuple[str | None, "dict[str, np.ndarray | torch.Tensor]"]:
     """(None, factors of each tensor NAME as NAME.lora_B and NAME.lora_A, scaled), or the reason why there are none."""
     import torch
@@ -145,7 +144,8 @@ def _factors(
         model = model_class(own)._from_config(own)
     owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     peft = PeftModel(model, config, NAME, low_cpu_mem_usage=True)
-    layers = {name: module for name, module in peft.base_model.model.named_modules() if isinstance(module, LoraLayer)}
+    inner: Any = peft.base_model.model
+    layers: dict[str, Any] = {name: part for name, part in inner.named_modules() if isinstance(part, LoraLayer)}
     for name, layer in layers.items():
         weight = getattr(layer.get_base_layer(), "weight", None)
         if owners.count(id(weight)) > 1:
@@ -158,7 +158,7 @@ def _factors(
     odd = [key for key in given if ".lora_A." not in key and ".lora_B." not in key]
     if odd:  # base matrices that were saved beside the factors, magnitudes, ...
         return f"{odd[0]} is no factor", {}
-    result = set_peft_model_state_dict(peft, given)
+    result: Any = set_peft_model_state_dict(peft, given)
     if result.unexpected_keys:
         return f"{result.unexpected_keys[0]} is read by no layer of the model", {}
     _refuse_missing(result.missing_keys, adapter)
@@ -180,7 +180,7 @@ def _refuse_missing(keys: "list[str]", adapter: Path) -> None:
         )
 
 
-def _merged(adapter: Path, config: "PeftConfig", checkpoint: Path, reason: str) -> "dict[str, torch.Tensor]":
+def _merged(adapter: Path, config: Any, checkpoint: Path, reason: str) -> "dict[str, torch.Tensor]":
     """{parameter: merged - base, fp32} of every parameter that peft's own merge changes; reason: why it is needed.
 
     Raises:
@@ -194,7 +194,7 @@ def _merged(adapter: Path, config: "PeftConfig", checkpoint: Path, reason: str) 
         torch.manual_seed(0)
         base = _base(checkpoint)
         before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
-        peft = _attached(base, adapter)
+        peft: Any = _attached(base, adapter)
         wanted = logits(peft)
         try:
             merged = peft.merge_and_unload()
@@ -227,9 +227,10 @@ def _base(checkpoint: Path) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig
 
-    model, report = model_class(AutoConfig.from_pretrained(checkpoint)).from_pretrained(
+    opened: Any = model_class(AutoConfig.from_pretrained(checkpoint)).from_pretrained(
         checkpoint, dtype=torch.float32, output_loading_info=True
     )
+    model, report = opened
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise SurgeryError(
