@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,9 +82,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that wrote the checkpoint; where the config names none that transformers has, the causal one."""
     import transformers
 
-    named: type[PreTrainedModel] = getattr(transformers, (config.architectures or [""])[0], None)
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if named is None:
-        named = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
+        named = AutoModelForCausalLM._model_mapping[type(config)]
     return named
 
 

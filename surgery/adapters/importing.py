@@ -125,9 +125,7 @@ def _unplain(config: Any) -> str | None:
     return None
 
 
-def _factors(
-    adapter: Path, config: Any, checkpoint: Path
-) -> tuple[str | None, "dict[str, np.ndarray | torch.Tensor]"]:
+def _factors(adapter: Path, config: Any, checkpoint: Path) -> tuple[str | None, "dict[str, np.ndarray | torch.Tensor]"]:
     """(None, factors of each tensor NAME as NAME.lora_B and NAME.lora_A, scaled), or the reason why there are none."""
     import torch
     from peft import PeftModel
