@@ -1,0 +1,88 @@
+"""How large a dose must be: read off where a score of groups that training never saw crosses its ideal.
+
+A dose changes what is learnt on the training groups at once and reaches other groups in part, by how much is measured:
+for each dose of a grid and each fold the pairs of the other folds are learnt, and the fold's own are scored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from surgery.data.pairs import Pair
+from surgery.errors import SurgeryError
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The dose of one bias type, its 95 % interval over resampled groups, and the held-out score at each dose.
+
+    ``reached`` says whether the score crosses its aim inside the grid; where it does not, the nearest end is taken.
+    """
+
+    dose: float
+    low: float
+    high: float
+    curve: dict[float, float]
+    groups: int
+    reached: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"curve": {f"{dose:g}": score for dose, score in self.curve.items()}}
+
+
+def crossing(doses: Sequence[float], scores: Sequence[float], aim: float) -> tuple[float, bool]:
+    """Where ``scores``, joined by straight lines over rising ``doses``, first come down to ``aim``; and whether so.
+
+    >>> crossing([0.0, 0.2, 0.4], [60.0, 54.0, 48.0], 50.0)
+    (0.33333333333333337, True)
+    """
+    if scores[0] <= aim:
+        return float(doses[0]), scores[0] == aim
+    for place in range(1, len(doses)):
+        before, after = scores[place - 1], scores[place]
+        if after <= aim:
+            share = (before - aim) / (before - after)
+            return float(doses[place - 1] + share * (doses[place] - doses[place - 1])), True
+    return float(doses[-1]), False
+
+
+def choose(
+    pairs: Sequence[Pair],
+    margins: Mapping[float, Float[np.ndarray, "pairs scorers"]],
+    *,
+    aim: float = 50.0,
+    seed: int = 0,
+) -> dict[str, Choice]:
+    """For each bias type the dose at which as many held-out pairs prefer one side as the other.
+
+    ``margins[dose]`` are those of every pair by a model that was trained on other groups with that dose. The score is
+    StereoSet's: the percentage of margins above 0, the mean over groups of their means, here also over scorers.
+
+    Raises ``SurgeryError`` for fewer than two doses.
+    """
+    doses = sorted(margins)
+    if len(doses) < 2:
+        raise SurgeryError(f"doses: got {doses}, expected at least 2 to choose between; name more")
+    types = np.array([pair.bias_type for pair in pairs])
+    groups = np.array([pair.group for pair in pairs])
+    prefers = np.stack([100.0 * (np.asarray(margins[dose]) > 0).mean(axis=1) for dose in doses], axis=1)
+    found = {}
+    generator = np.random.default_rng(seed)
+    for name in sorted(set(types.tolist())):
+        _, index = np.unique(groups[types == name], return_inverse=True)
+        counts = np.bincount(index)
+        each = np.stack([np.bincount(index, column) / counts for column in prefers[types == name].T], axis=1)
+        curve = each.mean(axis=0)
+        dose, reached = crossing(doses, curve.tolist(), aim)
+        draws = generator.integers(0, len(each), size=(RESAMPLES, len(each)))
+        drawn = [crossing(doses, each[draw].mean(axis=0).tolist(), aim)[0] for draw in draws]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        points = dict(zip(doses, curve.tolist(), strict=True))
+        found[name] = Choice(dose, float(low), float(high), points, len(each), reached)
+    return found

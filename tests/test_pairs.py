@@ -1,0 +1,115 @@
+"""Pairs of sentences: the files they come from, their folds, and the squared margin against values by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from surgery import SurgeryError
+from surgery.data import pairs as data
+from surgery.data.pairs import Pair
+from surgery.edits.equalize import equalize, prepare
+from surgery.edits.equalize.dose import choose, crossing
+from surgery.edits.equalize.pairs import pairs_term, squared_margin
+from surgery.edits.equalize.training import losses_of
+from surgery.metrics.sentences import per_token, sentence_tokens
+from surgery.training import Plan
+
+PAIRS = (
+    Pair("The nurse smiled because she waited", "The nurse smiled because he waited", "gender", "nurse", "1"),
+    Pair("The plumber called a friend", "The plumber took a long break", "work", "plumber", "2"),
+)
+DOSES = {"gender": 0.25, "work": -0.5}
+
+
+def test_the_loss_by_hand() -> None:
+    margin = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    dose = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    assert squared_margin(margin, dose).tolist() == pytest.approx([0.16, 0.0])
+
+
+def test_the_term_is_the_squared_margin_of_the_scorers(tiny: Any) -> None:
+    model, tokenizer = tiny
+    tokenizer.bos_token = "<pad>"
+    term = pairs_term(tokenizer, PAIRS, DOSES)
+    assert (term.count, term.size) == (4, 2)
+    with torch.no_grad():
+        found = losses_of(model, model, prepare(model, [term]), [(0, example) for example in range(4)])
+    sides = [text for pair in PAIRS for text in (pair.more, pair.less)]
+    expected: list[float] = []
+    for scorer in ("bos", "no-start"):  # with a start token before the sentence, and without one
+        means = per_token(sentence_tokens(model, tokenizer, sides, scorer=scorer)).reshape(2, 2)
+        expected += [(m + d) ** 2 for m, d in zip(means[:, 0] - means[:, 1], DOSES.values(), strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)
+    assert min(expected) > 1e-4
+
+
+def test_training_moves_the_margins_to_minus_the_dose_and_leaves_the_model(tiny: Any) -> None:
+    model, tokenizer = tiny
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    term = pairs_term(tokenizer, PAIRS, DOSES, starts=(False,))
+    trained = equalize(model, [term], Plan(2e-3, epochs=60, batch_size=2), blocks=range(4), seed=0)
+    assert trained.losses[-1] < 0.01 * trained.losses[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_type_without_a_dose_and_a_side_that_is_too_long_are_refused(tiny: Any) -> None:
+    _, tokenizer = tiny
+    with pytest.raises(SurgeryError, match="none for the bias type 'work'"):
+        pairs_term(tokenizer, PAIRS, {"gender": 0.1})
+    with pytest.raises(SurgeryError, match="2: a side has 5 tokens, expected 2 to 4"):
+        pairs_term(tokenizer, PAIRS[1:], DOSES, starts=(False,), longest=4)
+
+
+def test_a_file_of_your_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    rows: list[dict[str, Any]] = [{"more": "a b", "less": "a c"}, {"more": "d", "less": "e", "bias_type": "age"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = data.load(path)
+    assert [(row.more, row.less, row.bias_type) for row in found.rows] == [("a b", "a c", "all"), ("d", "e", "age")]
+    assert len({row.group for row in found.rows}) == 2 and found.types == ("age", "all")
+    for bad, said in (
+        ({"more": "a", "less": "a"}, "row 1: both sides are 'a'"),
+        ({"more": "a", "less": " "}, "row 1: less is .* expected text"),
+        ({"more": "a", "less": "b", "group": 3}, "row 1: group is 3"),
+        ({"more": "a"}, "expected the key 'less'"),
+    ):
+        path.write_text(json.dumps(bad) + "\n")
+        with pytest.raises(SurgeryError, match=said):
+            data.load(path)
+
+
+def test_folds_share_no_group_and_few_groups_are_refused() -> None:
+    pairs = [Pair("a", "b", kind, f"{kind}{n % 12}", "") for kind in ("x", "y") for n in range(40)]
+    parts = data.folds(pairs, 4, seed=1)
+    assert sorted(n for part in parts for n in part) == list(range(80))
+    groups = [{pairs[n].group for n in part} for part in parts]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 24
+    for part in parts:
+        assert 9 <= sum(pairs[n].bias_type == "x" for n in part) <= 12  # 3 or 4 rows a group
+    assert parts == data.folds(pairs, 4, seed=1) != data.folds(pairs, 4, seed=2)
+    few = [Pair("a", "b", "z", f"{n % 9}", "") for n in range(40)]
+    with pytest.raises(SurgeryError, match="bias type 'z': 9 groups, expected at least 10"):
+        data.folds(few, 4, seed=0)
+
+
+def test_the_dose_is_where_held_out_pairs_prefer_neither_side() -> None:
+    # Two groups of one type: at dose 0 both prefer the stereotype, at .2 one row of three of the first does not, at
+    # .4 one of three and none: scores 100, (66.7 + 100) / 2, (33.3 + 0) / 2, so 50 lies at half of the last step.
+    pairs = [Pair("a", "b", "t", group, "") for group in ("x", "x", "x", "y")]
+    margins = {
+        0.0: np.array([[0.1], [0.2], [0.3], [0.4]]),
+        0.2: np.array([[-0.1], [0.1], [0.2], [0.1]]),
+        0.4: np.array([[-0.3], [-0.1], [0.1], [-0.1]]),
+    }
+    found = choose(pairs, margins)["t"]
+    assert list(found.curve.values()) == pytest.approx([100, 250 / 3, 50 / 3])
+    assert found.dose == pytest.approx(0.2 + 0.2 * (250 / 3 - 50) / (200 / 3)) and found.reached
+    assert found.low <= found.dose <= found.high and found.groups == 2
+    assert crossing([0.0, 0.2], [60.0, 55.0], 50.0) == (0.2, False)
+    assert crossing([0.1, 0.2], [49.0, 45.0], 50.0) == (0.1, False)
+    with pytest.raises(SurgeryError, match="expected at least 2 to choose between"):
+        choose(pairs, {0.0: margins[0.0]})
