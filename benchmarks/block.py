@@ -16,8 +16,9 @@ from hooks import anatomy
 from recipes import lftf
 from surgery.data import genbias
 from surgery.edits.block import names_of, word_loss
+from surgery.forward.batching import Batch, pad
 from surgery.forward.next_token import next_words
-from surgery.forward.residual_cache import Batch, pad, shortcut
+from surgery.forward.residual_cache import shortcut
 from surgery.forward.tokens import encode, word_ids
 from surgery.training import trainable
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
 
         def plain(rows: list[int]) -> Tensor:
             batch: Batch = pad(train, rows, model.device)
-            return word_loss(model(**batch.inputs(), use_cache=False).logits[:, -1], words)
+            return word_loss(batch.at_last(model(**batch.inputs(), use_cache=False).logits), words)
 
         slow, fast = step_time(model, block, plain, batches[: PLAIN + 1]), step_time(model, block, cached, batches)
         print(f"{label:13} plain {slow * 1e3:8.1f} ms/step   cached {fast * 1e3:7.1f} ms/step   {slow / fast:5.1f} x")

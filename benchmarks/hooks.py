@@ -14,7 +14,7 @@ import json, os, resource, sys, threading, time
 import torch
 import surgery
 from surgery.data import genbias
-from surgery.forward.residual_cache import pad, by_length
+from surgery.forward.batching import pad, by_length
 from surgery.forward.tokens import encode
 
 spec, way, count, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -90,7 +90,7 @@ def gpu(prompts: int = 1000, repeats: int = 3) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import hooks
-    from surgery.forward.residual_cache import by_length, pad
+    from surgery.forward.batching import by_length, pad
 
     shape = LlamaConfig(
         hidden_size=4096,

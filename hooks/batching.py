@@ -52,7 +52,7 @@ def why_alone(model: nn.Module) -> str | None:
     def find() -> str | None:
         if probe.input_device(probe.pretrained(model)).type == "meta":
             return None
-        rows = _rows(model)
+        rows = short_rows(model)
         try:
             reason = errs_more(_batched(model, rows), _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
         except HookError:
@@ -79,7 +79,7 @@ def takes_positions(model: nn.Module) -> bool:
         accepted = "position_ids" in probe.forward_arguments(probe.body(core))
         if probe.input_device(core).type == "meta":
             return accepted
-        rows = _rows(model)
+        rows = short_rows(model)
         alone = _alone(model, rows)
         for positions in (True, False) if accepted else (False,):
             try:
@@ -123,11 +123,28 @@ def context_limit(model: nn.Module) -> int | None:
     return int(found) if found and found > 0 else None
 
 
+def mixes_beyond(model: nn.Module) -> int | None:
+    """The length beyond which rows of different lengths change one another, or None.
+
+    Rotary positions that are scaled by the longest row of a batch (dynamic NTK, LongRoPE) do so behind the length
+    that the model was first trained on.
+    """
+    config = probe.pretrained(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if each.get("rope_type", each.get("type")) in ("dynamic", "longrope"):
+            first = each.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return int(first or config.max_position_embeddings)
+    return None
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in probe.pretrained(model).parameters() if p.is_floating_point())
 
 
-def _rows(model: nn.Module) -> list[list[int]]:
+def short_rows(model: nn.Module) -> list[list[int]]:
     """Short rows of ordinary tokens: no special ones, which some models count or mask by themselves."""
     core = probe.pretrained(model)
     config, size = core.config.get_text_config(), core.get_input_embeddings().weight.shape[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hooks import trace_modules as probe
 from hooks.activations import Reducer, capture, model_inputs, run_base
-from hooks.batching import positions_limit, why_alone
+from hooks.batching import mixes_beyond, positions_limit, why_alone
 from hooks.errors import HookError
 from hooks.tokens import reads_whole, text_tokens
 
@@ -52,12 +52,15 @@ def token_batches(
     if isinstance(texts, str):
         raise HookError("the data is one string; expected several texts: wrap it in a list")
     source, start = iter(texts), 0
-    closed = model is not None and reads_whole(model)
+    closed, border = (False, None) if model is None else (reads_whole(model), mixes_beyond(model))
     while chunk := list(islice(source, window)):
         rows = _ids(tokenizer, chunk, start, closed)
         waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))  # longest first: fails early
         while waiting:
-            size = max(1, batch_tokens // len(rows[waiting[0]]))
+            longest = len(rows[waiting[0]])
+            size = max(1, batch_tokens // longest)
+            if border is not None and longest > border:
+                size = min(size, sum(len(rows[i]) == longest for i in waiting))
             if min(size, len(waiting)) > 1 and model is not None and why_alone(model):
                 size = 1
             taken, waiting = waiting[:size], waiting[size:]

@@ -72,7 +72,7 @@ def errs_more(
                 exact = again()
             own, theirs = gap(plain, exact), gap(quick, exact)
         except Exception as error:  # a kernel of one dtype only: then the dtype's own precision has to do
-            own = 8 * torch.finfo(dtype).eps
+            own = 2 * torch.finfo(dtype).eps
             if apart <= 4 * own:
                 return None
             return f"it differs by {apart:.2g} of the values' size, and no wider pass runs ({type(error).__name__})"

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
+from hooks.batching import context_limit
 from surgery.data.prompts import load_prompt_set
 from surgery.data.texts import Columns, examples
 from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune, target_names
@@ -96,7 +97,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     """
     if not settings.file:
         raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
-    length = min(settings.max_length, getattr(model.config, "max_position_embeddings", None) or settings.max_length)
+    length = min(settings.max_length, context_limit(model) or settings.max_length)
     columns = Columns(settings.text, settings.prompt, settings.answer)
     given = examples(settings.file, columns=columns, limit=settings.limit)
     encoded = encode_rows(tokenizer, given, max_length=length, end=settings.end)

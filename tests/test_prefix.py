@@ -6,8 +6,9 @@ from families import FAMILIES, build, state
 
 from surgery.edits.block import fine_tune
 from surgery.errors import SurgeryError
+from surgery.forward.batching import by_length, pad
 from surgery.forward.next_token import next_words, token_losses
-from surgery.forward.residual_cache import by_length, pad, shortcut, why_not
+from surgery.forward.residual_cache import shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
 from surgery.training import Plan
 
@@ -97,8 +98,8 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     assert sorted(row for rows in batches for row in rows) == list(range(len(IDS)))
     assert all(len(rows) == 1 or len(rows) * max(len(IDS[row]) for row in rows) <= 20 for rows in batches)
     padded = pad(IDS, [0, 3], "cpu")
-    assert padded.ids[0, -1] == IDS[0][-1] and padded.mask[0].sum() == len(IDS[0])
-    assert padded.inputs()["position_ids"][0, -1] == len(IDS[0]) - 1
+    assert padded.at_last(padded.ids).tolist() == [IDS[0][-1], IDS[3][-1]] and padded.mask[0].sum() == len(IDS[0])
+    assert padded.last.tolist() == [len(IDS[0]) - 1, len(IDS[3]) - 1] and "position_ids" not in padded.inputs()
 
 
 def test_words_must_be_one_token(word_tokenizer) -> None:  # type: ignore[no-untyped-def]

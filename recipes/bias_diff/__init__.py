@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery.runs.settings
+from hooks.batching import context_limit
 from hooks.gradient_influence import TokenInfluence
 from recipes.bias_diff import dataset as given
 from recipes.bias_diff import report as pages
@@ -296,7 +297,7 @@ class _Operation:
 
     @property
     def _context(self) -> int:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        return context_limit(self.model) or 2**20
 
     @property
     def rows(self) -> list[Row]:

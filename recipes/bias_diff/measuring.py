@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from recipes.bias_diff.dataset import Material
 from surgery.data import crows_pairs as pairs_of
 from surgery.data.neutral import sentences
@@ -49,7 +50,7 @@ def measure(
     if not prompt:
         lines = list(sentences(neutral or None))
         lines = lines[: limit or None]
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = context_limit(model)
         with progress.work(f"perplexity {when}", len(lines)) as step:
             sums, counts, _ = token_losses(model, encode(tokenizer, lines, limit=most), step=step)
         name = neutral or "neutral sentences shipped with the package"

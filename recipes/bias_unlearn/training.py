@@ -5,6 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from recipes.bias_unlearn.measuring import watched_scores
 from recipes.bias_unlearn.settings import Settings
 from surgery.edits.supervised import Lora
@@ -36,7 +37,7 @@ def train(
     op: Operation, tokenizer: PreTrainedTokenizerBase, given: Dataset, settings: Settings, track: Tracking
 ) -> Made:
     """Unlearn by the settings' method; the differences are LoRA factors."""
-    longest = getattr(op.model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    longest = context_limit(op.model) or 2**30
     coded = encode_triples(tokenizer, given.train, max_length=longest, start=settings.start)
     if coded.skipped:
         op.note(f"{len(coded.skipped)} training triples left out: {'; '.join(coded.skipped[:3])}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from hooks.reference_attention import cross_attention
 from recipes.crawd.settings import Settings
 from recipes.crawd.texts import Given
@@ -78,7 +79,7 @@ class Judge:
         return replace(found.ranking("block"), settings={"stream": when}).to_dict()
 
     def _perplexity(self, texts: Sequence[str], name: str) -> Any:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_limit(self.model)
         ids = [row[:limit] for row in encode(self.tokenizer, texts)]
         sums, counts, _ = token_losses(self.model, ids)
         return perplexity.score(sums, counts, data=name)

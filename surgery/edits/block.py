@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from hooks import anatomy
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import Batch, ResidualCache, pad, shortcut
+from surgery.forward.batching import Batch, pad
+from surgery.forward.residual_cache import ResidualCache, shortcut
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
@@ -149,7 +150,7 @@ def fine_tune(
         def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
             batch: Batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             if prefix is None:
-                return word_loss(module(**batch.inputs(), use_cache=False).logits[:, -1], words, objective)
+                return word_loss(batch.at_last(module(**batch.inputs(), use_cache=False).logits), words, objective)
             with shortcut(model, start=prefix.block, call=module) as run:
                 return word_loss(run(batch), words, objective)
 

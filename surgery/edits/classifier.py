@@ -19,8 +19,8 @@ from transformers.utils import logging
 from hooks.activations import model_inputs
 from surgery.edits import debiasing
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length
 from surgery.modules import cross_attention
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
@@ -194,7 +194,7 @@ def predict(
     """Probabilities of the classes for each text; the model is left in the mode that it was in."""
     found: np.ndarray | None = None
     with evaluating(model):
-        for chosen in by_length(ids, tokens=8192):
+        for chosen in batches_for(model, ids, tokens=8192):
             values = model(**_batch(model, ids, chosen)).logits.float().softmax(-1).cpu().numpy()
             found = np.empty((len(ids), values.shape[1])) if found is None else found
             found[chosen] = values

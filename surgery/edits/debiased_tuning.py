@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from surgery.edits import debiasing
 from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, target_names, token_losses
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import Batch
+from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable

@@ -18,7 +18,7 @@ from surgery.data.stereoset import Triples
 from surgery.edits.supervised import Row
 from surgery.edits.unlearning.reference_logprobs import head_at, places_of
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.token_logprobs import evaluating
 from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, per_token, pooled, start_token
 from surgery.metrics.stereoset import score
@@ -82,7 +82,7 @@ def sentence_tokens(
     budget = max(64, 2**25 // model.get_output_embeddings().weight.shape[0])
     with evaluating(model):
         alone = _logits(model, [Row((*first, 0), 1)])[0] if start == "alone" else None
-        for chosen in by_length([row.ids for row in prompted], tokens=budget):
+        for chosen in batches_for(model, [row.ids for row in prompted], tokens=budget):
             usual = _logits(model, [plain[n] for n in chosen])
             if alone is not None:  # the first token's distribution is that after the start token
                 usual = [torch.cat([alone, piece]) for piece in usual]

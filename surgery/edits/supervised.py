@@ -21,7 +21,7 @@ from hooks import anatomy
 from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import Batch, by_length, pad
+from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.tokens import answered
 from surgery.progress import Advance
 from surgery.training import After, Log, Losses, Plan, train, trainable
@@ -102,10 +102,9 @@ def token_losses(
 def learnt_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
     """The rows numbered ``chosen`` as one batch, and which of its tokens are learnt."""
     batch = pad([row.ids for row in rows], chosen, device)
-    width = batch.ids.shape[1]
-    # Padding stands on the left, so a row's tokens are counted from the right.
-    first = torch.tensor([width - len(rows[row].ids) + rows[row].start for row in chosen], device=device)
-    return batch, torch.arange(width, device=device)[None] >= first[:, None]
+    first = torch.tensor([rows[row].start for row in chosen], device=device)
+    behind = torch.arange(batch.ids.shape[1], device=device)[None] >= first[:, None]
+    return batch, behind & batch.mask.bool()
 
 
 def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: Any) -> Float[Tensor, " chosen"]:
@@ -118,9 +117,7 @@ def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], de
 def evaluate(model: PreTrainedModel, rows: Sequence[Row], step: Advance | None = None) -> Float[np.ndarray, " rows"]:
     """The loss of each row (nats, the mean over its learnt tokens) without training."""
     found = np.empty(len(rows))
-    # All positions go through the head, so the batch is bounded by its logits (256 MB in float32).
-    budget = max(1, 2**26 // model.get_output_embeddings().weight.shape[0])
-    for chosen in by_length([row.ids for row in rows], tokens=budget):
+    for chosen in batches_for(model, [row.ids for row in rows], tokens=logit_budget(model)):
         found[chosen] = row_losses(model, rows, chosen, model.device).double().cpu().numpy()
         if step:
             step(len(chosen))

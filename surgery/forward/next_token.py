@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from hooks.activations import capture
 from hooks.block_importance import BlockImportance, BmiReducer
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut
+from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
+from surgery.forward.evaluation import evaluating
+from surgery.forward.residual_cache import ResidualCache, shortcut
 
-Ids = Sequence[Sequence[int]]
 Step = Callable[[int], None]
 
 
@@ -41,7 +42,6 @@ class Observation:
     prefixes: dict[int, ResidualCache]
 
 
-@torch.no_grad()
 def next_words(
     model: PreTrainedModel,
     ids: Ids,
@@ -57,13 +57,14 @@ def next_words(
 
     ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
     tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
-    ``shortcuts=False`` is the plain forward pass (every position through every block and the head).
+    ``shortcuts=False`` is the plain forward pass (every position through every block and the head). The model is in
+    evaluation mode inside and as it was afterwards.
 
     Raises ``SurgeryError`` when a probability is not finite.
     """
     found = np.empty((len(ids), len(words)))
     kept = _Kept(ids, keep)
-    with ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
         kept.attach(model, stack)
         if watch is not None:
@@ -76,11 +77,11 @@ def next_words(
                     positions=watch.positions,
                 )
             )
-        for rows in by_length(ids):
+        for rows in batches_for(model, ids):
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             kept.batch = batch
             logits = run(batch)
-            logits = logits if shortcuts else logits[:, -1]
+            logits = logits if shortcuts else batch.at_last(logits)
             chosen = logits.float().log_softmax(-1)[:, list(words)].exp()
             found[rows] = chosen.double().cpu().numpy()
             if step:
@@ -94,7 +95,6 @@ def next_words(
     return Observation(found, kept.prefixes())
 
 
-@torch.no_grad()
 def token_losses(
     model: PreTrainedModel,
     ids: Ids,
@@ -112,19 +112,16 @@ def token_losses(
         raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
     sums, counts = np.empty(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
     kept = _Kept(ids, keep)
-    # All positions go through the head here, so the batch is bounded by its logits (256 MB in float32).
-    budget = max(1, 2**26 // model.get_output_embeddings().weight.shape[0])
-    with ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
         kept.attach(model, stack)
-        for rows in by_length(ids, tokens=budget):
+        for rows in batches_for(model, ids, tokens=logit_budget(model)):
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             kept.batch = batch
             logits = run(batch)[:, :-1].float()
             targets = batch.ids[:, 1:]
             losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
-            # A target counts when the token before it is real: padding stands on the left.
-            sums[rows] = (losses * batch.mask[:, :-1]).sum(1).double().cpu().numpy()
+            sums[rows] = (losses * batch.mask[:, 1:]).sum(1).double().cpu().numpy()
             if step:
                 step(len(rows))
     return sums, counts, kept.prefixes()
@@ -200,7 +197,7 @@ class _Kept:
 
     def _take(self, site: str, stream: Tensor, mask: Tensor) -> None:
         for place, row in enumerate(self.batch.rows):
-            self.rows[site][row] = stream[place, -len(self.ids[row]) :].clone()
+            self.rows[site][row] = stream[place, : len(self.ids[row])].clone()
 
     def prefixes(self) -> dict[int, ResidualCache]:
         made = {}

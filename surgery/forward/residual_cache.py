@@ -5,7 +5,8 @@ Blocks before the first edited one never change, so the stream that enters it is
 is asked, the last block needs its queries, its MLP and the head at one position only.
 
 Nothing of a block is rewritten: the model's own forward pass runs, with the blocks before the start handing their
-input through, and with three inputs cut to the last position. ``why_not`` compares both ways on real prompts.
+input through, and with three inputs cut to the last position. ``why_not`` and ``why_no_cut`` compare both ways with
+the plain pass of each prompt alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,27 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hooks import anatomy
+from hooks import trace_modules as probe
+from hooks.batching import remembered, short_rows, unhooked, why_alone
+from hooks.wider import errs_more
 from surgery.errors import SurgeryError
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded prompts on the model's device, so that the last column is every prompt's last token."""
-
-    rows: tuple[int, ...]
-    ids: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
-    stream: Float[Tensor, "batch pos d_model"] | None = None
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments for the model; positions are explicit, since few models derive them from the mask."""
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": positions}
+from surgery.forward.batching import Batch, batches_for, pad
 
 
 @dataclass(frozen=True)
@@ -59,31 +49,11 @@ class ResidualCache:
         width = plain.ids.shape[1]
         zero = self.flat.shape[0] - 1
         index = [
-            [zero] * (width - len(self.ids[row])) + list(range(starts[row], starts[row] + len(self.ids[row])))
+            list(range(starts[row], starts[row] + len(self.ids[row]))) + [zero] * (width - len(self.ids[row]))
             for row in rows
         ]
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
-
-
-def pad(ids: Sequence[Sequence[int]], rows: Sequence[int], device: torch.device | str) -> Batch:
-    """The prompts ``rows`` as one left-padded batch; padding is token 0 under mask 0."""
-    width = max(len(ids[row]) for row in rows)
-    filled = [[0] * (width - len(ids[row])) + list(ids[row]) for row in rows]
-    masks = [[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows]
-    return Batch(tuple(rows), torch.tensor(filled, device=device), torch.tensor(masks, device=device))
-
-
-def by_length(ids: Sequence[Sequence[int]], *, tokens: int = 2048) -> list[list[int]]:
-    """Rows grouped into batches of like length, each at most ``tokens`` tokens with padding (at least one row)."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(ids)), key=lambda row: (len(ids[row]), row)):
-        # Sorted upwards, so the newest row is the longest and sets the batch's width.
-        if batches and (len(batches[-1]) + 1) * len(ids[row]) <= tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 Run = Callable[[Batch], Float[Tensor, "batch vocab"]]
@@ -91,30 +61,30 @@ Run = Callable[[Batch], Float[Tensor, "batch vocab"]]
 
 @contextmanager
 def shortcut(
-    model: PreTrainedModel, *, start: int = 0, last: bool = True, call: nn.Module | None = None
+    model: PreTrainedModel,
+    *,
+    start: int = 0,
+    last: bool = True,
+    call: nn.Module | None = None,
+    _trusted: bool = False,
 ) -> Iterator[Run]:
     """Inside, ``run(batch)`` gives the model's logits, from block ``start`` on and (``last``) of the last position.
 
     With ``start > 0`` each batch must carry the stream that enters that block (``ResidualCache.batch``). ``call`` is
     the module to call where it is not ``model`` itself (a distributed wrapper around it). With ``last`` the result is
-    (batch, vocab), else (batch, pos, vocab). The model is as before afterwards, also after an exception.
+    (batch, vocab), else (batch, pos, vocab); where a model does not take the cut (``why_no_cut``), every position is
+    computed and the last one picked. The model is as before afterwards, also after an exception.
     """
-    parts = anatomy.find(model)
     handed: list[Tensor] = []
+    running: list[Batch] = []
+    why_alone(model)  # found out before anything of the model is changed
     with ExitStack() as stack:
-        if last:
-            if parts.head is None:
-                raise SurgeryError(
-                    f"{type(model).__name__} has no language-model head; expected a causal language model"
-                )
-            # A contiguous 2-D input to the head: a 3-D slice takes a slow matrix product, 8 x slower on a CPU.
-            stack.callback(_cut(model, parts.head, lambda stream: stream[:, -1]).remove)
-            head = model.get_submodule(parts.head)
-            if type(head) is nn.Linear and head.weight.device.type == "cpu":
-                stack.enter_context(_forward(head, partial(_few_rows, head), as_tuple=False))
-            for name in _last_only(parts):
-                stack.callback(_cut(model, name, lambda stream: stream[:, -1:]).remove)
+        cut = last and (_trusted or why_no_cut(model) is None)
+        if cut:
+            _cut_to_last(model, running, stack)
+        parts = anatomy.find(model) if start else None
         for index in range(start):
+            assert parts is not None
             block = model.get_submodule(parts.blocks[index].name)
             hand = _hand_on if index < start - 1 else lambda *_, **__: handed[-1]
             stack.enter_context(_forward(block, hand, parts.blocks[index].returns_tuple))
@@ -126,12 +96,59 @@ def shortcut(
                         f"a run from block {start} needs the stream entering it; use ResidualCache.batch"
                     )
                 handed.append(batch.stream)
+            running.append(batch)
             try:
-                return (call or model)(**batch.inputs(), use_cache=False).logits
+                logits: Tensor = (call or model)(**batch.inputs(), use_cache=False).logits
+                return batch.at_last(logits) if last and not cut else logits
             finally:
                 handed.clear()
+                running.clear()
 
         yield run
+
+
+def _cut_to_last(model: PreTrainedModel, running: list[Batch], stack: ExitStack) -> None:
+    """Until ``stack`` closes, the last block's writers and the head see each prompt's last position only."""
+    parts = anatomy.find(model)
+    if parts.head is None:
+        raise SurgeryError(f"{type(model).__name__} has no language-model head; expected a causal language model")
+    # A contiguous 2-D input to the head: a 3-D slice takes a slow matrix product, 8 x slower on a CPU.
+    stack.callback(_cut(model, parts.head, lambda stream: running[-1].at_last(stream)).remove)
+    head = model.get_submodule(parts.head)
+    if type(head) is nn.Linear and head.weight.device.type == "cpu":
+        stack.enter_context(_forward(head, partial(_few_rows, head), as_tuple=False))
+    for name in _last_only(parts):
+        stack.callback(_cut(model, name, lambda stream: running[-1].at_last(stream)[:, None]).remove)
+
+
+def why_no_cut(model: PreTrainedModel) -> str | None:
+    """Why the last position must not be computed alone in this model, or None; compared once with rows alone."""
+
+    def find() -> str | None:
+        ids = short_rows(model)
+
+        def plain() -> list[Tensor]:
+            return [_logs(model(input_ids=torch.tensor([row], device=model.device)).logits[:, -1]) for row in ids]
+
+        with probe.unchanged(model), unhooked(model):
+            try:
+                with shortcut(model, _trusted=True) as run:
+                    groups = batches_for(model, ids)
+                    quick = {
+                        rows[n]: logs
+                        for rows in groups
+                        for n, logs in enumerate(_logs(run(pad(ids, rows, model.device))))
+                    }
+            except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
+                return f"{type(error).__name__}: {error}"[:200]
+            return errs_more([quick[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
+
+    found: str | None = remembered(model, "cut", find)
+    return found
+
+
+def _logs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _few_rows(head: nn.Linear, stream: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
@@ -184,20 +201,25 @@ def _forward(module: nn.Module, replacement: Callable[..., Tensor], as_tuple: bo
 def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4) -> str | None:
     """Why the shortcut from ``prefix`` must not be used with this model, or None when it may.
 
-    Compares its log-probabilities with the plain loop's on a few prompts: largest difference 1e-3 in float32 (of
-    values around -10), 0.25 in 16-bit types, whose own rounding is of that order.
+    Compares its log-probabilities with the plain pass over a few of the prompts, each alone: they may err no more
+    than the plain pass in the model's own dtype does (``hooks.wider.errs_more``).
     """
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, so the stream entering a block differs from step to step"
-    sample = prefix.batch(range(min(rows, len(prefix.ids))))
+    chosen = range(min(rows, len(prefix.ids)))
+    alone = [torch.tensor([prefix.ids[row]], device=model.device) for row in chosen]
+
+    def plain() -> list[Tensor]:
+        return [_logs(model(input_ids=ids, use_cache=False).logits[:, -1]) for ids in alone]
+
     try:
         with shortcut(model, start=prefix.block) as run:
-            fast = run(sample).float().log_softmax(-1)
+            fast = [
+                _logs(run(prefix.batch(group))) for group in batches_for(model, [prefix.ids[row] for row in chosen])
+            ]
     except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
         return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
-    plain = model(**sample.inputs(), use_cache=False).logits[:, -1].float().log_softmax(-1)
-    if fast.shape != plain.shape:
-        return f"this architecture gives logits of shape {tuple(fast.shape)}, expected {tuple(plain.shape)}"
-    gap = (fast - plain).abs().max().item()
-    bound = 1e-3 if prefix.flat.dtype == torch.float32 else 0.25
-    return None if gap <= bound else f"log-probabilities differ by {gap:.2g} from the plain forward pass"
+    order = [row for group in batches_for(model, [prefix.ids[row] for row in chosen]) for row in group]
+    quick = dict(zip(order, torch.cat(fast), strict=True))
+    reason = errs_more([quick[row][None] for row in chosen], plain(), plain, model.dtype)
+    return None if reason is None else f"log-probabilities differ from the plain forward pass: {reason}"

@@ -11,7 +11,7 @@ than a sequence) are found by comparison and run one sequence a row.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hooks import anatomy
+from hooks.batching import context_limit
 from hooks.errors import Note
+from hooks.wider import errs_more
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for, logit_budget
 from surgery.forward.evaluation import evaluating
 from surgery.progress import Advance
 
@@ -121,25 +124,28 @@ def token_log_probabilities(
 
 
 def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
-    """Why this model cannot take trees, or None: the tree of the longest sequence against the plain pass.
+    """Why this model cannot take trees, or None: the tree of the longest sequence against plain passes of rows alone.
 
     Its first and last sequence are far apart in the row and the longest spans most positions, so that a sliding
-    window or a distance counted along the row shows. Largest difference of a log-probability: 1e-3 in float32, and
-    0.25 in 16-bit types, whose rounding is of that order.
+    window or a distance counted along the row shows. The tree may err no more than the plain pass in the model's own
+    dtype does (``hooks.wider.errs_more``).
     """
     if len(rows) < 2:
         return None
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     tree = next(pack for pack in packs(rows, [1] * len(rows), size=_size(model)) if longest in pack.rows)
     compared = list(dict.fromkeys((tree.rows[0], longest, tree.rows[-1])))
+
+    def plain() -> list[Tensor]:
+        return [torch.from_numpy(_run(model, [rows[row]], [1], shared=False)[0]) for row in compared]
+
     try:
         fast = _run(model, [rows[row] for row in tree.rows], [1] * len(tree.rows), shared=True)
     except Exception as error:  # an unknown architecture may break anywhere; the reason is said
         return f"it takes no tree-shaped mask ({type(error).__name__}: {error})"[:200]
-    plain = _run(model, [rows[row] for row in compared], [1] * len(compared), shared=False)
-    gap = max(np.abs(fast[tree.rows.index(row)] - values).max() for row, values in zip(compared, plain, strict=True))
-    bound = 1e-3 if model.dtype == torch.float32 else 0.25
-    return None if gap <= bound else f"log-probabilities with a tree-shaped mask differ by {gap:.2g}"
+    quick = [torch.from_numpy(fast[tree.rows.index(row)]) for row in compared]
+    reason = errs_more(quick, plain(), plain, model.dtype)
+    return None if reason is None else f"log-probabilities with a tree-shaped mask differ: {reason}"
 
 
 def _run(
@@ -156,20 +162,16 @@ def _run(
         index, inverse = np.unique([node for node, *_ in nodes], return_inverse=True)
         logits = _logits(model, batch, width, torch.from_numpy(index), shared=shared)
         # A few rows at a time: their float32 copy stays small, and on a CPU in the cache.
-        totals = torch.cat([few.float().logsumexp(-1) for few in logits.split(64)])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        totals = torch.cat([few.to(wide).logsumexp(-1) for few in logits.split(64)])
         chosen = torch.from_numpy(inverse).to(logits.device)
         tokens = torch.tensor([token for _, token, *_ in nodes], device=logits.device)
-        values = (logits[chosen, tokens].float() - totals[chosen]).double().cpu().numpy()
+        values = (logits[chosen, tokens].to(wide) - totals[chosen]).double().cpu().numpy()
         for (_, _, row, at), value in zip(nodes, values, strict=True):
             found[row][at] = value
         if step:
             step(sum(len(pack.rows) for pack in batch))
     return found
-
-
-def context_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model takes, or None where its configuration names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _head(model: PreTrainedModel) -> str:
@@ -186,17 +188,11 @@ def _size(model: PreTrainedModel) -> int:
     return min(PACK, context_limit(model) or PACK)
 
 
-def _batches(model: PreTrainedModel, every: list[Pack]) -> Iterator[list[Pack]]:
-    """Packs of like size, as many as a budget of logits allows: 256 MB of float32 on a CPU, 1 GB elsewhere."""
-    budget = (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size
-    batch: list[Pack] = []
-    for pack in sorted(every, key=lambda pack: -len(pack.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > budget:
-            yield batch
-            batch = []
-        batch.append(pack)
-    if batch:
-        yield batch
+def _batches(model: PreTrainedModel, every: list[Pack]) -> list[list[Pack]]:
+    """Packs of like size, as many as the budget of logits allows and the model takes at once."""
+    longest_first = sorted(every, key=lambda pack: -len(pack.ids))
+    groups = batches_for(model, [pack.ids for pack in longest_first], tokens=logit_budget(model))
+    return [[longest_first[place] for place in group] for group in reversed(groups)]
 
 
 def _logits(

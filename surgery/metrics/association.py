@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.activations import capture
+from hooks.batching import context_limit
 from hooks.tokens import reads_whole
 from surgery.data.seat import Association
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, pad
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import RESAMPLES, Metric, sampled_metric
 from surgery.progress import Advance
@@ -147,7 +148,7 @@ def states(
     ids = encode(
         tokenizer,
         texts,
-        limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        limit=context_limit(model),
         closed=reads_whole(model),
     )
     head = model.get_output_embeddings() if model.can_generate() and not model.config.is_encoder_decoder else None
@@ -165,14 +166,14 @@ def states(
             stack.callback(head.register_forward_pre_hook(at_head).remove)
         if site is not None:
             stack.enter_context(capture(model, site, reducer=lambda name, tensor, mask: taken.append(tensor.clone())))
-        for rows in by_length(ids):
+        for rows in batches_for(model, ids):
             batch = pad(ids, rows, model.device)
             if site is None and head is None:
                 taken.append(model.base_model(**batch.inputs()).last_hidden_state)
             else:
                 model(**batch.inputs())
             stream, mask = taken.pop().float(), batch.mask[..., None]  # (batch, pos, d)
-            pooled = stream[:, -1] if pool == "last" else (stream * mask).sum(1) / mask.sum(1)
+            pooled = batch.at_last(stream) if pool == "last" else (stream * mask).sum(1) / mask.sum(1)
             for row, vector in zip(rows, pooled.double().cpu().numpy(), strict=True):
                 found[row] = vector
             if step:

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from hooks.activations import capture
+from hooks.batching import context_limit
 from hooks.tokens import reads_whole
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, pad
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.weat import embeddings
@@ -87,7 +88,7 @@ def measure(
     ids = encode(
         tokenizer,
         texts,
-        limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        limit=context_limit(model),
         closed=reads_whole(model),
     )
     special = set(tokenizer.all_special_ids)
@@ -99,16 +100,15 @@ def measure(
     importances: list[np.ndarray] = [np.empty(0)] * len(ids)
     similarities: list[np.ndarray] = [np.empty(0)] * len(ids)
     with evaluating(model):
-        for rows in by_length(ids):
+        for rows in batches_for(model, ids):
             batch = pad(ids, rows, model.device)
             with capture(model, site) as store:
                 model(**batch.inputs())
             pattern = store[site].float().mean(1)  # (batch, query, key), mean over heads
             for place, row in enumerate(rows):
-                first = batch.ids.shape[1] - len(ids[row])  # padding stands on the left
-                looked = pattern[place, first if query == "first" else -1, first:].double().cpu().numpy()
+                looked = pattern[place, 0 if query == "first" else len(ids[row]) - 1].double().cpu().numpy()
                 importances[row] = looked[own[row]]
-                vectors = weight[batch.ids[place, first:]].double().cpu().numpy()[own[row]]
+                vectors = weight[batch.ids[place]].double().cpu().numpy()[own[row]]
                 norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
                 similarities[row] = (vectors / norms @ words.T).max(axis=1)
             if step:

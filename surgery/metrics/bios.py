@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from surgery.data import bios
 from surgery.data.capability import Question
-from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
 from surgery.metrics import groups, perplexity
@@ -56,10 +56,8 @@ def evaluate(
         data=f"{data}, zero-shot choice of {len(names)} professions ({SCORERS[NORM]})",
         seed=seed,
     )
-    limit_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    with evaluating(model):
-        ids = [row[:limit_tokens] for row in encode(tokenizer, [row.text for row in chosen])]
-        sums, counts, _ = token_losses(model, ids, step=step)
+    ids = [row[: context_limit(model)] for row in encode(tokenizer, [row.text for row in chosen])]
+    sums, counts, _ = token_losses(model, ids, step=step)
     return found | {"perplexity": perplexity.score(sums, counts, data=data)}
 
 

@@ -22,12 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hooks.batching import context_limit
 from surgery.data import bios
 from surgery.data.prompts import read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, pad
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
@@ -174,7 +175,7 @@ def generate(
         raise SurgeryError(
             f"sampling: got {sampling}; expected length and samples of at least 1, a temperature above 0, top-p in 0..1"
         )
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = context_limit(model)
     ids = encode(tokenizer, prompts, limit=None if room is None else room - sampling.length)
     rows = [row for row in range(len(ids)) for _ in range(sampling.samples)]
     repeated = [ids[row] for row in rows]
@@ -202,9 +203,11 @@ def generate(
     texts = [""] * len(rows)
     generate_ids: Any = model.generate
     tokens = 2048 if model.device.type == "cpu" else 32768
-    width_of = [tuple(row) + (0,) * sampling.length for row in repeated]  # a row grows to this width
+    width_of = [
+        tuple(row) + (0,) * sampling.length for row in repeated
+    ]  # a row grows to this width; those of one width need no padding
     with evaluating(model):
-        for group in by_length(width_of, tokens=tokens):
+        for group in batches_for(model, width_of, tokens=tokens, equal=True):
             batch = pad(repeated, group, model.device)
             draw = _Draw(torch.from_numpy(uniforms[group]).to(model.device), sampling)
             out = generate_ids(

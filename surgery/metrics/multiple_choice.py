@@ -7,6 +7,7 @@ the option's number of characters, without the white space before it).
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit, remembered
+from hooks.errors import Note
 from hooks.tokens import ids_of, text_tokens
+from hooks.wider import errs_more
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import by_length, pad, shortcut
+from surgery.forward.residual_cache import shortcut
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
 
@@ -107,7 +112,8 @@ def score(
     finish = partial(_finish, sums, step)
     with evaluating(model):
         _single(model, encoded, single, finish)
-        cached = [row for row in several if share and encoded[row].shared > 1] if _keeps_cache(model) else []
+        cached = [row for row in several if share and encoded[row].shared > 1]
+        cached = cached if _trusts_cache(model, encoded, cached) else []
         _cached(model, encoded, cached, finish)
         _whole(model, encoded, [row for row in several if row not in set(cached)], finish)
     for row, values in enumerate(sums):
@@ -122,7 +128,7 @@ def score(
 def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], special: bool
 ) -> list[_Encoded]:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model)
     texts: list[str] = []
     for row, question in enumerate(questions):
         if not question.prompt.strip() or not all(option.strip() for option in question.options):
@@ -170,7 +176,7 @@ def _single(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequenc
     """Options of one token each: the next token after the prompt."""
     prompts = [encoded[row].options[0][: encoded[row].shared] for row in chosen]
     with shortcut(model) as run:
-        for rows in by_length(prompts, tokens=_budget(model)[0]):
+        for rows in batches_for(model, prompts, tokens=_budget(model)[0]):
             logs = run(pad(prompts, rows, model.device)).float().log_softmax(-1)
             for place, row in enumerate(rows):
                 last = [ids[-1] for ids in encoded[chosen[row]].options]
@@ -178,20 +184,18 @@ def _single(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequenc
                     finish(chosen[row], option, value)
 
 
-def _keeps_cache(model: PreTrainedModel) -> bool:
-    """Whether the model hands on keys and values in a cache whose rows can be copied (not a recurrent state)."""
-    return not model.config.is_encoder_decoder and not getattr(model, "_is_stateful", False)
-
-
 def _cached(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequence[int], finish: Finish) -> None:
-    """The shared tokens once a question; then all options of a batch of questions from the cached keys and values."""
-    prompts = [encoded[row].options[0][: encoded[row].shared - 1] for row in chosen]
-    # The last shared token goes with the options, so that their first token's logits come from the same pass.
-    tails = [[ids[encoded[row].shared - 1 :] for ids in encoded[row].options] for row in chosen]
+    """The shared tokens once a question; then all options of a batch of questions from the cached keys and values.
+
+    Only prompts of equal length stand together, so that nothing is padded between a prompt and its options.
+    """
+    kept = [_kept(encoded[row]) for row in chosen]
+    prompts = [encoded[row].options[0][:at] for row, at in zip(chosen, kept, strict=True)]
+    tails = [[ids[at:] for ids in encoded[row].options] for row, at in zip(chosen, kept, strict=True)]
     tokens, full = _budget(model)
     # A model whose head always sees all positions is given smaller batches.
     keep: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
-    for group in by_length(prompts, tokens=tokens if keep else min(tokens, full)):
+    for group in batches_for(model, prompts, tokens=tokens if keep else min(tokens, full), equal=True):
         for rows in _split(group, tails, full):
             batch = pad(prompts, rows, model.device)
             cache = model(**batch.inputs(), use_cache=True, **keep).past_key_values
@@ -201,23 +205,49 @@ def _cached(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequenc
             owners = [place for place, row in enumerate(rows) for _ in tails[row]]
             cache.batch_select_indices(torch.tensor(owners, device=model.device))
             sequences = [tail for row in rows for tail in tails[row]]
-            width = max(map(len, sequences))
-            ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=model.device)
-            real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=model.device)
-            mask = torch.cat([batch.mask[owners], real[:, :-1]], dim=1)
-            positions = batch.mask[owners].sum(1, keepdim=True) + torch.arange(width - 1, device=model.device)
+            given = pad(sequences, range(len(sequences)), model.device)
+            mask = torch.cat([batch.mask[owners], given.mask[:, :-1]], dim=1)
             logits = model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
+                input_ids=given.ids[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True
             ).logits
-            places = iter(_log_likelihoods(logits, ids[:, 1:]))
+            places = iter(_log_likelihoods(logits, given.ids[:, 1:]))
             for row in rows:
-                first = encoded[chosen[row]].start - encoded[chosen[row]].shared
+                first = encoded[chosen[row]].start - kept[row] - 1
                 for option, tail in enumerate(tails[row]):
                     finish(chosen[row], option, next(places)[first : len(tail) - 1].sum())
+
+
+def _kept(one: _Encoded) -> int:
+    """How many of the shared tokens go into the cache: a multiple of 8, so that more prompts are of equal length.
+
+    At least one stays with the options, so that their first token's logits come from the same pass.
+    """
+    most = one.shared - 1
+    return most if most < 8 else most // 8 * 8
+
+
+def _trusts_cache(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequence[int]) -> bool:
+    """Whether options after a cached prompt score as whole sequences do; two short questions show it, once a model."""
+
+    def find() -> str | None:
+        few = sorted(chosen, key=lambda row: max(map(len, encoded[row].options)))[:2]
+
+        def by(way: Callable[..., None]) -> list[Tensor]:
+            found = [np.full(len(each.options), np.nan) for each in encoded]
+            way(model, encoded, few, partial(_finish, found, None))
+            return [torch.from_numpy(found[row]) for row in few]
+
+        try:
+            return errs_more(by(_cached), by(_whole), lambda: by(_whole), model.dtype)
+        except Exception as error:  # an unknown kind of cache may break anywhere; every option is run whole
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+
+    if not chosen or model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return False
+    reason: str | None = remembered(model, "cache", find)
+    if reason:
+        warnings.warn(f"{type(model).__name__}: every option runs with its whole prompt: {reason}", Note, stacklevel=3)
+    return reason is None
 
 
 def _split(rows: Sequence[int], tails: Sequence[Sequence[Sequence[int]]], tokens: int) -> list[list[int]]:
@@ -240,17 +270,16 @@ def _whole(model: PreTrainedModel, encoded: Sequence[_Encoded], chosen: Sequence
     owners = [(row, option) for row in chosen for option in range(len(encoded[row].options))]
     ids = [encoded[row].options[option] for row, option in owners]
     with shortcut(model, last=False) as run:
-        for rows in by_length(ids, tokens=_budget(model)[1]):
+        for rows in batches_for(model, ids, tokens=_budget(model)[1]):
             batch = pad(ids, rows, model.device)
             logs = _log_likelihoods(run(batch)[:, :-1], batch.ids[:, 1:])
             for place, row in enumerate(rows):
                 question, option = owners[row]
-                scored = len(ids[row]) - encoded[question].start
-                finish(question, option, logs[place, -scored:].sum())
+                finish(question, option, logs[place, encoded[question].start - 1 : len(ids[row]) - 1].sum())
 
 
 def _log_likelihoods(logits: Float[Tensor, "batch pos vocab"], targets: Int[Tensor, "batch pos"]) -> Tensor:
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).double().cpu()
 
 

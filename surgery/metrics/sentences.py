@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from hooks.errors import Note
 from hooks.tokens import ids_of
 from surgery.errors import SurgeryError
 from surgery.forward import tokens
-from surgery.forward.token_logprobs import context_limit, token_log_probabilities
+from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
 from surgery.data import genbias, genhint, neutral
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
@@ -82,7 +83,7 @@ def material(
     unknown = [suite for suite in suites if suite not in SUITES]
     if unknown or not suites:
         raise SurgeryError(f"suite: got {unknown[0] if unknown else 'none'}, expected some of {', '.join(SUITES)}")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_limit(model)
     rows = genbias.records(split, part, seed, prompts) if "genbias" in suites else []
     hinted = "genhint" in suites and bool(prompts.hint_templates) and bool(prompts.words.hints)
     hints = genhint.records(part, seed, prompts=prompts) if hinted else []

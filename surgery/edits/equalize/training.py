@@ -16,8 +16,9 @@ from surgery.edits.block import Trained, names_of
 from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.edits.supervised import Lora, fit, target_names
 from surgery.errors import SurgeryError
+from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import Batch, ResidualCache, by_length, pad, shortcut, why_not
+from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
 from surgery.progress import Advance
 from surgery.training import Log, Plan
 
@@ -55,8 +56,6 @@ def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, st
     targets: list[Target] = [()] * len(ids)
     stream: list[Tensor] = [torch.empty(0)] * len(ids)
     plain = Prepared(tuple(terms), ids, tuple(first), (), None)
-    # As many places as fit 256 MB of float32 logits on a CPU, 1 GB elsewhere.
-    budget = max(1, (2**26 if model.device.type == "cpu" else 2**28) // model.config.get_text_config().vocab_size)
     rows: list[int] = []  # of the batch that is under way
 
     def take(_: str, entering: Tensor, mask: Tensor) -> None:
@@ -67,7 +66,7 @@ def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, st
         if start:
             stack.enter_context(capture(model, [f"blocks.{start}.hook_resid_pre"], reducer=take))
         for number, term in enumerate(terms):
-            for chosen in by_length(term.ids, tokens=min(2048, budget)):
+            for chosen in batches_for(model, term.ids, tokens=min(2048, logit_budget(model))):
                 rows[:] = [first[number] + row for row in chosen]
                 kept = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
                 pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in kept]
@@ -109,10 +108,10 @@ def _logits(
     with shortcut(model, start=start, last=only_last, call=module) as run:
         if only_last:
             return run(batch)
-        width, first = batch.ids.shape[1], batch.mask.argmax(1)  # each row's first real token
-        counts = torch.tensor([len(mine) for mine in places], device=model.device)
-        begins = torch.arange(len(rows), device=model.device) * width + first
-        flat = begins.repeat_interleave(counts) + torch.tensor([at for mine in places for at in mine]).to(model.device)
+        width = batch.ids.shape[1]
+        flat = torch.tensor(
+            [number * width + at for number, mine in enumerate(places) for at in mine], device=model.device
+        )
 
         def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (args[0].flatten(0, 1)[flat][None], *args[1:])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from surgery.edits.supervised import Row
 from surgery.edits.unlearning.encoding import UNRELATED
-from surgery.forward.residual_cache import Batch, by_length, pad
+from surgery.forward.batching import Batch, batches_for, pad
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.progress import Advance
 
@@ -58,13 +58,13 @@ def head_inputs(model: PreTrainedModel, batch: Batch, places: Int[Tensor, " k"])
 
 
 def places_of(rows: Sequence[Row], width: int, *, last: bool = False) -> tuple[list[int], list[int]]:
-    """Flat positions in the left-padded batch of ``rows`` that predict their learnt tokens, and whose row each is.
+    """Flat positions in the padded batch of ``rows`` that predict their learnt tokens, and whose row each is.
 
     With ``last`` the position of each row's last token is one of them, although nothing follows it.
     """
     flat, owner = [], []
     for number, row in enumerate(rows):
-        begin = (number + 1) * width - len(row.ids)
+        begin = number * width
         for at in range(row.start - 1, len(row.ids) - (not last)):
             flat.append(begin + at)
             owner.append(number)
@@ -113,7 +113,7 @@ def reference(
     found = token_log_probabilities(model, [row.ids for row in given], starts=[row.start for row in given], step=step)
     streams: dict[int, Tensor] = {}
     plain = [rows[triple][UNRELATED] for triple in whole]
-    for chosen in by_length([row.ids for row in plain]):
+    for chosen in batches_for(model, [row.ids for row in plain]):
         batch = pad([row.ids for row in plain], chosen, model.device)
         mine = [plain[n] for n in chosen]
         flat, owner = places_of(mine, batch.ids.shape[1], last=True)

@@ -23,7 +23,7 @@ from surgery.edits.unlearning.early_stopping import Decision, EarlyStopping, dec
 from surgery.edits.unlearning.reference_logprobs import Reference, continuation_logp, head_at, places_of
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
-from surgery.forward.residual_cache import pad
+from surgery.forward.batching import pad
 from surgery.progress import Advance
 from surgery.training import Log, Plan
 
