@@ -62,8 +62,7 @@ def load(
     config = AutoConfig.from_pretrained(directory)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_named(dtype)
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
+    place = device_named(device)
     try:
         model = model_class(config).from_pretrained(directory, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -72,7 +71,7 @@ def load(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
             "*.safetensors weights and tokenizer files in Hugging Face form; download or convert it again"
         ) from error
-    model = nn.Module.to(model, device).eval()
+    model = nn.Module.to(model, place).eval()
     for path in deltas:
         Delta.load(Path(path)).apply(model)
     return model, tokenizer
@@ -122,6 +121,22 @@ def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = Non
             "a hub name such as 'owner/model', or 'demo'; check the path"
         )
     return _from_hub(text)
+
+
+def device_named(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None is the accelerator where there is one. Raises ``SurgeryError`` if it is absent."""
+    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return own or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise SurgeryError(f"device: got {str(device)!r}, expected cpu, cuda, cuda:0 or the like") from None
+    count = torch.accelerator.device_count() if own else 0
+    if found.type != "cpu" and (own is None or found.type != own.type or (found.index or 0) >= count):
+        has = f"{count} of type {own.type}" if own else "none, or this torch was built without support for it"
+        raise SurgeryError(f"device: got {str(device)!r}, but the accelerators here are: {has}; leave --device out")
+    return found
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -153,6 +153,8 @@ def test_every_suite_is_called_alike() -> None:
         (["eval", "CHECKPOINT", "--suite", "crows_pairs"], "--data genbias is no folder"),
         (["eval", "CHECKPOINT", "--suite", "crows_pairs", "--data", ".", "--scorer", "mean"], "expected one of bias-b"),
         (["eval", "nothing.gguf"], "no such GGUF file"),
+        (["eval", "CHECKPOINT", "--device", "xpu:7"], "but the accelerators here are"),
+        (["eval", "CHECKPOINT", "--device", "gpu"], "got 'gpu', expected cpu, cuda"),
         (["locate", "CHECKPOINT", "--by", "magic"], "expected bmi"),
         (["inspect", "nothing.safetensors"], "nothing.safetensors"),
         (["apply", "nothing.safetensors", "CHECKPOINT", "--out", "OUT"], "nothing.safetensors"),
@@ -175,6 +177,13 @@ def test_mistakes_are_one_line_and_exit_code_1(
 def test_every_recipe_that_ships_is_found_by_its_name(recipe: str) -> None:
     code, _, stderr = surgery("run", recipe, "--set", "no_such_key=1")
     assert code == 1 and "unknown key 'no_such_key'" in stderr
+
+
+def test_help_of_a_recipe_shows_its_settings() -> None:
+    code, stdout, _ = surgery("run", "lftf", "--help")
+    assert code == 0 and "Examples:" in stdout
+    assert "\n  lr = 1e-05  (float)\n" in stdout and "last (the paper's), auto" in stdout
+    assert "  objective = \"log\"  (one of ['log', 'as_printed'])" in stdout
 
 
 @pytest.mark.parametrize("words", [["run"], ["fly"], ["apply", "x"], ["run", "lftf", "--sed", "1"]])

@@ -1,5 +1,6 @@
 """Commands that open a model: locate, run, list."""
 
+import json
 import os
 import sys
 import tempfile
@@ -88,14 +89,17 @@ def locate(
 
 
 @command(
+    add_help_option=False,
     epilog=examples(
+        "surgery run lftf --help",
         "surgery run lftf --model demo --set lr=1e-4 --out runs/first",
         "surgery run runs/first/recipe.toml --out runs/again",
         "surgery run lftf --model demo --set ablations=true --set block=25",
-    )
+    ),
 )
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (surgery list) or a TOML file.")],
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (surgery list) or a TOML file.")] = "",
     model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP)] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
@@ -104,10 +108,14 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    show_help: Annotated[bool, typer.Option("--help", help="This message; of a recipe, its settings too.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Run a whole operation: locate, edit, write the delta, apply it on disk, measure before and after, report."""
+    if show_help or not recipe:
+        _help(ctx, recipe, asked=show_help)
+        return
     from surgery.progress import Progress
     from surgery.runs.report import verdict
     from surgery.runs.settings import build
@@ -158,6 +166,22 @@ def list_(debug: Debug = False) -> None:
         print(title)
         for name, text in rows.items():
             print(f"  {name:16} {text}")
+
+
+def _help(ctx: typer.Context, recipe: str, *, asked: bool) -> None:
+    """The command's help and, of a named recipe, every setting with its type, default and meaning."""
+    from surgery.runs.settings import explain
+
+    if not asked:
+        ctx.fail("Missing argument 'recipe': a recipe's name (surgery list) or a TOML file.")
+    print(ctx.get_help())
+    if not recipe:
+        return
+    module, values, path = chosen_recipe(recipe, None, [], None)
+    print(f"\nSettings of {path.stem} (--set KEY=VALUE):\n")
+    for key, kind, default, text in explain(module.Settings):
+        own = json.dumps(values[key]) if key in values else default
+        print(f"  {key} = {own}  ({kind})" + (f"\n      {text}" if text else ""))
 
 
 def open_model(spec: str, quiet: bool, **options: Any) -> Any:

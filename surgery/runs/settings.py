@@ -1,6 +1,7 @@
 """Settings of a recipe: a flat TOML file, checked; a wrong key or value is answered with what was expected."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ S = TypeVar("S", bound=BaseModel)
 class Settings(BaseModel):
     """Base of every recipe's settings; the keys here belong to all recipes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
@@ -85,3 +86,15 @@ def dump(recipe: str, settings: Settings) -> str:
     """The resolved recipe as TOML text: ``surgery run`` on it repeats the run."""
     values = {key: value for key, value in settings.model_dump().items() if value is not None}
     return tomli_w.dumps({"recipe": recipe, **values})
+
+
+def explain(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, what it is) of every setting, as a person reads them."""
+    found = []
+    for key, field in kind.model_fields.items():
+        annotation = field.annotation
+        words = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        words = words.removeprefix("typing.").replace("Literal[", "one of [")
+        default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+        found.append((key, words, default, " ".join((field.description or "").split())))
+    return found
