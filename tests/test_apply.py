@@ -506,3 +506,38 @@ def test_what_diff_made_gives_the_edited_checkpoint_byte_for_byte(base, tmp_path
 def test_the_rounding_a_delta_records_is_one_that_exists(base):
     with pytest.raises(SurgeryError, match="its rounding is 'down'"):
         deltas.make({kit.NORM: np.ones(16, np.float32)}, base, base="t", recipe="", seed=0, rounding="down")
+
+
+@pytest.mark.parametrize("mode", ["record", "reference", "none"])
+def test_a_delta_is_not_added_twice_by_mistake(base, tmp_path, mode):
+    delta = kit.edit(base, (kit.DOWN, kit.Q), size=0.1)
+    apply(delta, base, tmp_path / "once", undo=mode)
+    with pytest.raises(SurgeryError, match=r"holds this delta already.*--force to add it once more"):
+        apply(delta, tmp_path / "once", tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    apply(delta, tmp_path / "once", tmp_path / "back", scale=-1.0)
+    apply(delta, tmp_path / "back", tmp_path / "again")
+    assert apply(delta, tmp_path / "once", tmp_path / "twice", force=True).changed
+    other = kit.edit(base, (kit.DOWN, kit.Q), size=0.1, seed=2)
+    assert apply(other, tmp_path / "once", tmp_path / "both").changed
+
+
+def test_a_stranger_s_delta_is_refused_in_a_short_line(base, tmp_path):
+    changes = {"model_type": "mistral", "hidden_act": "gelu", "rms_norm_eps": 1e-3, "rope_theta": 1.0, "head_dim": 8}
+    with pytest.raises(SurgeryError, match=r"model_type: .*; .*; 3 more\)") as caught:
+        apply(kit.edit(base), kit.save(tmp_path / "t", kit.weights(), **changes), tmp_path / "out")
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 300
+
+
+def test_the_card_names_the_hash_of_the_file(base, tmp_path):
+    """Also where effects were measured after the file was written."""
+    from typer.testing import CliRunner
+
+    from surgery.cli import app
+
+    delta = kit.edit(base)
+    sha256 = delta.save(tmp_path / "delta.safetensors")
+    run = {"delta": {"sha256": sha256}, "before": {"gap": 0.5}, "after": {"gap": 0.1}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    text = CliRunner().invoke(app, ["card", str(tmp_path / "delta.safetensors")]).output
+    assert f"sha256 of the file: `{sha256}`" in text and "| gap | 0.5 | 0.1 |" in text

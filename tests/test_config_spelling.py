@@ -54,7 +54,11 @@ def spellings(kind):
         CONFIG_MAPPING[kind].from_dict(copy.deepcopy(whole))
     except Exception:  # a family whose config needs to be told what it is made of
         return {}
-    return {"whole": whole, "again": config.to_diff_dict() | {"model_type": kind}, "old": old_spelling(whole)}
+    return {
+        "whole": whole,
+        "again": config.to_diff_dict() | {"model_type": whole["model_type"]},
+        "old": old_spelling(whole),
+    }
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
-from surgery.apply.record import RecordWriter, next_record_name
+from surgery.apply.record import RecordWriter, next_record_name, refuse_held
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.delta.metadata import rounding_of
@@ -89,10 +89,11 @@ def apply(
             delta on its base gives that checkpoint byte for byte; where it records nothing, stochastic where 16
             bits are stored. Else "nearest" (ties to even) or "stochastic". seed: of stochastic rounding; None is
             the delta's own.
-        force: apply also to weights at a distance of 0.5 to 1.0 from the base; farther ones are always
-        refused. link: hard-link the shards that do not change (a later edit in place would reach the source,
-        too). undo: keep the original bytes, compressed, in the result ("record"), the source's place and
-            hashes ("reference"), or nothing ("none").
+        force: apply also to weights at a distance of 0.5 to 1.0 from the base (farther ones are always refused), and
+            to a checkpoint that holds the delta already.
+        link: hard-link the shards that do not change (a later edit in place would reach the source, too).
+        undo: keep the original bytes, compressed, in the result ("record"), the source's place and hashes
+            ("reference"), or nothing ("none").
         rename: (old, new) prefix of the delta's tensor names.
         tied: which matrix to change where the delta's base ties embedding and head and the target does not,
             or the reverse.
@@ -113,7 +114,9 @@ def apply(
     stored = open_checkpoint(checkpoint)
     check_outside(out, stored.path)
     try:
-        plan = make_plan(delta, stored, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
+        if not force:
+            refuse_held(stored, delta.sha256, scale)
+        plan = make_plan(delta, stored, scale=scale, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
         record = next_record_name(stored) if undo != "none" else None
         with temporary(out, folder=True) as part:
             settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": delta.sha256}

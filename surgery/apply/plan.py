@@ -5,11 +5,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
-from surgery.files.architecture import differences, is_embedding, is_head, tokenizer_fingerprint
+from surgery.files.architecture import brief, differences, is_embedding, is_head, tokenizer_fingerprint
 from surgery.files.checkpoint_files import CheckpointFiles, measure, require_float
 from surgery.files.rounding import STORED, refuse_not_finite
 from surgery.files.safetensors_io import Entry
@@ -51,6 +53,7 @@ def make_plan(
     delta: Differences,
     stored: CheckpointFiles,
     *,
+    scale: float = 1.0,
     force: bool = False,
     rename: tuple[str, str] | None = None,
     tied: Tied | None = None,
@@ -84,13 +87,14 @@ def make_plan(
         step = 2**20
         for start in range(0, math.prod(shape), step):
             refuse_not_finite(delta.read(name, start, min(start + step, math.prod(shape))), name, "the delta")
-    edits = []
+    edits, moved = [], []
     for target, sources in targets.items():
         base = delta.metadata["tensors"][sources[0]]
         found = measure(stored, target, sizes[target], known=base["sha256"])
         gap = 0.0
         if found is not None:
             gap = sketch.distance(found.sketch, found.norm, unpack_sketch(base["sketch"]), base["norm"])
+            moved.append((sources[0], found.sketch - unpack_sketch(base["sketch"])))
         sha = base["sha256"] if found is None else found.sha256
         entry = stored.entry(target)
         edits.append(Edit(target, stored.places[target], entry, sources, sizes[target], sha, gap))
@@ -98,9 +102,29 @@ def make_plan(
     shapes = {edit.target: edit.entry.shape for edit in edits}
     if judge:
         sketch.refuse_unrelated(distances, shapes, where, force)
+    if judge and not force and scale > 0 and len(moved) == len(targets) and _holds(delta, moved):
+        raise SurgeryError(
+            f"{where}: holds this delta already (its weights lie where the delta takes its base's); give the "
+            "checkpoint as it was, or repeat with --force to add it once more"
+        )
     farthest, gap = sketch.judged(distances, shapes)
     edits.sort(key=lambda edit: (edit.file, edit.entry.begin))
     return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
+
+
+def _holds(delta: Differences, moved: list[tuple[str, np.ndarray]]) -> bool:
+    """True when the target differs from the base by (nearly) the delta itself, judged on their fingerprints.
+
+    The fingerprint is linear: that of target - base is compared with that of the difference.
+    """
+    own = []
+    for name, _ in moved:
+        sketcher, total = sketch.Sketcher(), math.prod(delta.shapes[name])
+        for start in range(0, total, 2**20):
+            sketcher.feed(delta.read(name, start, min(start + 2**20, total)))
+        own.append(sketcher.finish()[0])
+    gone, added = np.concatenate([step for _, step in moved]).astype(np.float64), np.concatenate(own).astype(np.float64)
+    return bool(np.linalg.norm(gone - added) <= 0.3 * np.linalg.norm(gone))
 
 
 def check_architecture(delta: Differences, stored: CheckpointFiles) -> None:
@@ -108,7 +132,7 @@ def check_architecture(delta: Differences, stored: CheckpointFiles) -> None:
     odd = differences(delta.metadata["architecture"], stored.facts, delta.metadata.get("unsaid"))
     if odd:
         where = stored.path
-        raise SurgeryError(f"{where}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
+        raise SurgeryError(f"{where}: another architecture than the delta's base ({brief(odd)}); it cannot fit")
 
 
 def _targets(

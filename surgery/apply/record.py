@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def unshuffle(mixed: bytes, new: np.ndarray) -> np.ndarray:
     size = new.dtype.itemsize
     planes = np.frombuffer(mixed, np.uint8).reshape(size, -1).T
     return np.ascontiguousarray(planes).reshape(-1).view(f"<u{size}") ^ new.view(f"<u{size}")
+
+
+def refuse_held(stored: CheckpointFiles, sha256: str, scale: float) -> None:
+    """Raises: SurgeryError when the records say that the delta `sha256` was added before, in `scale`'s direction."""
+    total = 0.0
+    for number in records(stored):
+        with suppress(SurgeryError):  # a record that cannot undo any more tells nothing either
+            settings = read_record(stored, record_name(number)).settings
+            total += float(settings.get("scale", 1.0)) if settings.get("delta") == sha256 else 0.0
+    if total * scale > 0:
+        raise SurgeryError(
+            f"{stored.path}: holds this delta already (with scale {total:g}, says its undo record); give the "
+            "checkpoint as it was (surgery undo), or repeat with --force to add it once more"
+        )
 
 
 class RecordWriter:

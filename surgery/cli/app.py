@@ -77,9 +77,11 @@ def examples(*lines: str) -> str:
 
 
 def local(spec: str) -> Path:
-    """The checkpoint directory of ``spec``; torch is needed only when it is not a directory yet."""
-    if Path(spec).expanduser().is_dir():
-        return Path(spec).expanduser()
+    """The checkpoint directory of ``spec``; torch is needed only when it has to be fetched or converted first."""
+    from surgery.files.converted import ready
+
+    if (found := ready(spec)) is not None:
+        return found
     from surgery.checkpoints import checkpoint_dir
 
     return checkpoint_dir(spec)

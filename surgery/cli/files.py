@@ -25,7 +25,9 @@ def apply(
         str, typer.Option("--rounding", help="nearest, stochastic, or auto: as the delta was measured.")
     ] = "auto",
     seed: Annotated[int | None, typer.Option("--seed", help="Of stochastic rounding; default: the delta's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also onto a distant relative of the base, or onto one that holds it.")
+    ] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the shards that do not change.")] = False,
     undo_kind: Annotated[str, typer.Option("--undo", help="record, reference or none.")] = "record",
     tied: Annotated[str | None, typer.Option("--tied", help="embed, head or both, if tying differs.")] = None,
@@ -228,14 +230,14 @@ def card(
     """Print the Markdown model card that goes beside a delta on a hub."""
     from dataclasses import replace
 
-    from surgery.delta import Delta
+    from surgery.delta import Delta, open_delta
     from surgery.delta.card import card as text
 
-    found = Delta.load(delta)
+    found, sha256 = Delta.load(delta), open_delta(delta).sha256
     beside = delta.parent / "run.json"
     if beside.is_file() and not found.metadata.get("measured"):
         summary = json.loads(beside.read_text("utf-8"))
-        if summary.get("delta", {}).get("sha256") == found.sha256:
+        if summary.get("delta", {}).get("sha256") == sha256:
             measured = {when: summary[when] for when in ("before", "after")}
             found = replace(found, metadata=found.metadata | {"measured": measured})
-    print(text(found, file=delta.name))
+    print(text(found, file=delta.name, sha256=sha256))

@@ -151,7 +151,7 @@ def list_(debug: Debug = False) -> None:
     from surgery.metrics.suite import SUITES, folder_suites
 
     try:
-        from surgery.checkpoints import demo_gguf
+        from surgery.files.converted import demo_gguf
 
         demo = f"ready ({demo_gguf().name})"
     except SurgeryError as error:

@@ -9,11 +9,12 @@ from surgery.delta.describe import describe
 from surgery.delta.format import Delta, DeltaFile
 
 
-def card(delta: Delta | DeltaFile, *, file: str = "delta.safetensors") -> str:
+def card(delta: Delta | DeltaFile, *, file: str = "delta.safetensors", sha256: str | None = None) -> str:
     """Markdown with a hub's YAML head: what `delta` changes, measured effects with intervals, how to apply
     it.
 
-    `file` is the name that the delta has beside the card. The licence is left as a line to fill: a delta is
+    `file` is the name that the delta has beside the card, `sha256` that file's own (default: of the file that `save`
+    writes). The licence is left as a line to fill: a delta is
     derived from its base, whose licence this tool cannot know.
     """
     data = delta.metadata
@@ -23,7 +24,7 @@ def card(delta: Delta | DeltaFile, *, file: str = "delta.safetensors") -> str:
             *_changes(delta),
             *_effects(data["measured"]),
             *_how(data, file),
-            *_origin(delta),
+            *_origin(delta, sha256 or delta.sha256),
         ]
     )
 
@@ -139,7 +140,7 @@ def _how(data: Mapping[str, Any], file: str) -> list[str]:
     return ["## How to apply it", "", *use, ""]
 
 
-def _origin(delta: Delta | DeltaFile) -> list[str]:
+def _origin(delta: Delta | DeltaFile, sha256: str) -> list[str]:
     data = delta.metadata
     facts = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted(data["architecture"].items()))
     lines = [
@@ -147,7 +148,7 @@ def _origin(delta: Delta | DeltaFile) -> list[str]:
         "",
         f"- Base: {_cell(data['base'])} ({_cell(facts)})",
         f"- Made by {_cell(data['tool'])}, seed {data['seed']}",
-        f"- sha256 of the file: `{delta.sha256}`",
+        f"- sha256 of the file: `{sha256}`",
     ]
     for parent in data["parents"]:
         lines.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surgery.delta.config import resolved
 from surgery.delta.naming import place
 from surgery.errors import SurgeryError
-from surgery.files.architecture import differences, facts
+from surgery.files.architecture import brief, differences, facts
 from surgery.files.checkpoint_files import CheckpointFiles, open_checkpoint, require_float
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str,
     if config is not None:
         odd = differences(resolved(stored.config)[0], facts(config.to_dict()))
         if odd:
-            raise SurgeryError(
-                f"{stored.path}: config.json describes another model than the one given: {'; '.join(odd)}"
-            )
+            raise SurgeryError(f"{stored.path}: config.json describes another model than the one given: {brief(odd)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in parameters]

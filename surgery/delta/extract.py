@@ -15,6 +15,7 @@ from surgery.delta.pairing import changes
 from surgery.errors import SurgeryError
 from surgery.files.architecture import is_embedding, is_head, tokenizer_fingerprint
 from surgery.files.checkpoint_files import CheckpointFiles, measure, open_checkpoint
+from surgery.files.converted import public_name
 from surgery.files.rounding import refuse_not_finite
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def make(
             differences.
         checkpoint: the directory that the model was loaded from; shapes, dtypes, hashes and sketches of the
             base are read from it. Names are resolved to its own (a missing or extra prefix; a tied head).
-        base: the base's public name. recipe: TOML text. measured: effects, for the model card.
+        base: the base's name on a hub, or what the model was opened by (`demo`, a directory).
+        recipe: TOML text. measured: effects, for the model card.
         rounding: of the checkpoint that is measured, with `seed`; a later apply then does the same by default.
         module: with kind "module", the module's type and settings (`surgery.delta.module.module_delta`).
 
@@ -60,7 +62,14 @@ def make(
     arrays = {name: array for name, array in arrays.items() if name not in parts}
     tensors, prefix = _to_stored(arrays, kind, stored)
     changed = sorted({_stem(name) if name not in stored.places else name for name in tensors})
-    about = {"kind": kind, "base": base, "recipe": recipe, "seed": seed, "prefix": prefix, "measured": measured}
+    about = {
+        "kind": kind,
+        "base": public_name(base),
+        "recipe": recipe,
+        "seed": seed,
+        "prefix": prefix,
+        "measured": measured,
+    }
     about |= {"module": dict(module)} if module is not None else {}
     about |= {"rounding": rounding} if rounding != "auto" else {}
     return _assemble(stored, tensors | parts, changed, about | {"parents": [dict(parent) for parent in parents]})
@@ -80,7 +89,13 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     if not tensors:
         raise SurgeryError(f"{right.path}: no tensor differs from {left.path}; there is nothing to write")
     # Applied, it must give the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
-    about = {"kind": "dense", "base": base or left.path.name, "recipe": recipe, "seed": 0, "rounding": "nearest"}
+    about = {
+        "kind": "dense",
+        "base": public_name(base or left.path),
+        "recipe": recipe,
+        "seed": 0,
+        "rounding": "nearest",
+    }
     return _assemble(left, tensors, sorted(tensors), about)
 
 

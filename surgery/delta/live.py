@@ -14,7 +14,7 @@ from surgery.delta.metadata import rounding_of, unpack_sketch
 from surgery.delta.naming import Names, held_by
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
-from surgery.files.architecture import differences, facts
+from surgery.files.architecture import brief, differences, facts
 from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
 from surgery.files.tensor_names import is_vocabulary
 from surgery.modules import cross_attention
@@ -64,7 +64,7 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
         odd = differences(base, live)
         if odd:
-            raise SurgeryError(f"the model is of another architecture than the delta's base: {'; '.join(odd)}")
+            raise SurgeryError(f"the model is of another architecture than the delta's base: {brief(odd)}")
         matrices = [name for name in delta.shapes if is_vocabulary(name)]
         if matrices and bool(base.get("tied")) != _tied(parameters, bool(live.get("tied"))):
             raise SurgeryError(

@@ -144,6 +144,12 @@ def differences(
     ]
 
 
+def brief(odd: list[str]) -> str:
+    """The first differences, the model type before all others, and how many more there are."""
+    first = sorted(odd, key=lambda text: not text.startswith("model_type"))
+    return "; ".join(first[:2]) + (f"; {len(odd) - 2} more" if len(odd) > 2 else "")
+
+
 def completed(found: Mapping[str, Any], unsaid: Mapping[str, Any]) -> dict[str, Any]:
     """`found` with the facts, and the rotary parameters, that it does not state."""
     whole = {**unsaid, **found}

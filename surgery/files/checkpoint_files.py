@@ -88,6 +88,17 @@ def open_checkpoint(path: Path | str) -> CheckpointFiles:
     return CheckpointFiles(path, config, files, shards, places)
 
 
+def check_shards(path: Path) -> None:
+    """Read the headers of the weights in `path`, where they are safetensors files. Raises: SurgeryError when broken."""
+    try:
+        files = tuple(sorted(os.listdir(path)))
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    if INDEX in files or SINGLE in files:
+        for name in _shard_names(path, files):
+            read_header(path / name)
+
+
 def list_files(path: Path, prefix: str = "") -> list[str]:
     """All files below `path`, relative. Links to files are followed (a hub cache is made of them).
 
@@ -95,6 +106,8 @@ def list_files(path: Path, prefix: str = "") -> list[str]:
         SurgeryError: a link to a directory, a dangling link, or a special file such as a pipe.
     """
     found: list[str] = []
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise SurgeryError(f"{path}: cannot be read; check its rights")
     with os.scandir(path) as entries:
         for entry in entries:
             relative = prefix + entry.name

@@ -119,6 +119,8 @@ def read_header(path: Path) -> Header:
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
+        if read_exactly(fd, 0, min(size, 23), path) == b"version https://git-lfs":
+            raise SurgeryError(f"{path}: a git-lfs pointer, not the file itself; fetch it with: git lfs pull")
         length = int.from_bytes(read_exactly(fd, 0, 8, path), "little") if size >= 8 else 0
         if size < 10 or not 2 <= length <= size - 8:
             raise SurgeryError(

@@ -32,7 +32,7 @@ _BASE_MODEL = (
     "backbone.",
 )
 _BUFFER = re.compile(
-    r"(^|\.)(inv_freq|masked_bias|position_ids|token_type_ids|embed_positions_sin|embed_positions_cos)$"
+    r"(^|\.)(inv_freq|masked_bias|position_ids|token_type_ids|num_batches_tracked|embed_positions_sin|embed_positions_cos)$"
 )
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
 
