@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import build, state
 from safetensors import safe_open
 
 import surgery
+from hooks.errors import Note
 from recipes import finetune
 from surgery.data.texts import Columns, Example, examples
 from surgery.edits.supervised import Lora, Row, adapters, encode_rows, evaluate, fine_tune, target_names, token_losses
@@ -357,3 +359,14 @@ def test_the_delta_is_of_the_checkpoint_s_tensors(tiny: Any, checkpoint: Path, f
     delta = surgery.Delta.load(tmp_path / "run" / "delta.safetensors")
     with safe_open(checkpoint / "model.safetensors", "pt") as stored:
         assert sorted(delta.tensors) == sorted(stored.keys())
+
+
+def test_lora_says_that_a_mixtures_experts_have_no_part() -> None:
+    model = build("qwen3_moe")
+    said = r"LoRA: the experts' matrices .*experts\.gate_up_proj.* of the blocks' parameters"
+    with pytest.warns(Note, match=said), adapters(model, Lora(rank=2), 0) as layers:
+        assert not any(".experts" in name for name in layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        with adapters(model, Lora(rank=2, targets=("q_proj",)), 0), adapters(build("llama"), Lora(rank=2), 0):
+            pass

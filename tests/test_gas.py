@@ -60,6 +60,33 @@ def test_texts_depend_on_the_seed_and_not_on_the_batch_or_the_habits_of_the_chec
     assert together == gas.generate(model, tokenizer, PROMPTS, plan)
 
 
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"suppress_tokens": list(range(3, 40))},
+        {"begin_suppress_tokens": list(range(3, 40))},
+        {"bad_words_ids": [[4], [5], [6]]},
+        {"sequence_bias": [[[4], 5.0]]},
+        {"forced_eos_token_id": 2, "forced_bos_token_id": 5},
+        {"exponential_decay_length_penalty": [2, 8.0]},
+        {"guidance_scale": 1.5},
+        {"max_time": 0.0, "stop_strings": ["the"]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"repetition_penalty": 3.0, "temperature": 0.1, "top_k": 1, "min_new_tokens": 5, "num_return_sequences": 2},
+        {"renormalize_logits": True, "min_p": 0.5, "typical_p": 0.3, "num_beams": 3, "num_beam_groups": 3},
+    ],
+)
+def test_no_habit_of_a_checkpoint_gets_through(habit: dict[str, Any]) -> None:
+    plan = Sampling(length=6, samples=2)
+    right = gas.generate(build("llama"), letters(), PROMPTS, plan)
+    model = build("llama")
+    for name, value in habit.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    assert gas.generate(model, letters(), PROMPTS, plan) == right
+    assert model.generation_config.to_dict() == before
+
+
 def test_sampling_equals_a_plain_loop_over_whole_sequences() -> None:
     model, tokenizer, plan = build("llama"), letters(), Sampling(length=6, samples=1, temperature=0.7, top_p=0.8)
     ids = tokenizer(PROMPTS[2])["input_ids"]

@@ -138,6 +138,19 @@ def test_layers_are_the_factors_or_the_blocks_linear_layers() -> None:
         find_layers(plain, hooks.anatomy.find(plain), ["lm_head"])
 
 
+def test_experts_without_a_layer_of_their_own_are_said() -> None:
+    model = build("qwen3_moe")
+    probe = hooks.influence_probe(model, None, texts(2, 0))
+    found = hooks.influence(model, None, texts(3, 1), probe)
+    blocks = [p.numel() for n, p in model.named_parameters() if ".layers." in n]
+    experts = [p.numel() for n, p in model.named_parameters() if ".experts." in n]
+    (note,) = found.notes
+    assert f"{sum(experts) / sum(blocks):.0%} of the blocks" in note
+    assert "experts.down_proj, experts.gate_up_proj" in note
+    plain = build("llama")
+    assert not hooks.influence(plain, None, texts(3, 1), hooks.influence_probe(plain, None, texts(2, 0))).notes
+
+
 def test_only_the_active_adapter_counts() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 

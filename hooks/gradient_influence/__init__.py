@@ -7,7 +7,7 @@ result.top(10)  # [(place in the data, score), ...]
 
 from hooks.gradient_influence.examples import Learnt, Text
 from hooks.gradient_influence.gradients import Gradient, Job, job
-from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers
+from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers, left_out
 from hooks.gradient_influence.query import Probe, influence_probe
 from hooks.gradient_influence.scores import (
     Influence,
@@ -41,5 +41,6 @@ __all__ = [
     "influence_probe",
     "influence_windows",
     "job",
+    "left_out",
     "token_influence",
 ]

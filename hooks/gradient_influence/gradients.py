@@ -24,7 +24,7 @@ from hooks.anatomy import find
 from hooks.batching import context_limit, why_alone
 from hooks.errors import HookError
 from hooks.gradient_influence.examples import Batch
-from hooks.gradient_influence.layers import Layer, Preconditioner, find_layers
+from hooks.gradient_influence.layers import Layer, Preconditioner, find_layers, left_out
 
 MATERIALISED = 2**25  # entries of per-text gradients that are held at a time
 VISIT = 16  # what reading or writing one entry of memory costs, in multiply-adds
@@ -105,6 +105,7 @@ class Job:
     loss: Literal["mean", "sum"]
     checkpointing: bool
     plain_head: bool
+    note: str | None = None  # which weights of the blocks have no part
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,7 +137,8 @@ def job(
     layers = find_layers(model, anatomy, targets)
     limit = context_limit(model)
     blocks = tuple(block.name for block in anatomy.blocks)
-    return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, _plain_head(model, anatomy.head))
+    note = None if targets else left_out(model, anatomy, [layer.name for layer in layers])
+    return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, _plain_head(model, anatomy.head), note)
 
 
 def _plain_head(model: nn.Module, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,29 @@ def find_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] | Non
     if not chosen:
         raise HookError(f"{type(model).__name__} has no linear layer in its blocks; name some with targets")
     return tuple(_layer(name, found[name]) for name in chosen)
+
+
+def left_out(model: nn.Module, anatomy: Anatomy, chosen: Iterable[str]) -> str | None:
+    """What a reader must know of weights in the blocks that are no linear layers, or None where there are none.
+
+    Mixtures of experts keep all experts' matrices in one 3-D parameter, which neither influence nor LoRA looks at.
+    chosen: names of the layers that are looked at.
+    """
+    blocks = tuple(block.name + "." for stack in anatomy.stacks for block in stack.blocks)
+    inside = {name: p for name, p in model.named_parameters() if name.startswith(blocks) and ".lora_" not in name}
+    experts = {n: p for n, p in inside.items() if p.ndim == 3 and not isinstance(_owner(model, n), nn.Conv1d)}
+    if not experts or not any(name.startswith(blocks) for name in chosen):
+        return None
+    share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in inside.values())
+    ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in experts}))
+    return (
+        f"the experts' matrices ({ends}) have no part: {share:.0%} of the blocks' parameters, which are stored as one "
+        "tensor for all experts and not as linear layers"
+    )
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 def is_factor(model: nn.Module, name: str) -> bool:

@@ -173,7 +173,8 @@ def influence_windows(
             done += sum(len(members) for members in batch)
             if progress is not None:
                 progress(done, None)
-        yield _in_order(found, work, probe, settings, () if unit == "example" else (warning,))
+        notes = ((warning,) if unit == "batch" else ()) + ((work.note,) if work.note else ())
+        yield _in_order(found, work, probe, settings, notes)
 
 
 def check_texts(

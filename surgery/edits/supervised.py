@@ -4,6 +4,7 @@ Of a prompt with its answer only the answer's tokens are learnt, of a text all t
 left as it was; what training found is handed over as differences.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hooks import anatomy
+from hooks.errors import Note
+from hooks.gradient_influence import left_out
 from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
@@ -207,6 +210,9 @@ def adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[dict[str
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = target_names(model, lora.targets)
+    said = None if lora.targets else left_out(model, anatomy.find(model), targets)
+    if said:
+        warnings.warn(f"LoRA: {said}", Note, stacklevel=2)
     attributes, children = set(model.__dict__), [(module, dict(module._modules)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)

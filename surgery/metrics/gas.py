@@ -29,6 +29,7 @@ from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
+from surgery.forward.generation import plain_generation
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
@@ -168,8 +169,9 @@ def generate(
 ) -> list[str]:
     """What ``model`` adds to each prompt, ``sampling.samples`` texts a prompt, in order.
 
-    Penalties and other habits of the checkpoint's own generation settings are left out. ``step`` is told of finished
-    prompts. Raises ``SurgeryError`` for no prompt, or one that leaves no room for ``sampling.length`` tokens.
+    Penalties and other habits of the checkpoint's own generation settings are left out (``plain_generation``).
+    ``step`` is told of finished prompts. Raises ``SurgeryError`` for no prompt, or one that leaves no room for
+    ``sampling.length`` tokens.
     """
     if sampling.length < 1 or sampling.samples < 1 or sampling.temperature <= 0 or not 0 < sampling.top_p <= 1:
         raise SurgeryError(
@@ -195,10 +197,6 @@ def generate(
         num_beams=1,
         eos_token_id=ends,
         pad_token_id=0 if first is None else first,
-        repetition_penalty=1.0,
-        encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
     )
     texts = [""] * len(rows)
     generate_ids: Any = model.generate
@@ -206,7 +204,7 @@ def generate(
     width_of = [
         tuple(row) + (0,) * sampling.length for row in repeated
     ]  # a row grows to this width; those of one width need no padding
-    with evaluating(model):
+    with evaluating(model), plain_generation(model):
         for group in batches_for(model, width_of, tokens=tokens, equal=True):
             batch = pad(repeated, group, model.device)
             draw = _Draw(torch.from_numpy(uniforms[group]).to(model.device), sampling)

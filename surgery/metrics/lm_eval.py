@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
+from surgery.forward.generation import plain_generation
 from surgery.metrics.metric import Metric
 
 
@@ -34,13 +35,14 @@ def evaluate(
 
     ``limit`` takes the first so many rows of each task, as lm-eval does; ``shots`` overrides a task's number of
     examples. An interval is the value plus or minus 1.96 of lm-eval's standard errors; where it gives none, it has no
-    width and the scorer says so. Task files and data come from where lm-eval gets them (mostly the hub).
+    width and the scorer says so. What a task generates follows the task's settings, not the checkpoint's. Task files
+    and data come from where lm-eval gets them (mostly the hub).
 
     Raises ``SurgeryError`` where lm-eval is not installed, knows no such task, or fails.
     """
     check_installed()
     lm_eval, wrapper = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
-    with evaluating(model):
+    with evaluating(model), plain_generation(model):
         try:
             held = wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = lm_eval.simple_evaluate(
