@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from recipes.bias_diff.dataset import of_files
 from surgery.cli import app
+from surgery.cli.score import _labels
 from surgery.data import mix as mixing
 from surgery.data import mixtures
 from surgery.data.mix import Source, mix, parse, sizes
+from surgery.data.rows import label_of, truth
 from surgery.errors import SurgeryError
 
 DATA = os.environ.get("SURGERY_DATA")
@@ -138,7 +141,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: Any) ->
         ({"spec": "nowhere.csv,share=1"}, "nowhere.csv: got no such file"),
         ({"spec": "BAD,colum=worse"}, "got 'colum=worse', expected key=value with a key of column"),
         ({"spec": "BAD,share=much"}, "share is 'much', expected a number"),
-        ({"spec": "BAD,biased=yes"}, "biased is 'yes', expected a true or false"),
+        ({"spec": "BAD,biased=perhaps"}, "biased is 'perhaps', expected a true or false"),
         ({"spec": "BAD,column=text,share=1"}, "line 3: no column 'text'; expected one of worse, kind"),
         ({"spec": "BAD,column=worse,group=type"}, "no column 'type'"),
         ({"first": "count=5", "second": "share=1"}, "some sources have a share and some have not"),
@@ -278,3 +281,17 @@ def test_the_real_files_give_the_paper_s_mixture(tmp_path: Path) -> None:
 def test_help_ends_in_examples() -> None:
     code, stdout, _ = surgery("data", "mix", "--help")
     assert code == 0 and "surgery data mix" in stdout[stdout.index("Examples:") :]
+
+
+@pytest.mark.parametrize("word, means", [("yes", True), ("No", False), (" TRUE ", True), ("0", False), ("1", True)])
+def test_a_label_means_the_same_to_every_reader(tmp_path: Path, word: str, means: bool) -> None:
+    """One parser: ``yes`` was a label to one command, refused by another and unknown to the third."""
+    file, data = tmp_path / "texts.jsonl", tmp_path / "probe.jsonl"
+    file.write_text(json.dumps({"text": "The nurse.", "biased": word}) + "\n")
+    data.write_text("".join(json.dumps({"text": f"He {n}.", "anti": f"She {n}."}) + "\n" for n in range(4)))
+    assert parse(f"{file},share=1,biased={word}").biased == means
+    assert _labels(file, "biased").tolist() == [means]
+    assert of_files(file, data, None, text="text", label="biased", seed=0).biased.tolist() == [means]  # type: ignore[union-attr]
+    with pytest.raises(SurgeryError, match=r"row 3: 'biased' is 'maybe', expected true or false \(yes or no, 1 or 0\)"):
+        label_of("maybe", "biased", "row 3")
+    assert truth(2) is None and truth(None) is None and truth(1.0) is True

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase
 
 from surgery.data.mixtures import Pair, deal, read_pairs
+from surgery.data.rows import label_of
 from surgery.data.texts import Example, table
 from surgery.edits.supervised import Row, encode_rows
 from surgery.errors import SurgeryError
@@ -84,18 +84,10 @@ def _texts(file: Path, text: str, label: str) -> tuple[tuple[str, ...], Bool[np.
             raise SurgeryError(f"{at}: {text!r} is {str(value)[:60]!r}, expected text that is not blank; mend that row")
         found.append(value)
         if label and label in row:
-            labels.append(_bool(row[label], label, at))
+            labels.append(label_of(row[label], label, at))
     if labels and len(labels) != len(found):
         raise SurgeryError(f"{file}: {len(labels)} of {len(found)} rows have {label!r}; label all of them, or none")
     return tuple(found), np.array(labels) if labels else None
-
-
-def _bool(value: Any, label: str, at: str) -> bool:
-    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-    key = value.lower() if isinstance(value, str) else value
-    if key not in known:
-        raise SurgeryError(f"{at}: {label!r} is {value!r}, expected true or false; name another column, or mend it")
-    return known[key]
 
 
 def _probe(path: Path) -> list[Pair]:

@@ -15,11 +15,10 @@ from surgery.attribution.index import Index, text_hash
 from surgery.attribution.select import Chosen, Comparison, Scores, compare, controls
 from surgery.attribution.source import Source
 from surgery.attribution.tfidf import similarity
+from surgery.data.rows import label_of
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
 from surgery.files.atomic import publish, temporary
-
-_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def rows_of(index: Index, data: Path, column: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -38,21 +37,13 @@ def rows_of(index: Index, data: Path, column: str) -> Iterator[tuple[int, str, d
 
 
 def labels_of(index: Index, data: Path, column: str, label: str) -> Chosen | None:
-    """Which rows are biased, by the column ``label`` (true or false, 1 or 0); None where there is no such column."""
+    """Which rows are biased, by the column ``label`` (``data.rows.truth``); None where there is no such column."""
     found = np.zeros(len(index), bool)
     for place, _, row in rows_of(index, data, column):
         if label not in row:
             return None
-        found[place] = truth(row, label, f"{data}, row {place}")
+        found[place] = label_of(row[label], label, f"{data}, row {place}")
     return found
-
-
-def truth(row: Mapping[str, Any], label: str, at: str) -> bool:
-    """Whether the column ``label`` of a row says true (1, yes); raises ``SurgeryError`` where it says neither."""
-    word = str(row.get(label)).strip().lower()
-    if word not in _WORDS:
-        raise SurgeryError(f"{at}: {label!r} is {row.get(label)!r}, expected true or false")
-    return _WORDS[word]
 
 
 def twin_scores(

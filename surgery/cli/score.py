@@ -175,10 +175,10 @@ def _labels(data: Path, label: str) -> Any:
     """Which rows are biased; refused where the file does not say."""
     import numpy as np
 
-    from surgery.attribution.report import truth
+    from surgery.data.rows import label_of
     from surgery.data.texts import table
 
-    return np.fromiter((truth(row, label, at) for at, row in table(data)), dtype=bool)
+    return np.fromiter((label_of(row.get(label), label, at) for at, row in table(data)), dtype=bool)
 
 
 def _at(texts: Iterator[str], places: list[int]) -> list[tuple[int, str]]:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from surgery.data.rows import truth
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_destination, publish, temporary
@@ -70,9 +71,10 @@ def parse(spec: str) -> Source:
 
 
 def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    found = truth(text)
+    if found is None:
         raise ValueError(text)
-    return text.lower() == "true"
+    return found
 
 
 def _named(kind: Any) -> str:

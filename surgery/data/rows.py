@@ -14,6 +14,28 @@ from surgery.errors import SurgeryError
 
 T = TypeVar("T")
 PARTS = ("train", "dev", "test")
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def truth(value: Any) -> bool | None:
+    """Whether a cell says true (1, yes) or false (0, no), in any case; None where it says neither.
+
+    >>> [truth(cell) for cell in (True, "No", " TRUE ", 0, 1.0, "maybe", None)]
+    [True, False, True, False, True, None, None]
+    """
+    if isinstance(value, float) and value in (0.0, 1.0):
+        value = int(value)
+    return _WORDS.get(str(value).strip().lower())
+
+
+def label_of(value: Any, column: str, at: str) -> bool:
+    """``truth`` of a label at ``at``; raises ``SurgeryError`` where the cell says neither true nor false."""
+    found = truth(value)
+    if found is None:
+        raise SurgeryError(
+            f"{at}: {column!r} is {value!r}, expected true or false (yes or no, 1 or 0); mend it, or another column"
+        )
+    return found
 
 
 def find_file(folder: str | Path, name: str) -> Path:
