@@ -5,7 +5,7 @@ result = hooks.influence(model, tokenizer, training_texts, probe)
 result.top(10)  # [(place in the data, score), ...]
 """
 
-from hooks.gradient_influence.examples import Learnt, Text
+from hooks.gradient_influence.examples import Text, WithTargets
 from hooks.gradient_influence.gradients import Gradient, Job, job
 from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers, left_out
 from hooks.gradient_influence.query import Probe, influence_probe
@@ -25,12 +25,12 @@ __all__ = [
     "Influence",
     "Job",
     "Layer",
-    "Learnt",
     "Moments",
     "Probe",
     "Projected",
     "Text",
     "TokenInfluence",
+    "WithTargets",
     "adam_moments",
     "check_texts",
     "combine",

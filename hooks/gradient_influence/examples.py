@@ -16,8 +16,8 @@ from hooks.tokens import text_tokens
 WINDOW = 2048  # texts that are sorted by length together; bounds what is held of an endless data set
 
 
-class Learnt(Protocol):
-    """Token ids of which those from `start` on are learnt, such as an answer behind its prompt."""
+class WithTargets(Protocol):
+    """Token ids of which those from `start` on are targets, such as an answer behind its prompt."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -26,7 +26,7 @@ class Learnt(Protocol):
     def start(self) -> int: ...
 
 
-Text = str | Sequence[int] | Learnt
+Text = str | Sequence[int] | WithTargets
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     start: int
 
     @property
-    def learnt(self) -> int:
+    def targets(self) -> int:
         """How many tokens have a loss."""
         return len(self.ids) - self.start
 
@@ -84,7 +84,7 @@ def rows(
         row = Row(place, ids[:cut], start)
         if not row.ids:
             raise HookError(f"{what} {place} has no tokens: {text!r}; leave it out")
-        if row.learnt < 1:
+        if row.targets < 1:
             raise HookError(
                 f"{what} {place} has {len(row.ids)} tokens and none to predict: {str(text)[:60]!r}; leave it out"
             )

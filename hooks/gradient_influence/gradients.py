@@ -205,8 +205,8 @@ def differentiate(
     device = inputs["input_ids"].device
     # The logits at place t - 1 predict token t.
     at = torch.tensor([n * width + t - 1 for n, row in enumerate(found) for t in range(row.start, len(row.ids))])
-    owner = torch.tensor([n for n, row in enumerate(found) for _ in range(row.learnt)])
-    share = torch.tensor([1.0 / row.learnt if work.loss == "mean" else 1.0 for row in found])
+    owner = torch.tensor([n for n, row in enumerate(found) for _ in range(row.targets)])
+    share = torch.tensor([1.0 / row.targets if work.loss == "mean" else 1.0 for row in found])
     at, owner, share = at.to(device), owner.to(device), share.to(device)
     wanted = inputs["input_ids"].flatten()[at + 1]
     scale = (share * torch.tensor(given, device=device))[owner]

@@ -28,7 +28,7 @@ class Influence(Readable):
 
     scores: cosines or dot products. norms: of the texts' gradients, after the optimiser. layers: what each layer
     adds to the score (they sum to it). losses: nats, reduced over the text's tokens as `settings["loss"]` says.
-    tokens: how many tokens of each text are learnt. first: place of the first text in the data.
+    tokens: how many tokens of each text are targets. first: place of the first text in the data.
     notes: what a reader must know. checkpoints: each one's own scores where several were combined.
     """
 
@@ -86,7 +86,7 @@ def influence(
         probe = hooks.influence_probe(model, tokenizer, biased_sentences)
         hooks.influence(model, tokenizer, training_texts, probe).top(10)
 
-    texts: strings, token ids, or objects with `ids` and `start`, from which on tokens are learnt.
+    texts: strings, token ids, or objects with `ids` and `start`, from which on tokens are targets.
     optimizer, moments: "less" is what Adam would do with the text's gradient, "frozen_v" divides it by Adam's root
         of v, both from `adam_moments`; see `Preconditioner`.
     normalise: "cosine" divides by the norm of the text's gradient (and see `Probe.scales`); "dot" (Eq. 6) does not.
@@ -244,7 +244,7 @@ def _in_order(
         layers=layers,
         layer_names=work.names,
         losses=np.concatenate([scored.losses for _, scored in found])[order],
-        tokens=np.array([row.learnt for row in members])[order],
+        tokens=np.array([row.targets for row in members])[order],
         settings=settings,
         first=min(row.place for row in members),
         notes=notes,
@@ -331,4 +331,4 @@ def _project(work: Job, batch: Batch, project: Project, prepared: Preconditioner
     # in the layers' own order, so that the sum has the same bits every time
     total = torch.stack([values[name].to(losses.device) for name in work.names]).sum(0)
     norms = torch.stack([squares[name].to(losses.device) for name in work.names]).sum(0).sqrt()
-    return Projected(tuple(row.place for row in members), total, norms, losses, tuple(row.learnt for row in members))
+    return Projected(tuple(row.place for row in members), total, norms, losses, tuple(row.targets for row in members))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.edits import debiasing
-from surgery.edits.supervised import Lora, Row, adapters, factors, learnt_batch, target_names, token_losses
+from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch, target_names, token_losses
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
@@ -31,7 +31,7 @@ OBJECTIVES = {
     "deep_soft_debias": "token cross-entropy; afterwards the embeddings through a network that flattens the bias",
 }
 
-# What a method adds to the cross-entropy of each row of a batch, of which the marked tokens are learnt.
+# What a method adds to the cross-entropy of each row of a batch, of which the marked tokens are targets.
 Term = Callable[
     [Float[Tensor, "batch pos vocab"], Batch, Bool[Tensor, "batch pos"]],
     Float[Tensor, " batch"],
@@ -96,10 +96,10 @@ def tune(
         names = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("cross_attention.")]
 
         def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor:
-            batch, learnt = learnt_batch(rows, chosen, device)
+            batch, target_mask = target_batch(rows, chosen, device)
             logits = called(**batch.inputs(), use_cache=False).logits
-            plain = token_losses(logits, batch.ids, learnt)
-            return plain if term is None else plain + method.weight * term(logits, batch, learnt)
+            plain = token_losses(logits, batch.ids, target_mask)
+            return plain if term is None else plain + method.weight * term(logits, batch, target_mask)
 
         rates = {name: method.module_rate for name in names if name.startswith("cross_attention.")}
         options: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "rates": rates}
@@ -190,7 +190,7 @@ def _term(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Me
             )
     else:
         ids = debiasing.word_forms(tokenizer, words)
-        yield lambda logits, _, learnt: debiasing.mention_loss(logits, ids, learnt)
+        yield lambda logits, _, target_mask: debiasing.mention_loss(logits, ids, target_mask)
 
 
 def _softened(

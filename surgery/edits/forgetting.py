@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from surgery.edits.block import Trained
-from surgery.edits.supervised import Lora, Row, fit, learnt_batch
+from surgery.edits.supervised import Lora, Row, fit, target_batch
 from surgery.edits.unlearning import losses as equations
 from surgery.errors import SurgeryError
 from surgery.forward.token_logprobs import token_log_probabilities
@@ -114,12 +114,12 @@ def _order(selected: int, kept: int, epochs: int, seed: int) -> list[tuple[int, 
 def token_logs(
     module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: torch.device
 ) -> tuple[Float[Tensor, "chosen pos"], Bool[Tensor, "chosen pos"]]:
-    """log P(token | tokens before) in nats of the learnt tokens of the rows numbered ``chosen``, else 0; and which."""
-    batch, learnt = learnt_batch(rows, chosen, device)
+    """log P(token | tokens before) in nats of the targets of the rows numbered ``chosen``, else 0; and which."""
+    batch, target_mask = target_batch(rows, chosen, device)
     logits = module(**batch.inputs(), use_cache=False).logits[:, :-1]
     # Flattened: the transposed form of cross_entropy has a hundred times the gradient error on a CPU.
     each = -cross_entropy(logits.float().flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-    scored = learnt[:, 1:]
+    scored = target_mask[:, 1:]
     return each.view(scored.shape) * scored, scored
 
 

@@ -32,7 +32,7 @@ from surgery.training import After, Log, Losses, Plan, train, trainable
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one example; those from ``start`` on (at least 1) are learnt."""
+    """Token ids of one example; those from ``start`` on (at least 1) are targets."""
 
     ids: tuple[int, ...]
     start: int
@@ -93,17 +93,17 @@ def encode_rows(
 
 
 def token_losses(
-    logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"], learnt: Bool[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"], target_mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
-    """The mean of -log P(token | tokens before) in nats over each row's learnt tokens (not none, nor the first)."""
-    scored = learnt[:, 1:]
+    """The mean of -log P(token | tokens before) in nats over each row's targets (not none, nor the first)."""
+    scored = target_mask[:, 1:]
     # Flat, since on a CPU the same loss of transposed logits has gradients that are wrong in the third digit.
     flat = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (flat.view_as(scored) * scored).sum(1) / scored.sum(1)
 
 
-def learnt_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
-    """The rows numbered ``chosen`` as one batch, and which of its tokens are learnt."""
+def target_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
+    """The rows numbered ``chosen`` as one batch, and which of its tokens are targets."""
     batch = pad([row.ids for row in rows], chosen, device)
     first = torch.tensor([rows[row].start for row in chosen], device=device)
     behind = torch.arange(batch.ids.shape[1], device=device)[None] >= first[:, None]
@@ -112,13 +112,13 @@ def learnt_batch(rows: Sequence[Row], chosen: Sequence[int], device: Any) -> tup
 
 def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], device: Any) -> Float[Tensor, " chosen"]:
     """``token_losses`` of the rows numbered ``chosen``, by one call of ``module`` (the model, or a wrapper)."""
-    batch, learnt = learnt_batch(rows, chosen, device)
-    return token_losses(module(**batch.inputs(), use_cache=False).logits, batch.ids, learnt)
+    batch, target_mask = target_batch(rows, chosen, device)
+    return token_losses(module(**batch.inputs(), use_cache=False).logits, batch.ids, target_mask)
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, rows: Sequence[Row], step: Advance | None = None) -> Float[np.ndarray, " rows"]:
-    """The loss of each row (nats, the mean over its learnt tokens) without training."""
+    """The loss of each row (nats, the mean over its targets) without training."""
     found = np.empty(len(rows))
     for chosen in batches_for(model, [row.ids for row in rows], tokens=logit_budget(model)):
         found[chosen] = row_losses(model, rows, chosen, model.device).double().cpu().numpy()

@@ -58,7 +58,7 @@ def head_inputs(model: PreTrainedModel, batch: Batch, places: Int[Tensor, " k"])
 
 
 def places_of(rows: Sequence[Row], width: int, *, last: bool = False) -> tuple[list[int], list[int]]:
-    """Flat positions in the padded batch of ``rows`` that predict their learnt tokens, and whose row each is.
+    """Flat positions in the padded batch of ``rows`` that predict their targets, and whose row each is.
 
     With ``last`` the position of each row's last token is one of them, although nothing follows it.
     """
@@ -74,7 +74,7 @@ def places_of(rows: Sequence[Row], width: int, *, last: bool = False) -> tuple[l
 def continuation_logp(
     logits: Float[Tensor, "k vocab"], rows: Sequence[Row], owner: Sequence[int]
 ) -> Float[Tensor, " rows"]:
-    """Summed log-probability (nats) of each row's learnt tokens; ``logits`` and ``owner`` as from ``places_of``."""
+    """Summed log-probability (nats) of each row's targets; ``logits`` and ``owner`` as from ``places_of``."""
     targets = torch.tensor([token for row in rows for token in row.ids[row.start :]], device=logits.device)
     logits = logits.float() if logits.dtype != torch.float64 else logits
     each = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)

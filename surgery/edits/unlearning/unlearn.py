@@ -78,19 +78,19 @@ def batch_losses(
             texts += [(item.triple, other(item.side)), (item.triple, item.side)]
         else:
             texts.append((item.triple, item.side))
-    learnt = [rows[triple][side] for triple, side in texts]
+    targeted = [rows[triple][side] for triple, side in texts]
     plain = [rows[item.triple][item.side] for item in unrelated]
-    batch = pad([row.ids for row in (*learnt, *plain)], range(len(learnt) + len(plain)), model.device)
+    batch = pad([row.ids for row in (*targeted, *plain)], range(len(targeted) + len(plain)), model.device)
     width = batch.ids.shape[1]
-    flat, owner = places_of(learnt, width)
+    flat, owner = places_of(targeted, width)
     whole, owner_of_whole = places_of(plain, width, last=True)
-    places = torch.tensor([*flat, *(len(learnt) * width + at for at in whole)], device=model.device)
+    places = torch.tensor([*flat, *(len(targeted) * width + at for at in whole)], device=model.device)
     streams = torch.cat([kept.stream[item.triple] for item in unrelated]) if unrelated else None
     logits = head_at(model, module, batch, places, streams)
     logits = logits if logits.dtype == torch.float64 else logits.float()
 
-    logp = continuation_logp(logits[: len(flat)], learnt, owner)
-    tokens = logp.new_tensor([len(row.ids) - row.start for row in learnt])
+    logp = continuation_logp(logits[: len(flat)], targeted, owner)
+    tokens = logp.new_tensor([len(row.ids) - row.start for row in targeted])
     reference = logp.new_tensor([kept.logp.get(text, math.nan) for text in texts])
     values, ratio = logp.new_zeros(len(items)), 0.0
     for role in {item.role for item in items}:
