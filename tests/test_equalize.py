@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.edits.equalize import divergence, equalize, hold_term, keep, losses_of, prepare, share_out, words_term
+from surgery.edits.equalize.target import among, imbalance
 from surgery.edits.equalize.terms import Term
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
@@ -44,6 +45,27 @@ def test_the_divergence_is_the_sum_written_out() -> None:
     # Tokens 0 and 1 kept: the rest is .55 against .6.
     expected = 0.35 * math.log(0.35 / 0.3) + 0.55 * math.log(0.55 / 0.6)
     assert float(divergence(keep(q.log(), [0, 1], 2), p.log())) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_gap_alone_counts_the_same_at_any_mass() -> None:
+    """Among words 1 and 3 of (.1, .3, .2, .4): (3/7, 4/7) against halves, and the same with their mass a tenth."""
+    expected = 0.5 * math.log(0.5 / (3 / 7)) + 0.5 * math.log(0.5 / (4 / 7))
+    for p in ([0.1, 0.3, 0.2, 0.4], [0.5, 0.03, 0.43, 0.04]):
+        logp = torch.tensor([p]).log()
+        wanted = among(share_out(logp, [1, 3]), [1, 3])
+        assert float(imbalance(wanted, logp, [1, 3])) == pytest.approx(expected, abs=1e-6)
+        assert float(imbalance(among(logp, [1, 3]), logp, [1, 3])) == pytest.approx(0, abs=1e-7)
+
+
+def test_emphasis_adds_the_gap_among_the_words(model: Any) -> None:
+    plain, more = (prepare(model, [words_term(PROMPTS, WORDS, emphasis=weight)]) for weight in (0.0, 2.0))
+    each = [(0, row) for row in range(4)]
+    apart = losses_of(model, model, more, each) - losses_of(model, model, plain, each)
+    logits = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in PROMPTS])
+    halves = torch.full((4, 2), math.log(0.5))
+    assert torch.allclose(apart, 2 * imbalance(halves, logits, WORDS), atol=1e-6)
+    held = prepare(model, [hold_term("held", HELD, words=WORDS, emphasis=3.0)])
+    assert float(losses_of(model, model, held, [(0, 0), (0, 1)]).abs().max()) < 1e-6
 
 
 @given(st.lists(st.floats(-8, 8), min_size=6, max_size=6), st.lists(st.floats(0.1, 5), min_size=2, max_size=4))

@@ -66,13 +66,17 @@ def divergence(target: Kept, logits: Float[Tensor, "places vocab"]) -> Float[Ten
     return (log_q.exp() * (log_q - torch.cat([logs, _log_rest(logs)], -1))).sum(-1)
 
 
+def among(log_q: Float[Tensor, "places vocab"], words: Sequence[int]) -> Float[Tensor, "places words"]:
+    """log of the distribution among ``words`` alone: log q(w_i) - log sum_j q(w_j)."""
+    return log_q[:, list(words)].log_softmax(-1)
+
+
 def imbalance(
-    logits: Float[Tensor, "places vocab"], words: Sequence[int], shares: Sequence[float]
+    wanted: Float[Tensor, "places words"], logits: Float[Tensor, "places vocab"], words: Sequence[int]
 ) -> Float[Tensor, " places"]:
-    """KL(shares || model's distribution among the words alone) in nats: the gap as such, however small the mass."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_s = logits.new_tensor(shares).log()
-    return (log_s.exp() * (log_s - logits[:, list(words)].log_softmax(-1))).sum(-1)
+    """KL(target || model) in nats among ``words`` alone (``wanted`` by ``among``): the gap, however small the mass."""
+    now = among(logits if logits.dtype == torch.float64 else logits.float(), words)
+    return (wanted.exp() * (wanted - now)).sum(-1)
 
 
 def _log_rest(logs: Float[Tensor, "places k"]) -> Float[Tensor, "places 1"]:

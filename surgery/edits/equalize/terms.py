@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.edits.equalize.target import TOP, Kept, check_shares, divergence, imbalance, keep, share_out
+from surgery.edits.equalize.target import TOP, among, check_shares, divergence, imbalance, keep, share_out
 from surgery.errors import SurgeryError
 
 Ids = Sequence[Sequence[int]]
 Target = tuple[Tensor, ...]
-POSITIONS = ("last", "all", "inner")
+SPANS = {"last": (-1, None), "all": (0, None), "inner": (0, -1)}
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,10 @@ def words_term(
     """
     chosen = check_shares(words, shares)
 
-    def target(logits: Float[Tensor, "places vocab"]) -> Target:
-        return keep(share_out(_log_softmax(logits), words, chosen), words, top)
+    def aim(logp: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
+        return share_out(logp, words, chosen)
 
-    places = tuple((len(row) - 1,) for row in ids)
-    whole = _mean_divergence(places)
-
-    def loss(logits: Float[Tensor, "places vocab"], kept: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
-        return whole(logits, kept, rows) + emphasis * imbalance(logits, words, chosen)
-
-    return Term(name, weight, ids, places, target, loss)
+    return _term(name, weight, ids, "last", aim, words, emphasis, top)
 
 
 def hold_term(
@@ -89,34 +83,43 @@ def hold_term(
     *,
     positions: str = "last",
     weight: float = 1.0,
-    always: Sequence[int] = (),
+    words: Sequence[int] = (),
+    emphasis: float = 0.0,
     top: int = TOP,
 ) -> Term:
     """KL(untouched || model): the mean over all positions of each text, the last one, or all but that (``inner``).
 
-    ``always`` are tokens that the kept part of the target holds although they may be unlikely: the compared words.
+    ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``.
     """
-    if positions not in POSITIONS:
-        raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(POSITIONS)}")
+    if positions not in SPANS:
+        raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(SPANS)}")
+    if emphasis and len(words) < 2:
+        raise SurgeryError(f"emphasis of {name}: got {emphasis:g} and {len(words)} words; expected at least 2 of them")
+    return _term(name, weight, ids, positions, lambda logp: logp, words, emphasis, top)
+
+
+def _term(
+    name: str,
+    weight: float,
+    ids: Ids,
+    positions: str,
+    aim: Callable[[Tensor], Tensor],
+    words: Sequence[int],
+    emphasis: float,
+    top: int,
+) -> Term:
+    places = tuple(tuple(range(len(row)))[slice(*SPANS[positions])] for row in ids)
 
     def target(logits: Float[Tensor, "places vocab"]) -> Target:
-        return keep(_log_softmax(logits), always, top)
+        log_q = aim((logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1))
+        return (*keep(log_q, words, top), *((among(log_q, words),) if emphasis else ()))
 
-    span = {"last": (-1, None), "all": (0, None), "inner": (0, -1)}[positions]
-    places = tuple(tuple(range(len(row)))[slice(*span)] for row in ids)
-    return Term(name, weight, ids, places, target, _mean_divergence(places))
-
-
-def _mean_divergence(places: Sequence[Sequence[int]]) -> Callable[[Tensor, Target, Sequence[int]], Tensor]:
-    def loss(logits: Float[Tensor, "places vocab"], target: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
-        kept: Kept = (target[0], target[1])
-        each = divergence(kept, logits)
+    def loss(logits: Float[Tensor, "places vocab"], kept: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
+        each = divergence((kept[0], kept[1]), logits)
+        if emphasis:
+            each = each + emphasis * imbalance(kept[2], logits, words)
         counts = torch.tensor([len(places[row]) for row in rows], device=each.device)
         owner = torch.repeat_interleave(torch.arange(len(rows), device=each.device), counts)
         return each.new_zeros(len(rows)).index_add(0, owner, each) / counts
 
-    return loss
-
-
-def _log_softmax(logits: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return Term(name, weight, ids, places, target, loss)

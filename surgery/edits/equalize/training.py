@@ -209,7 +209,7 @@ def equalize(
         len(examples),
         plan,
         seed=seed,
-        lora=_inside(model, names, lora) if lora else None,
+        lora=inside(model, names, lora) if lora else None,
         names=None if lora else names,
         state=state,
         log=log,
@@ -217,8 +217,11 @@ def equalize(
     )
 
 
-def _inside(model: PreTrainedModel, names: Sequence[str], lora: Lora) -> Lora:
-    """The same factors on those of its targets whose weights are among ``names``."""
+def inside(model: PreTrainedModel, names: Sequence[str], lora: Lora) -> Lora:
+    """The same factors on those of its targets whose weights are among ``names``, under their full names.
+
+    Raises ``SurgeryError`` where there is none.
+    """
     targets = [name for name in target_names(model, lora.targets) if f"{name}.weight" in set(names)]
     if not targets:
         raise SurgeryError("lora: none of its targets lies in the chosen blocks; choose other blocks or targets")

@@ -1,0 +1,91 @@
+"""The texts that equalising learns from, and those that it holds: the kinds of text that must not move."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from surgery.data import genbias, genhint, locality, neutral, shapes
+from surgery.data.genbias import shuffled
+from surgery.data.prompts import POSSESSIVES, PromptSet
+from surgery.errors import SurgeryError
+
+
+def of_people(prompts: PromptSet) -> bool:
+    """Whether the words are he, she or they, so that the grammar and the settled subjects are about them."""
+    return set(prompts.words.words) <= set(POSSESSIVES)
+
+
+def prompts_to_equalize(prompts: PromptSet, *, seed: int, split: str, own: int, count: int, each: int) -> list[str]:
+    """The prompt set's training prompts (``own`` of them; 0 for all), and its training subjects in ``count`` shapes.
+
+    So are people beyond the set. Each stands in ``each`` of the shapes; 0 leaves the shapes out.
+    """
+    rows = genbias.records(split, "train", seed, prompts)
+    found = [row.text for row in rows[: own or None]]
+    if each and of_people(prompts):
+        people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train")]
+        drawn = shapes.prompts(shapes.shapes("train", count, seed), people, each, seed=seed)
+        found += [row.text for row in drawn]
+    return list(dict.fromkeys(found))
+
+
+def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
+    """Hint prompts of the training professions: the set's own with every hint, and ``each`` of the grammar's."""
+    if not (prompts.hint_templates and prompts.words.hints):
+        return []
+    own = genhint.records("train", seed, both=True, prompts=prompts)
+    templates, words = shapes.hint_templates("train"), prompts.words.hints
+    people = [*dict.fromkeys(row.profession for row in own), *shapes.people("train")] if of_people(prompts) else []
+    more = []
+    for number, name in enumerate(people):
+        for turn in range(number * each, number * each + each):
+            text = shapes.fill(templates[turn % len(templates)], name)
+            more.append(text.replace("{hint}", words[(turn + turn // len(templates)) % len(words)]))
+    return list(dict.fromkeys([row.text for row in own] + more))
+
+
+def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str]:
+    """Things, plurals, gendered nouns, names and other pronouns: the training part of the locality suite.
+
+    Its subjects, and gendered nouns of the grammar's own, stand in ``each`` of the ``count`` shapes that are equalised
+    for professions, too, so that what differs is the subject alone.
+    """
+    if not of_people(prompts):
+        return []
+    rows = locality.records("train")
+    fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
+    templates = shuffled(fitting, seed)
+    kinds = ("things", "plurals", "gendered", "names")
+    subjects = dict.fromkeys((row.subject, row.kind) for row in rows if row.kind in kinds)
+    subjects |= dict.fromkeys((noun, "gendered") for noun in shapes.gendered())
+    found = [row.text for row in rows if "they" not in prompts.words.words or row.right != "they"]
+    for number, (subject, kind) in enumerate(subjects):
+        for turn in range(number * each, number * each + each):
+            template = templates[turn % len(templates)]
+            if kind == "names":
+                template = template.replace("The {subject}", "{subject}").replace("the {subject}", "{subject}")
+            found.append(template.replace("{subject}", subject))
+    return list(dict.fromkeys(found))
+
+
+def texts(file: str | Path) -> list[str]:
+    """Ordinary sentences, most with pronouns, and those of a user's file where there is one."""
+    return list(dict.fromkeys([*shapes.texts(), *(neutral.sentences(file) if file else [])]))
+
+
+def some(lines: Sequence[str], limit: int, seed: int) -> list[str]:
+    """``limit`` of the lines drawn by the seed, in their order; all for 0."""
+    if not limit or limit >= len(lines):
+        return list(lines)
+    drawn = np.random.default_rng(seed).choice(len(lines), size=limit, replace=False)
+    return [lines[place] for place in sorted(drawn.tolist())]
+
+
+def refuse_both(equalized: Sequence[str], held: Sequence[str], where: str) -> None:
+    """Raises ``SurgeryError`` for a text that would be held and equalised at once."""
+    both = next((text for text in held if text in set(equalized)), None)
+    if both is not None:
+        raise SurgeryError(
+            f"{where}: {both!r} is also a training prompt, whose next word is equalised; take it out of one of them"
+        )

@@ -1,0 +1,76 @@
+"""Three distances from what was trained on: the set's own templates, unseen ones, and other shapes of text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.equalize.dataset import of_people
+from surgery.data import genbias, shapes
+from surgery.data.genbias import Prompt
+from surgery.data.prompts import PromptSet
+from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import ResidualCache
+from surgery.forward.tokens import Ids, encode
+from surgery.metrics import genbias as genbias_metric
+from surgery.metrics.suite import Material, measure, plain
+from surgery.progress import Progress
+
+UNSEEN = 60  # templates of the test part
+EACH = {"unseen templates": 3, **dict.fromkeys(shapes.OTHERS, 1)}
+
+
+@dataclass
+class Measuring:
+    """The suites, and prompts further and further from the training ones; streams before an edit are kept."""
+
+    model: PreTrainedModel
+    asked: Material
+    far: dict[str, tuple[list[Prompt], Ids]]
+    words: Sequence[int]
+    progress: Progress
+    keep: Sequence[int] = ()
+    streams: dict[str, dict[int, ResidualCache]] = field(default_factory=dict)
+    suites: dict[int, dict[str, ResidualCache]] = field(default_factory=dict)
+
+    def scores(self, label: str, start: int = 0) -> dict[str, Any]:
+        """Every score as plain values; from the kept streams entering block ``start`` where there are any.
+
+        Streams are kept by the measurement without a start, which is that of the model before any edit.
+        """
+        keep = () if start else self.keep
+        found = measure(
+            self.model,
+            self.asked,
+            keep=keep,
+            prefixes=self.suites.get(start),
+            progress=self.progress,
+            label=label,
+        )
+        self.suites |= found.prefixes
+        values = plain(found.scores)
+        far: dict[str, Any] = {}
+        with self.progress.work(f"{label}, other shapes", sum(len(rows) for rows, _ in self.far.values())) as step:
+            for kind, (rows, ids) in self.far.items():
+                kept = self.streams.get(kind, {})
+                seen = next_words(self.model, ids, self.words, keep=keep, prefix=kept.get(start), step=step)
+                self.streams.setdefault(kind, {}).update(seen.prefixes)
+                table = genbias_metric.score(seen.probabilities, rows, data=f"{kind}, professions unseen")
+                far[kind] = {name: plain(scales["all"]) for name, scales in table.items()}
+        return values | ({"distances": far} if far else {})
+
+
+def distances(
+    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, seed: int, part: str = "test"
+) -> dict[str, tuple[list[Prompt], Ids]]:
+    """Prompts of ``part`` whose templates and people training never sees, and kinds of text that it never sees."""
+    if not of_people(prompts):
+        return {}
+    own = dict.fromkeys(row.profession for row in genbias.records("profession", part, seed, prompts))
+    people = [*own, *shapes.people(part)]
+    fill = partial(shapes.prompts, subjects=people)
+    found = {"unseen templates": fill(shapes.shapes(part, UNSEEN), each=EACH["unseen templates"])}
+    found |= {kind: fill(shapes.others(kind, part), each=EACH[kind]) for kind in shapes.OTHERS}
+    return {kind: (rows, encode(tokenizer, [row.text for row in rows])) for kind, rows in found.items()}

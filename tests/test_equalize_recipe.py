@@ -1,0 +1,132 @@
+"""The recipe equalize on a tiny checkpoint: the folder it leaves, what it trains on and measures, what it refuses."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import state
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import surgery
+from recipes import equalize
+from recipes.equalize import dataset, measuring
+from recipes.equalize.work import blocks_of
+from surgery.data import genbias, genhint, neutral, shapes
+from surgery.data.prompts import WordSet, load_prompt_set
+from surgery.errors import SurgeryError
+
+QUICK = {"lr": 3e-3, "epochs": 1, "batch_size": 128, "each": 2, "shapes": 100, "controls": []}
+QUICK |= {"hints": 100, "settled": 300, "block": [2, 3]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama that knows every word of the training and test prompts, so that no two of them look alike."""
+    path, prompts = tmp_path_factory.mktemp("models") / "tiny", load_prompt_set()
+    texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
+    texts += neutral.sentences() + shapes.texts() + dataset.settled(prompts, seed=0, count=100, each=2)
+    texts += dataset.hints(prompts, seed=0, each=4)
+    for part in ("train", "test"):
+        texts += [text.replace("{subject}", "") for text in shapes.shapes(part, 100)] + list(shapes.people(part))
+    texts += [text for kind in shapes.OTHERS for text in shapes.others(kind, "test")]
+    found = sorted({piece for text in texts for piece in re.findall(r"\w+|[^\w\s]+", text)} | {"he", "she", "they"})
+    vocabulary = {"<pad>": 0, "<unk>": 1} | {word: place for place, word in enumerate(found, 2)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=len(vocabulary), initializer_range=0.3, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def operate(checkpoint: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    ready = equalize.Settings(**({"model": str(checkpoint)} | QUICK | settings))
+    before = state(model)
+    found = equalize.run(model, tokenizer, ready, out=out).summary
+    assert state(model) == before
+    return found
+
+
+def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
+    """Each term has its texts, LFTF stands beside the edit, three distances are measured before and after."""
+    summary = operate(checkpoint, tmp_path / "run", controls=["lftf"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
+    assert set(summary["edit"]["terms"]) == {"words", "hints", "settled", "texts"}
+    assert summary["edit"]["terms"]["hints"] == 100
+    assert summary["edit"]["blocks"] == [2, 3]
+    assert summary["controls"]["lftf"]["edit"]["blocks"] == [3]
+    for when in (summary["before"], summary["after"], summary["controls"]["lftf"]["after"]):
+        assert set(when["distances"]) == {"unseen templates", *shapes.OTHERS}
+        assert when["genbias"]["relative_gap"]["all"]["n"] == 945
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "unseen templates" in page
+    assert "Beside it, lftf" in page
+
+
+def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:
+    given = {"method": "lora", "words": ["he", "she", "they"], "shares": [0.4, 0.4, 0.2], "split": "profession"}
+    summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, **given)
+    assert summary["delta"]["kind"] == "lora"
+    assert summary["shares"] == [0.4, 0.4, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shares": [0.5, 0.6]}, "shares: got .0.5, 0.6. .sum 1.1. for 2 words"),
+        ({"words": ["he", "she or"]}, "word 'she or'"),
+        ({"controls": ["other"]}, "controls: got 'other', expected some of lftf, random, no_hold"),
+        ({"block": [9]}, "blocks 0 to 3"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        operate(checkpoint, tmp_path / "run", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("The sun is hot.\n" + genbias.records("profession", "train")[3].text + "\n")
+    with pytest.raises(SurgeryError, match=r"mine\.txt: 'The .* because' is also a training prompt"):
+        operate(checkpoint, tmp_path / "run", hold_file=str(file))
+
+
+def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
+    """Of the set's own templates other professions, of the distances other people and other templates."""
+    prompts, (_, tokenizer) = load_prompt_set(), surgery.load(checkpoint, device="cpu")
+    given = {"seed": 0, "split": "profession", "own": 0, "count": 400, "each": 8}
+    trained = set(dataset.prompts_to_equalize(prompts, **given))  # type: ignore[arg-type]
+    assert len(trained) > 2500
+    held = set(dataset.hints(prompts, seed=0, each=2)) | set(dataset.settled(prompts, seed=0, count=400, each=2))
+    tested = {row.text for row in genbias.records("profession", "test")}
+    for rows, _ in measuring.distances(tokenizer, prompts, 0).values():
+        tested |= {row.text for row in rows}
+    assert not tested & (trained | held)
+    assert not trained & held
+
+
+def test_a_set_about_other_words_has_no_shapes_about_people() -> None:
+    prompts = load_prompt_set("race")
+    assert dataset.settled(prompts, seed=0, count=100, each=2) == []
+    rows = genbias.records("profession", "train", 0, prompts)
+    found = dataset.prompts_to_equalize(prompts, seed=0, split="profession", own=0, count=100, each=4)
+    assert len(found) == len(rows)
+    assert dataset.of_people(load_prompt_set())
+    assert WordSet(("he", "they")).hints == ("his", "their")
+
+
+def test_the_upper_blocks() -> None:
+    assert blocks_of("upper", 30, 0) == tuple(range(20, 28))
+    assert blocks_of("upper", 18, 0) == tuple(range(12, 17))
+    assert blocks_of("upper", 2, 0) == (1,)
+    assert blocks_of([1], 4, 0) == (1,)
