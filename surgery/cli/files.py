@@ -14,12 +14,15 @@ from surgery.errors import SurgeryError
     epilog=examples(
         "surgery apply delta.safetensors ./checkpoint --out ./edited",
         "surgery apply delta.safetensors ./checkpoint --out ./half --scale 0.5 --rounding stochastic --seed 7",
+        "surgery apply delta.safetensors model.gguf --out edited.gguf --touched-type Q8_0",
     )
 )
 def apply(
     delta: Annotated[Path, typer.Argument(help="The delta file.")],
     checkpoint: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option("--out", help="The new checkpoint directory; must not exist.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The new directory, or the .gguf file of a GGUF checkpoint; must not exist.")
+    ],
     scale: Annotated[float, typer.Option("--scale", help="Multiply the difference; -1 subtracts it.")] = 1.0,
     rounding: Annotated[
         str, typer.Option("--rounding", help="nearest, stochastic, or auto: as the delta was measured.")
@@ -33,6 +36,9 @@ def apply(
     tied: Annotated[str | None, typer.Option("--tied", help="embed, head or both, if tying differs.")] = None,
     vocabulary: Annotated[str, typer.Option("--vocabulary", help="refuse, or first rows only.")] = "refuse",
     rename: Annotated[str | None, typer.Option("--rename", help="OLD=NEW prefix of tensor names.")] = None,
+    touched_type: Annotated[
+        str | None, typer.Option("--touched-type", help="GGUF: write the touched matrices as this, such as Q8_0.")
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -40,10 +46,28 @@ def apply(
     from surgery.apply import apply as apply_to
     from surgery.progress import Progress
 
+    if out.suffix == ".gguf":
+        if link or rename is not None or vocabulary != "refuse":
+            raise SurgeryError(
+                "--link, --rename and --vocabulary are for directories; leave them out with a .gguf file"
+            )
+        options: dict[str, Any] = {
+            "rounding": rounding,
+            "scale": scale,
+            "seed": seed or 0,
+            "force": force,
+            "tied": tied,
+        }
+        _apply_gguf(
+            delta, checkpoint, out, options | {"undo": undo_kind, "touched_type": touched_type}, Progress(quiet)
+        )
+        return
+    if touched_type is not None:
+        raise SurgeryError("--touched-type is for GGUF files; give --out a name that ends in .gguf")
     if rename is not None and "=" not in rename:
         raise SurgeryError(f"--rename {rename!r}: expected OLD=NEW, for example --rename model.=language_model.model.")
     pair = tuple(rename.split("=", 1)) if rename is not None else None
-    options: dict[str, Any] = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
+    options = {"rename": pair, "tied": tied, "vocabulary": vocabulary, "undo": undo_kind}
     options |= {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "link": link}
     report = apply_to(delta, local(checkpoint), out, **options)
     progress = Progress(quiet)
@@ -56,18 +80,43 @@ def apply(
     )
 
 
-@command(epilog=examples("surgery undo ./edited --out ./original"))
+def _apply_gguf(delta: Path, checkpoint: str, out: Path, options: dict[str, Any], progress: Any) -> None:
+    from surgery.apply.gguf import apply_gguf
+
+    source = Path(checkpoint).expanduser()
+    if checkpoint == "demo":
+        from surgery.checkpoints import demo_gguf
+
+        source = demo_gguf()
+    elif source.suffix != ".gguf":
+        raise SurgeryError(
+            f"{checkpoint}: --out {out.name} needs a .gguf file to edit; name a directory as --out instead"
+        )
+    report = apply_gguf(delta, source, out, **options)
+    for note in report.notes:
+        progress.say(note)
+    types = sorted({change.after for change in report.tensors})
+    changed, entries = (sum(getattr(change, key) for change in report.tensors) for key in ("changed", "entries"))
+    print(
+        f"{report.out}: {changed:,} of {entries:,} entries of {len(report.tensors)} tensors changed, written as "
+        f"{', '.join(types)} ({report.rounding}); {report.bytes - report.bytes_before:+,} bytes; distance to the base "
+        f"{report.distance:.4f} at {report.farthest} ({report.verdict})"
+    )
+
+
+@command(epilog=examples("surgery undo ./edited --out ./original", "surgery undo edited.gguf --out original.gguf"))
 def undo(
-    checkpoint: Annotated[Path, typer.Argument(help="A directory that surgery apply wrote.")],
-    out: Annotated[Path, typer.Option("--out", help="The new directory; must not exist.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A directory or GGUF file that surgery apply wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The new directory or file; must not exist.")],
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Give back the original checkpoint, byte for byte."""
     from surgery.apply import undo as undo_to
+    from surgery.apply.gguf_undo import undo_gguf
 
-    report = undo_to(checkpoint, out)
-    print(f"{report.out}: restored")
+    place = undo_gguf(checkpoint, out) if checkpoint.suffix == ".gguf" else undo_to(checkpoint, out).out
+    print(f"{place}: restored")
 
 
 @command(

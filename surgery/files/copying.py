@@ -89,7 +89,7 @@ def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
         try:
             size = os.fstat(fd_in).st_size
             if not _clone(fd_in, fd_out):
-                _copy(fd_in, fd_out, size, seen)
+                copy_range(fd_in, fd_out, size, seen)
             else:
                 seen(size)
         finally:
@@ -111,26 +111,27 @@ def _clone(fd_in: int, fd_out: int) -> bool:
     return True
 
 
-def _copy(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None]) -> None:
+def copy_range(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None], *, start: int = 0, at: int = 0) -> None:
+    """Copy `size` bytes from byte `start` to byte `at`, inside the kernel where it can."""
     done, in_kernel = 0, sys.platform == "linux"
     while done < size:
         count = min(PIECE, size - done)
         if in_kernel:
             try:
-                moved = os.copy_file_range(fd_in, fd_out, count, done, done)
+                moved = os.copy_file_range(fd_in, fd_out, count, start + done, at + done)
             except OSError as error:
                 if error.errno not in _NO_CLONE:
                     raise
                 in_kernel = False
                 continue
         else:
-            moved = os.pwrite(fd_out, os.pread(fd_in, min(count, 4 * 2**20), done), done)
+            moved = os.pwrite(fd_out, os.pread(fd_in, min(count, 4 * 2**20), start + done), at + done)
         if moved == 0:
-            raise SurgeryError(f"a source file became shorter while it was copied (at byte {done} of {size})")
+            raise SurgeryError(f"a source file became shorter while it was copied (at byte {start + done})")
         # Begin to write this piece to the disk now, not at the fsync: Linux starts the write-back of dirty
         # pages that it is told will not be needed, and keeps them until they are written.
         if sys.platform == "linux":
-            os.posix_fadvise(fd_out, done, moved, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd_out, at + done, moved, os.POSIX_FADV_DONTNEED)
         done += moved
         seen(moved)
 

@@ -1,0 +1,261 @@
+"""Which tensors of a GGUF file a delta changes, and how the file lays their rows out; whatever is refused, is here."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from surgery.apply.plan import Tied
+from surgery.delta.differences import Differences
+from surgery.delta.metadata import unpack_sketch
+from surgery.errors import SurgeryError
+from surgery.files import weight_fingerprint as sketch
+from surgery.files.architecture import differences, is_embedding, is_head
+from surgery.files.gguf import SUBSTITUTE, WRITABLE, GgufFile, GgufTensor, read_rows, row_groups
+from surgery.files.rounding import refuse_not_finite
+from surgery.files.safetensors_io import open_regular, read_exactly
+from surgery.files.tensor_names import is_vocabulary
+
+# model_type of a config.json where the GGUF architecture is not the same word without _ and -
+_ARCHITECTURES = {
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "phi": "phi2", "gpt_bigcode": "starcoder",
+    "gemma3n_text": "gemma3n", "qwen3_5_text": "qwen35", "llama4_text": "llama4", "cohere": "commandr",
+}  # fmt: skip
+_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", "model."))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to change. layout: how the file orders the base's rows (`_orders`); kind: the type to write."""
+
+    tensor: GgufTensor
+    sources: tuple[str, ...]
+    layout: str
+    order: np.ndarray | None
+    kind: str
+    sha256: str
+    distance: float
+
+    @property
+    def bytes(self) -> int:
+        return type_bytes(self.kind, self.tensor.shape)
+
+    def difference(self, delta: Differences) -> Callable[[int, int], np.ndarray]:
+        """(start, stop) -> the differences fp32 [stop - start, columns] of those rows as the file orders them."""
+        rows, columns = self.tensor.rows, self.tensor.shape[-1]
+
+        def read(start: int, stop: int) -> np.ndarray:
+            parts = [delta.read(name, start * columns, stop * columns) for name in self.sources]
+            return np.sum(parts, axis=0, dtype=np.float32).reshape(stop - start, columns)
+
+        if self.layout == "plain":
+            return read
+        whole = read(0, rows)
+        whole = whole.reshape(columns, rows).T if self.layout == "transposed" else whole[self.order]
+        return lambda start, stop: whole[start:stop]
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    targets: tuple[Target, ...]
+    farthest: str
+    distance: float
+    verdict: str
+    notes: tuple[str, ...]
+
+
+def type_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return math.prod(shape) // block * size
+
+
+def make_plan(
+    delta: Differences,
+    file: GgufFile,
+    *,
+    force: bool = False,
+    tied: Tied | None = None,
+    touched_type: str | None = None,
+) -> GgufPlan:
+    """Check everything by reading.
+
+    Raises:
+        SurgeryError: kind, architecture, names, shapes, tying, types, NaN, or weights that are not the base's.
+    """
+    if delta.metadata["kind"] == "module":
+        raise SurgeryError(f"{file.path}: this delta is of kind 'module' (new parts), which a GGUF file cannot hold")
+    if touched_type is not None and touched_type not in WRITABLE:
+        raise SurgeryError(f"touched type {touched_type!r}: expected one of {', '.join(WRITABLE)}")
+    _check_architecture(delta, file)
+    names = _names(delta, file, tied)
+    for name, shape in delta.shapes.items():
+        for start in range(0, math.prod(shape), 2**20):
+            refuse_not_finite(delta.read(name, start, min(start + 2**20, math.prod(shape))), name, "the delta")
+    targets, notes = [], []
+    fd = open_regular(file.path)
+    try:
+        for name, sources in names.items():
+            tensor = file.tensors[name]
+            kind = _kind(tensor, touched_type, file)
+            if kind != tensor.type:
+                notes.append(_swap_note(tensor, kind, chosen=touched_type is not None))
+            if type_bytes(kind, tensor.shape) != tensor.end - tensor.begin:
+                _refuse_odd_padding(file, fd, tensor)
+            layout, order, sha, gap = _find_layout(delta, file, fd, tensor, sources[0])
+            targets.append(Target(tensor, sources, layout, order, kind, sha, gap))
+    finally:
+        os.close(fd)
+    distances = {target.tensor.name: target.distance for target in targets}
+    shapes = {target.tensor.name: target.tensor.shape for target in targets}
+    sketch.refuse_unrelated(distances, shapes, str(file.path), force)
+    farthest, gap = sketch.judged(distances, shapes)
+    return GgufPlan(tuple(targets), farthest, gap, sketch.verdict(gap), tuple(notes))
+
+
+def _refuse_odd_padding(file: GgufFile, fd: int, tensor: GgufTensor) -> None:
+    if any(read_exactly(fd, tensor.end, file.rooms[tensor.name] - tensor.end, file.path)):
+        raise SurgeryError(
+            f"{file.path}: the bytes behind {tensor.name!r} are not the zeros that the format has there; it can be "
+            "edited in its own type only"
+        )
+
+
+def _swap_note(tensor: GgufTensor, kind: str, *, chosen: bool) -> str:
+    cost = type_bytes(kind, tensor.shape) - (tensor.end - tensor.begin)
+    why = "" if chosen else f", since the gguf library cannot write {tensor.type}"
+    return f"{tensor.name}: {tensor.type} becomes {kind}{why} ({cost:+,} bytes)"
+
+
+def _check_architecture(delta: Differences, file: GgufFile) -> None:
+    base = delta.metadata["architecture"]
+    model = str(base.get("model_type", ""))
+    wanted = _ARCHITECTURES.get(model, model.replace("_", "").replace("-", ""))
+    if wanted != file.architecture.replace("_", "").replace("-", ""):
+        raise SurgeryError(
+            f"{file.path}: holds a {file.architecture!r} model, the delta's base is {model!r}; it cannot fit"
+        )
+    odd = differences(base, file.facts)
+    theta, rope = file.keys.get(f"{file.architecture}.rope.freq_base"), base.get("rope") or {}
+    stated = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if isinstance(theta, int | float) and isinstance(stated, int | float) and abs(theta - stated) > 1e-5 * abs(stated):
+        odd.append(f"rope theta: the delta's base has {stated}, the target {theta}")
+    if odd:
+        raise SurgeryError(f"{file.path}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
+
+
+def _names(delta: Differences, file: GgufFile, tied: Tied | None) -> dict[str, tuple[str, ...]]:
+    """{tensor of the file: the delta's tensors to add}, by the gguf library's tables."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
+    if arch is None:
+        raise SurgeryError(f"{file.path}: architecture {file.architecture!r} is unknown to the gguf library; update it")
+    table = get_tensor_name_map(arch, int(file.facts.get("layers", 0)))
+    base_tied, here_tied = bool(delta.metadata["architecture"].get("tied")), bool(file.facts["tied"])
+    found: dict[str, tuple[str, ...]] = {}
+    for name in delta.shapes:
+        if is_vocabulary(name) and base_tied != here_tied:
+            for target in _untied(file, name, base_tied, tied):
+                found[target] = (*found.get(target, ()), name)
+            continue
+        spelled = [name] + [new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old)]
+        mapped = filter(None, (table.get_name(text, (".weight", ".bias")) for text in spelled))
+        wanted = "token_embd.weight" if is_vocabulary(name) and here_tied else next(mapped, "")
+        if wanted not in file.tensors:
+            what = f"{wanted!r}, which {name!r} is there" if wanted else f"a place for {name!r} in the library's table"
+            experts = " (experts lie in one tensor there)" if ".experts." in name else ""
+            raise SurgeryError(f"{file.path}: holds no {what}{experts}; apply the delta before converting to GGUF")
+        found[wanted] = (*found.get(wanted, ()), name)
+    return found
+
+
+def _untied(file: GgufFile, name: str, base_tied: bool, tied: Tied | None) -> list[str]:
+    if tied is None:
+        one, two = ("the delta's base", "the file") if base_tied else ("the file", "the delta's base")
+        raise SurgeryError(
+            f"{file.path}: embedding and head are one tensor in {one} and two in {two} ({name}); say which with --tied "
+            "embed, head or both"
+        )
+    if base_tied:
+        wanted = {"embed": ["token_embd.weight"], "head": ["output.weight"]}
+        return wanted.get(tied, ["token_embd.weight", "output.weight"])
+    test = {"embed": is_embedding, "head": is_head}.get(tied, is_vocabulary)
+    return ["token_embd.weight"] if test(name) else []
+
+
+def _kind(tensor: GgufTensor, chosen: str | None, file: GgufFile) -> str:
+    vector = len(tensor.shape) == 1
+    kind = chosen if chosen and not vector else tensor.type
+    kind = kind if kind in WRITABLE else SUBSTITUTE.get(kind, "")
+    if not kind:
+        raise SurgeryError(f"{file.path}: {tensor.name!r} is {tensor.type}, which holds no weights that can be edited")
+    if kind not in ("F16", "BF16", "F32") and tensor.shape[-1] % 32:
+        raise SurgeryError(f"{file.path}: {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of 32 for {kind}")
+    return kind
+
+
+def _find_layout(
+    delta: Differences, file: GgufFile, fd: int, tensor: GgufTensor, source: str
+) -> tuple[str, np.ndarray | None, str, float]:
+    """(layout, order of the base's rows, sha256 of the stored bytes, distance): the layout that lies nearest the base.
+
+    llama.cpp's converter interleaves the halves of each head's rows of query and key where rotary positions go in
+    pairs, transposes GPT-2's Conv1D, and adds 1 to Gemma's norms; which of it was done is seen from the weights.
+    """
+    shape, base = delta.shapes[source], delta.metadata["tensors"][source]
+    rows, columns = tensor.rows, tensor.shape[-1]
+    digest, plain, shifted = hashlib.sha256(), sketch.Sketcher(), sketch.Sketcher()
+    vector = len(tensor.shape) == 1
+    for start, stop in row_groups(tensor):
+        raw, values = read_rows(file, fd, tensor, start, stop)
+        digest.update(raw)
+        refuse_not_finite(values, tensor.name, str(file.path))
+        plain.feed(values.reshape(-1))
+        if vector:
+            shifted.feed(values.reshape(-1) - 1)
+
+    def gap(sketcher: sketch.Sketcher) -> float:
+        sums, norm = sketcher.finish()
+        return sketch.distance(sums, norm, unpack_sketch(base["sketch"]), base["norm"])
+
+    candidates: list[tuple[float, str, np.ndarray | None]] = []
+    if math.prod(shape) == rows * columns and (vector or shape[-1] == columns):
+        candidates.append((gap(plain), "plain", None))
+        if vector:
+            candidates.append((gap(shifted), "plain", None))
+    for layout, order in _orders(file, tensor, shape):
+        if candidates and min(candidates)[0] <= sketch.RELATED:
+            break
+        whole = read_rows(file, fd, tensor, 0, rows)[1]
+        back = whole.T if order is None else whole[np.argsort(order)]
+        other = sketch.Sketcher()
+        other.feed(np.ascontiguousarray(back).reshape(-1))
+        candidates.append((gap(other), layout, order))
+    if not candidates:
+        raise SurgeryError(f"{file.path}: {tensor.name!r} is {list(tensor.shape)}, the delta's base {list(shape)}")
+    distance, layout, order = min(candidates, key=lambda found: found[0])
+    if vector and distance > sketch.DISTANT:
+        raise SurgeryError(
+            f"{file.path}: {tensor.name!r} lies {distance:.2f} of its norm from the base; not the same part"
+        )
+    return layout, order, digest.hexdigest(), distance
+
+
+def _orders(file: GgufFile, tensor: GgufTensor, shape: tuple[int, ...]) -> list[tuple[str, np.ndarray | None]]:
+    """The other layouts that may be: row i of the file is row order[i] of the base."""
+    found: list[tuple[str, np.ndarray | None]] = []
+    heads = file.facts.get("kv_heads" if ".attn_k." in tensor.name else "heads", 0)
+    same = tuple(shape) == tensor.shape
+    rotary = ".attn_q." in tensor.name or ".attn_k." in tensor.name
+    if same and rotary and heads and len(shape) == 2 and shape[0] % (2 * heads) == 0:
+        order = np.arange(shape[0]).reshape(heads, 2, shape[0] // heads // 2).swapaxes(1, 2).reshape(-1)
+        found.append(("rope", order))
+    if len(shape) == 2 and tuple(reversed(shape)) == tensor.shape:
+        found.append(("transposed", None))
+    return found

@@ -1,0 +1,223 @@
+"""A delta onto a GGUF file: llama.cpp's own library writes the files, and transformers and the library read them."""
+
+import filecmp
+import struct
+
+import deltakit as kit
+import gguf
+import numpy as np
+import pytest
+
+from surgery import SurgeryError
+from surgery.apply.gguf import RECORD, apply_gguf
+from surgery.apply.gguf_undo import undo_gguf
+from surgery.files.gguf import SUBSTITUTE, WRITABLE, open_gguf, quantise
+
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 40}
+K = "model.layers.0.self_attn.k_proj.weight"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def permuted(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    return matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
+
+
+def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignment=None, **keys):
+    """What llama.cpp's converter would write of a llama with 4 heads and 2 key heads; vectors stay F32."""
+    writer = gguf.GGUFWriter(path, arch)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    numbers = {"block_count": 2, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 4,
+               "attention.head_count_kv": 2, "attention.key_length": 16} | keys  # fmt: skip
+    for key, value in numbers.items():
+        writer.add_uint32(key if "split" in key else f"{arch}.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(40)])
+    for name, tensor in tensors.items():
+        matrix = tensor.float().numpy()
+        stem = name.removesuffix(".weight")
+        if interleaved and ("q_proj" in name or "k_proj" in name):
+            matrix = permuted(matrix, 4 if "q_proj" in name else 2)
+        flat = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+        if stem in flat:
+            target = flat[stem]
+        else:
+            _, _, layer, part = stem.split(".", 3)
+            target = f"blk.{layer}.{NAMES[part]}"
+        raw = gguf.GGMLQuantizationType.F32 if matrix.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{target}.weight", gguf.quantize(matrix, raw), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def read(path):
+    """{name: fp32 array} through the library."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        found[tensor.name] = gguf.dequantize(np.array(tensor.data), tensor.tensor_type)
+    return found
+
+
+@pytest.fixture
+def base(tmp_path):
+    tensors = kit.weights(**SIZE)
+    return kit.save(tmp_path / "base", tensors, **SIZE), tensors
+
+
+TOUCHED = {kit.Q: "blk.1.attn_q", K: "blk.0.attn_k", GATE: "blk.1.ffn_gate", kit.NORM: "blk.1.attn_norm"}
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "Q4_0"])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_touched_tensors_are_what_the_library_makes_of_the_sum(tmp_path, base, kind, interleaved):
+    folder, tensors = base
+    source = write(tmp_path / "m.gguf", tensors, kind, interleaved=interleaved)
+    delta = kit.edit(folder, tuple(TOUCHED), size=0.3)
+    report = apply_gguf(delta, source, tmp_path / "e.gguf", rounding="nearest")
+    before, after = read(source), read(tmp_path / "e.gguf")
+    for name, place in TOUCHED.items():
+        difference = delta.tensors[name]
+        if interleaved and name in (kit.Q, K):
+            difference = permuted(difference, 4 if name == kit.Q else 2)
+        stored = gguf.GGMLQuantizationType.F32 if difference.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        old = before[f"{place}.weight"]
+        wanted = gguf.dequantize(gguf.quantize(old + difference.reshape(old.shape), stored), stored)
+        assert np.array_equal(after[f"{place}.weight"], wanted), name
+    assert report.bytes == report.bytes_before and not report.notes
+    touched = {f"{place}.weight" for place in TOUCHED.values()}
+    assert all(np.array_equal(after[name], before[name]) for name in before.keys() - touched)
+    old, new = source.read_bytes(), (tmp_path / "e.gguf").read_bytes()
+    for name, tensor in open_gguf(source).tensors.items():
+        if name in touched:
+            old, new = (raw[: tensor.begin] + raw[tensor.end :].rjust(len(raw) - tensor.begin) for raw in (old, new))
+    assert old == new, "a byte outside the touched tensors changed"
+    undo_gguf(tmp_path / "e.gguf", tmp_path / "back.gguf")
+    assert filecmp.cmp(source, tmp_path / "back.gguf", shallow=False)
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("Q4_1", "Q8_0"), ("F16", "Q4_0"), ("Q4_0", "F32")])
+@pytest.mark.parametrize("alignment", [None, 256])
+def test_another_type_moves_what_stands_behind(tmp_path, base, kind, chosen, alignment):
+    folder, tensors = base
+    source = write(tmp_path / "m.gguf", tensors, kind, alignment=alignment)
+    delta = kit.edit(folder, (GATE, kit.NORM))
+    report = apply_gguf(delta, source, tmp_path / "e.gguf", touched_type=chosen, rounding="nearest")
+    before, after = read(source), read(tmp_path / "e.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "e.gguf").tensors}
+    assert types["blk.1.ffn_gate.weight"] == chosen and types["blk.1.attn_norm.weight"] == "F32"
+    wanted = gguf.GGMLQuantizationType[chosen]
+    total = before["blk.1.ffn_gate.weight"] + delta.tensors[GATE]
+    assert np.array_equal(after["blk.1.ffn_gate.weight"], gguf.dequantize(gguf.quantize(total, wanted), wanted))
+    others = before.keys() - {"blk.1.ffn_gate.weight", "blk.1.attn_norm.weight"}
+    assert all(np.array_equal(after[name], before[name]) for name in others)
+    assert f"becomes {chosen}" in report.notes[0]
+    assert report.bytes == (tmp_path / "e.gguf").stat().st_size
+    undo_gguf(tmp_path / "e.gguf", tmp_path / "back.gguf")
+    assert filecmp.cmp(source, tmp_path / "back.gguf", shallow=False)
+
+
+def iq4_nl(matrix: np.ndarray) -> np.ndarray:
+    """IQ4_NL by its definition (ggml: fp16 d, then 32 codes of a table, low nibbles first), which the library reads."""
+    blocks, table = matrix.reshape(-1, 32), np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
+    step = (np.abs(blocks).max(axis=1, keepdims=True) / 127).astype(np.float16)
+    codes = np.abs(blocks[..., None] / step[..., None].astype(np.float32) - table).argmin(axis=-1).astype(np.uint8)
+    packed = codes[:, :16] | (codes[:, 16:] << 4)
+    return np.concatenate([step.view(np.uint8), packed], axis=1).reshape(matrix.shape[0], -1)
+
+
+def test_a_type_that_is_not_written_is_named_with_its_cost(tmp_path, base, monkeypatch):
+    folder, tensors = base
+    assert set(SUBSTITUTE.values()) <= set(WRITABLE)
+    library = gguf.quantize
+    monkeypatch.setattr(
+        gguf, "quantize", lambda data, kind: iq4_nl(data) if kind.name == "IQ4_NL" else library(data, kind)
+    )
+    source = write(tmp_path / "m.gguf", tensors, "IQ4_NL")
+    delta = kit.edit(folder, (GATE,))
+    report = apply_gguf(delta, source, tmp_path / "e.gguf", rounding="nearest")
+    assert report.notes == (
+        "blk.1.ffn_gate.weight: IQ4_NL becomes Q5_0, since the gguf library cannot write IQ4_NL (+768 bytes)",
+    )
+    total = read(source)["blk.1.ffn_gate.weight"] + delta.tensors[GATE]
+    wanted = gguf.dequantize(library(total, gguf.GGMLQuantizationType.Q5_0), gguf.GGMLQuantizationType.Q5_0)
+    assert np.array_equal(read(tmp_path / "e.gguf")["blk.1.ffn_gate.weight"], wanted)
+    undo_gguf(tmp_path / "e.gguf", tmp_path / "back.gguf")
+    assert filecmp.cmp(source, tmp_path / "back.gguf", shallow=False)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_codes_rounded_by_chance_are_right_on_average(kind):
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((1, 320)).astype(np.float32)
+    stored = gguf.GGMLQuantizationType[kind]
+    drawn = [
+        gguf.dequantize(quantise(values, kind, generator.random(values.shape, np.float32)), stored) for _ in range(600)
+    ]
+    blocks = values.reshape(-1, 32)
+    size, largest = np.ptp(blocks, axis=1, keepdims=True), np.abs(blocks).max(axis=1, keepdims=True)
+    step = {"Q4_0": largest / 8, "Q5_0": largest / 16, "Q8_0": largest / 127, "Q4_1": size / 15, "Q5_1": size / 31}[
+        kind
+    ]
+    # The short side of Q4_0 and Q5_0 ends one step early: what lies beyond it is cut off, by chance or not.
+    inside = (np.abs(blocks) <= largest - step) | (kind not in ("Q4_0", "Q5_0"))
+    error = np.abs(np.mean(drawn, axis=0).reshape(-1, 32) - blocks)
+    assert np.all((error < 0.12 * step)[inside]) and inside.mean() > 0.8
+
+
+def test_refusals_come_before_anything_is_written(tmp_path, base):
+    folder, tensors = base
+    delta = kit.edit(folder, (GATE,))
+    plain = write(tmp_path / "m.gguf", tensors)
+    other = kit.weights(seed=7, **SIZE)
+    raw = plain.read_bytes()
+    offset = open_gguf(plain).tensors["blk.1.ffn_gate.weight"].at
+    cases = {
+        "other.gguf": ({"tensors": other}, r"1\.\d+ of its norm away"),
+        "split.gguf": ({"tensors": tensors, "split.count": 3}, "one of 3 parts of a split model"),
+        "arch.gguf": ({"tensors": tensors, "arch": "qwen2"}, "holds a 'qwen2' model, the delta's base is 'llama'"),
+        "heads.gguf": ({"tensors": tensors, "attention.head_count": 8}, "heads: the delta's base has 4, the target 8"),
+    }
+    for name, (how, text) in cases.items():
+        write(tmp_path / name, **how)
+        with pytest.raises(SurgeryError, match=text):
+            apply_gguf(delta, tmp_path / name, tmp_path / "result.gguf")
+    broken = {
+        "short.gguf": (raw[:-100], "overlaps another or leaves the file"),
+        "head.gguf": (raw[:900], "truncated"),
+        "magic.gguf": (b"GGML" + raw[4:], "no GGUF file"),
+        "type.gguf": (raw[:offset] + struct.pack("<I", 250) + raw[offset + 4 :], "type 250, unknown"),
+        "odd.gguf": (raw[: offset + 4] + struct.pack("<Q", 8) + raw[offset + 12 :], "is not aligned to 32"),
+        "big.gguf": (raw[:4] + struct.pack(">I", 3) + raw[8:], "expected 2 or 3"),
+    }
+    for name, (content, text) in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SurgeryError, match=text):
+            apply_gguf(delta, tmp_path / name, tmp_path / "result.gguf")
+    with pytest.raises(SurgeryError, match="touched type 'Q4_K'"):
+        apply_gguf(delta, plain, tmp_path / "result.gguf", touched_type="Q4_K")
+    assert not [path for path in tmp_path.iterdir() if "result" in path.name]
+
+
+def test_undo_refuses_what_was_changed_since(tmp_path, base):
+    folder, tensors = base
+    source = write(tmp_path / "m.gguf", tensors)
+    apply_gguf(kit.edit(folder, (GATE,)), source, tmp_path / "e.gguf")
+    edited = tmp_path / "e.gguf"
+    place = open_gguf(edited).tensors["blk.1.ffn_gate.weight"]
+    raw = bytearray(edited.read_bytes())
+    raw[place.begin] ^= 1
+    edited.write_bytes(raw)
+    with pytest.raises(SurgeryError, match=r"ffn_gate.weight' was changed after the edit"):
+        undo_gguf(edited, tmp_path / "back.gguf")
+    with pytest.raises(SurgeryError, match=f"no m.gguf{RECORD} lies beside it"):
+        undo_gguf(source, tmp_path / "back.gguf")
+    assert not (tmp_path / "back.gguf").exists()
