@@ -192,7 +192,7 @@ def test_a_base_is_called_what_the_world_calls_it(tmp_path):
     assert public_name("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert public_name("owner/model") == "owner/model"
     (tmp_path / "mine").mkdir()
-    assert public_name(str(tmp_path / "mine")) == "mine"
+    assert public_name(str(tmp_path / "mine")) == str(tmp_path / "mine")
     (tmp_path / "mine" / "config.json").write_text('{"_name_or_path": "owner/model"}')
     assert public_name(tmp_path / "mine") == "owner/model"
 

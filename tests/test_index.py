@@ -493,6 +493,13 @@ def test_an_index_of_something_else_is_refused_by_name(real: Index, changed: Any
         real.check(changed().describe())
 
 
+def test_the_same_weights_with_another_rotary_base_are_another_model(real: Index) -> None:
+    changed = adapted()
+    changed.config.rope_parameters["rope_theta"] = 123.0
+    with pytest.raises(SurgeryError, match="built with another config"):
+        real.check(source(changed).describe())
+
+
 def test_a_tokenizer_that_was_used_is_still_the_same() -> None:
     """Fast tokenizers keep the padding and truncation of their last call."""
     tokenizer = tiny_tokenizer()

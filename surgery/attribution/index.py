@@ -31,7 +31,7 @@ from surgery.progress import Advance
 FORMAT = 1
 FACTS = np.dtype([("norm", "<f4"), ("loss", "<f4"), ("tokens", "<i4"), ("text", "<u8")])
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-QUERIED = ("model", "adapter", "tokenizer", "projection", "dtype", "layers", "loss", "cut")
+QUERIED = ("model", "config", "adapter", "tokenizer", "projection", "dtype", "layers", "loss", "cut")
 NAMES = {"dtype": "weight type", "row_dtype": "row type", "data": "set of texts", "moments": "set of Adam's moments"}
 
 
@@ -57,7 +57,9 @@ class Index:
         The optimiser may differ, which acts on the side of the data alone, and the batch size, which moves the last
         bits only.
         """
-        key = differing(self.manifest, made, (key for key in made if key in QUERIED))
+        # Indices of before this was recorded do not say what their model's config was.
+        asked = (key for key in made if key in QUERIED and (key != "config" or key in self.manifest))
+        key = differing(self.manifest, made, asked)
         if key is not None:
             raise SurgeryError(
                 f"{self.path}: was built with another {NAMES.get(key, key)} ({short(self.manifest.get(key))}, here "

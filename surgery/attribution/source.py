@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hooks.gradient_influence import Gradient, Job, Moments, Projected, example_gradients, influence_probe, job
 from hooks.gradient_influence.examples import rows
 from surgery.attribution.random_projection import RandomProjection
+from surgery.files.architecture import facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Source:
         """
         return {
             "model": fingerprint(self.model, adapter=False),
+            "config": config_fingerprint(self.model),
             "adapter": fingerprint(self.model, adapter=True),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "projection": self.projection.to_dict(),
@@ -115,16 +117,21 @@ def fingerprint(model: nn.Module, *, adapter: bool) -> str | None:
     return _digest(found) if found else None
 
 
+def config_fingerprint(model: Any) -> str:
+    """sha256 of what makes a model with the same weights compute something else: rotary base, norm, activation, ..."""
+    return hashlib.sha256(json.dumps(facts(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of everything that decides the token ids of a text."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is None:
-        facts: Any = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        known: Any = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
-        facts = json.loads(inner.to_str())
+        known = json.loads(inner.to_str())
         # These are left behind by the last call, and every call sets them anew.
-        facts = {key: value for key, value in facts.items() if key not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        known = {key: value for key, value in known.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(name: str) -> str:

@@ -91,7 +91,7 @@ def diff(base_dir: Path | str, edited_dir: Path | str, *, base: str | None = Non
     # Applied, it must give the edited checkpoint: its numbers are of the dtype already, so that nearest finds them.
     about = {
         "kind": "dense",
-        "base": public_name(base or left.path),
+        "base": public_name(base) if base else left.path.name,
         "recipe": recipe,
         "seed": 0,
         "rounding": "nearest",

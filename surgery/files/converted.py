@@ -32,14 +32,14 @@ def demo_gguf() -> Path:
 
 
 def public_name(spec: str | Path) -> str:
-    """What the world calls the model ``spec``: a hub name as it is, the packaged model's own, a folder's, a file's."""
+    """What the world calls the model ``spec``: the packaged model's own name, a folder's on a hub, or ``spec``."""
     if str(spec) == "demo":
         return DEMO_NAME
     path = Path(spec).expanduser()
     if path.is_dir():
         config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         known = config.get("_name_or_path") if isinstance(config, dict) else None
-        return known if isinstance(known, str) and _HUB_NAME.fullmatch(known) else path.resolve().name
+        return known if isinstance(known, str) and _HUB_NAME.fullmatch(known) else str(spec)
     return path.stem if path.suffix == ".gguf" else str(spec)
 
 
