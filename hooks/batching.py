@@ -145,11 +145,14 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def short_rows(model: nn.Module) -> list[list[int]]:
-    """Short rows of ordinary tokens: no special ones, which some models count or mask by themselves."""
+    """Short rows of ordinary tokens: none of the special ones, and none of the first few, which are often untrained."""
     core = probe.pretrained(model)
     config, size = core.config.get_text_config(), core.get_input_embeddings().weight.shape[0]
     special = {getattr(config, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    ids = [token for token in range(min(size, 64)) if token not in special] * sum(_LENGTHS)
+    count = sum(_LENGTHS)
+    spread = range(size // 4, size, max(1, size // (4 * count)))
+    ids = [token for token in spread if token not in special] or [0]
+    ids *= -(-count // len(ids))
     return [ids[sum(_LENGTHS[:n]) : sum(_LENGTHS[: n + 1])] for n in range(len(_LENGTHS))]
 
 
