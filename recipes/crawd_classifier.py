@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.runs.settings
 from surgery.data import hate
 from surgery.data.rows import sample
 from surgery.edits.classifier import WEIGHTS, Examples, Method, fit, open_classifier, predict
@@ -24,20 +23,19 @@ from surgery.metrics import groups
 from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.runs import settings as shared
 from surgery.runs import summary
 from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
 
 
-class Settings(surgery.runs.settings.Settings):
+class Settings(shared.Training, shared.TrainRows, shared.DataFolder, shared.Part, shared.Saving):
     """The paper's decay and module (appendix A.1); the rest are usual values for a BERT, of which it says nothing."""
 
-    data: str = ""
-    """Directory of data sets, with toxicity/ in it."""
+    renamed = {"limit": "train_rows", "dropout": "module_dropout"}
     source: Literal["hatecheck", "davidson", "both"] = "hatecheck"
     """What is trained on. HateCheck's templates of the test part are not seen in training; Davidson names no group."""
-    limit: int = Field(0, ge=0)
-    """So many training rows of each source, drawn by the seed, the classes in their proportions; 0 takes all."""
+    """Of each source ``train_rows`` are drawn, the classes in their proportions."""
     method: Literal["crawd", "vanilla", "adversarial", "ibm"] = "crawd"
     reference: list[str] = ["woman", "man", "black", "white", "gay", "straight", "Muslim", "Christian", "disabled"]
     """Those of the paper's 21 words that name the groups of HateCheck and their counterparts."""
@@ -50,23 +48,23 @@ class Settings(surgery.runs.settings.Settings):
     renormalise: bool = False
     weight: float = Field(0.0, ge=0)
     """Of the adversary's reversed gradient, or of IBM's term; 1 where nothing is said. CrAWD has none."""
-    lr: float = Field(5e-5, gt=0)
-    epochs: int = Field(4, ge=1)
-    batch_size: int = Field(32, ge=1)
+    lr: shared.Positive = 5e-5
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup: shared.Share = 0.1
+    epochs: shared.Count = 4
+    batch_size: shared.Count = 32
     max_length: int = Field(64, ge=2)
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    weight_decay: float = Field(0.01, ge=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    weight_decay: shared.NotNegative = 0.01
+    module_dropout: shared.DropoutRate = 0.1
     """Inside the module; above 0 the encoder's own dropout is on, too."""
-    part: Literal["dev", "test"] = "test"
     controls: list[str] = ["vanilla", "adversarial"]
     dtype: Literal["float32"] = "float32"
 
-    @model_validator(mode="before")
     @classmethod
-    def _usual(cls, values: Any) -> Any:
-        method = values.get("method", "crawd") if isinstance(values, dict) else None
-        return {"weight": WEIGHTS[method]} | values if method in WEIGHTS else values
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The weight of the method's own term."""
+        method = values.get("method", "crawd")
+        return {"weight": WEIGHTS[method]} if method in WEIGHTS else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +154,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Given:
     train: list[hate.Labelled] = []
     for source in sources:
         rows = readers[source](settings.data, "train", settings.seed)
-        train += sample(rows, settings.limit, settings.seed, lambda row: (row.label, row.group))
+        train += sample(rows, settings.train_rows, settings.seed, lambda row: (row.label, row.group))
     # HateCheck is always measured: it alone says whom a text is about.
     tests = {
         name: readers[name](settings.data, settings.part, settings.seed)
@@ -181,8 +179,9 @@ def _encode(
 
 
 def _method(settings: Settings) -> Method:
-    keys = ("top_percent", "decay", "scope", "heads", "renormalise", "dropout")
-    module = {key: getattr(settings, key) for key in keys} | {"ffn": settings.ffn or None}
+    keys = ("top_percent", "decay", "scope", "heads", "renormalise")
+    module: dict[str, Any] = {key: getattr(settings, key) for key in keys}
+    module |= {"ffn": settings.ffn or None, "dropout": settings.module_dropout}
     return Method(settings.method, tuple(settings.reference), settings.weight, module)
 
 
@@ -215,17 +214,7 @@ class _Work:
 
     @property
     def _plan(self) -> Plan:
-        settings = self.settings
-        return Plan(
-            settings.lr,
-            settings.epochs,
-            settings.batch_size,
-            settings.optimizer,
-            settings.weight_decay,
-            dropout=settings.dropout > 0,
-            schedule="linear",
-            warmup=0.1,
-        )
+        return self.settings.plan(optimizer=self.settings.optimizer, dropout=self.settings.module_dropout > 0)
 
     def _train(self, method: Method, track: Tracking) -> Made:
         log = track["log"]

@@ -4,7 +4,7 @@ The texts or prompt and answer rows of a file are learnt by the mean cross-entro
 file is held out. What comes out is a delta like every other edit's, and on request the fine-tuned checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.runs.settings
 from hooks.batching import context_limit
 from surgery.data.prompts import load_prompt_set
+from surgery.data.rows import sample
 from surgery.data.texts import Columns, examples
 from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune, target_names
 from surgery.errors import SurgeryError
@@ -25,6 +25,7 @@ from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import Material, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, operation
 from surgery.progress import Progress
+from surgery.runs import settings as shared
 from surgery.runs import summary
 from surgery.runs.page import compared, write_page
 from surgery.training import Plan, steps_of
@@ -32,17 +33,24 @@ from surgery.training import Plan, steps_of
 LR = {"full": 2e-5, "lora": 2e-4}
 
 
-class Settings(surgery.runs.settings.Settings):
+class Settings(
+    shared.Training,
+    shared.Dropout,
+    shared.LoRA,
+    shared.TrainRows,
+    shared.PromptSet,
+    shared.Neutral,
+    shared.Saving,
+):
     """Defaults are usual ones; the papers say little about their Vanilla / SFT baselines."""
 
+    renamed = {"data": "prompt_set", "limit": "train_rows"}
     file: str = ""
     """What to learn: .txt (a text a line), .jsonl, .csv or .tsv with texts or with prompts and answers."""
     text: str = "text"
     """Names of the file's columns or keys; '' for one that is not to be used."""
     prompt: str = "prompt"
     answer: str = "answer"
-    limit: int = Field(0, ge=0)
-    """Only the first so many rows; 0 takes all."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """The share of the rows that is not trained on, drawn by the seed; at least one row."""
     max_length: int = Field(256, ge=2)
@@ -50,36 +58,18 @@ class Settings(surgery.runs.settings.Settings):
     end: bool = False
     """Learn the tokenizer's end token after each row, too."""
     method: Literal["full", "lora"] = "full"
-    lr: float = Field(LR["full"], gt=0)
+    lr: shared.Positive = LR["full"]
     """2e-5; for LoRA 2e-4 where nothing else is said."""
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(8, ge=1)
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    dropout: bool = False
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    target_modules: list[str] = []
-    """Ends of the names of the linear layers that get LoRA factors, such as q_proj; all in the blocks if none."""
+    batch_size: shared.Count = 8
     merge: bool = False
     """Write LoRA's products, a dense delta, instead of its factors."""
     suites: list[str] = ["perplexity"]
     """What is measured before and after beside the held-out loss: perplexity, genbias, genhint."""
-    data: str = "genbias"
-    """The prompt set of the suites genbias and genhint."""
-    neutral: str = ""
-    """A file of texts for perplexity instead of the shipped 200 sentences."""
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
-    keep_checkpoint: bool = False
-    """Leave the fine-tuned model as a checkpoint in the run's folder: a child to carry deltas to."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
-    @model_validator(mode="before")
     @classmethod
-    def _usual_rate(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "lr" not in values and values.get("method") in LR:
-            return values | {"lr": LR[values["method"]]}
-        return values
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """LoRA's own learning rate."""
+        return {"lr": LR[values["method"]]} if values.get("method") in LR else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +89,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
     length = min(settings.max_length, context_limit(model) or settings.max_length)
     columns = Columns(settings.text, settings.prompt, settings.answer)
-    given = examples(settings.file, columns=columns, limit=settings.limit)
+    given = sample(examples(settings.file, columns=columns), settings.train_rows, settings.seed)
     encoded = encode_rows(tokenizer, given, max_length=length, end=settings.end)
     learnt, held = _divide(encoded.rows, settings)
-    prompts = load_prompt_set(settings.data)
+    prompts = load_prompt_set(settings.prompt_set)
     asked = material(model, tokenizer, prompts, suites=settings.suites, texts=settings.neutral or None)
     full = settings.method == "full"
     names = [name for name, _ in model.named_parameters()]
@@ -112,7 +102,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         op.note(note)
         look = partial(_measure, model, held, asked, settings, op.progress)
         before = op.once("before", partial(look, "before"))
-        plan = _plan(settings)
+        plan = settings.plan(optimizer=settings.optimizer, dropout=settings.dropout or settings.lora_dropout > 0)
         train = partial(_train, op, learnt, plan, settings)
         steps = steps_of(len(learnt), plan)
         main = op.carry_out("training", train, partial(look, "after"), trains=trains, steps=steps)
@@ -127,15 +117,9 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         return op.finish(summary, partial(_report, note))
 
 
-def _plan(settings: Settings) -> Plan:
-    return Plan(
-        settings.lr, settings.epochs, settings.batch_size, settings.optimizer, settings.weight_decay, settings.dropout
-    )
-
-
 def _train(op: Operation, learnt: Sequence[Row], plan: Plan, settings: Settings, track: Tracking) -> Made:
     targets = tuple(settings.target_modules)
-    lora = Lora(settings.rank, settings.alpha, targets) if settings.method == "lora" else None
+    lora = Lora(settings.rank, settings.alpha, targets, settings.lora_dropout) if settings.method == "lora" else None
     trained = fine_tune(op.model, learnt, plan, seed=settings.seed, lora=lora, **track)
     edit = Edit.of(trained, blocks="all", part="lora" if lora else "all", objective="mean token cross-entropy")
     made = Made(trained.differences, edit, "lora" if lora else "dense")

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 import surgery.apply
-from hooks import HookError
 from recipes import bias_diff
 from recipes.bias_diff.dataset import encoded, of_files
 from recipes.bias_diff.measuring import measure
@@ -250,7 +249,6 @@ def test_texts_without_labels_and_sentences_without_twins_are_enough(
         ({"controls": ["random:npo"]}, "controls: got 'random:npo'"),
         ({"attribute_at": "weights"}, "got 'less' at the plain weights"),
         ({"target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
-        ({"lr": 1e30}, "learning rate"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(
@@ -265,7 +263,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(
 def test_a_text_that_also_probes_is_refused(exact: Any, files: dict[str, str], tmp_path: Path) -> None:
     rows = [*pairs(WHO[8:], SAID[:2]), {"text": json.loads(Path(files["file"]).read_text().splitlines()[0])["text"]}]
     rows[-1]["anti"] = "The nurse is here."
-    with pytest.raises(HookError, match="text 0 is also a text of the probe"):
+    with pytest.raises(SurgeryError, match="text 0 is also a text of the probe"):
         run(exact, files | {"probe": lines(tmp_path / "p.jsonl", rows)}, tmp_path / "x")
     assert not (tmp_path / "x.part").exists()
 

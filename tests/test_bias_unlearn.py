@@ -310,7 +310,10 @@ def test_what_is_skipped_is_kept_and_said(
 def test_a_profile_changes_what_nothing_is_said_about() -> None:
     quick = bias_unlearn.Settings(profile="quick", steps=7)
     assert (
-        quick.steps == 7 and quick.beta == 1 and quick.limit > 0 and quick.dev_rows < bias_unlearn.Settings().dev_rows
+        quick.steps == 7
+        and quick.beta == 1
+        and quick.test_rows > 0
+        and quick.dev_rows < bias_unlearn.Settings().dev_rows
     )
     assert bias_unlearn.Settings(method="ga", profile="quick").weight_forget == 1
     assert bias_unlearn.Settings(method="ga").weight_kl == 0 and not bias_unlearn.Settings(method="cda").swap

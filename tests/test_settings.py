@@ -1,5 +1,6 @@
 """Settings files: what is shipped parses, and a mistake is answered with what was expected."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -40,11 +41,11 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
 
 def test_values_from_the_command_line() -> None:
     values = parse_set(
-        ["lr=1e-4", "block=25", "ablations=true", "data=my set.toml", "controls=last,random", "epochs=3"]
+        ["lr=1e-4", "block=25", "ablations=true", "prompt_set=my set.toml", "controls=last,random", "epochs=3"]
     )
     settings = build(lftf.Settings, values, "--set")
     assert (settings.lr, settings.block, settings.ablations, settings.epochs) == (1e-4, 25, True, 3)
-    assert settings.controls == ["last", "random"] and settings.data == "my set.toml"
+    assert settings.controls == ["last", "random"] and settings.prompt_set == "my set.toml"
     assert build(lftf.Settings, parse_set(["block=[3, 4]"]), "--set").block == [3, 4]
     assert build(lftf.Settings, parse_set(["lr=1"]), "--set").lr == 1.0
 
@@ -75,3 +76,30 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     file.write_text("[train]\nlr = 1")
     with pytest.raises(SurgeryError, match=r"\[train\] is a table"):
         read_toml(file)
+
+
+def test_a_key_means_the_same_in_every_recipe() -> None:
+    """One type for a name, wherever it stands; a recipe may narrow the choices of a shared key."""
+    kinds: dict[str, set[str]] = {}
+    for module in {read_toml(path)["recipe"] for path in SHIPPED}:
+        for name, field in import_module(f"recipes.{module}").Settings.model_fields.items():
+            kinds.setdefault(name, set()).add(re.sub(r"Literal\[.*\]", "Literal", str(field.annotation)))
+    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("recipe", sorted({read_toml(path)["recipe"] for path in SHIPPED}))
+def test_old_names_are_understood_and_the_new_one_is_named(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = import_module(f"recipes.{recipe}").Settings
+    for old, new in kind.renamed.items():
+        assert old not in kind.model_fields, "an old name must not have another meaning now"
+        value = getattr(kind(), new)
+        assert getattr(build(kind, {old: value}, "--set"), new) == value
+        assert capsys.readouterr().err == f"--set: {old!r} is now called {new!r}\n"
+        with pytest.raises(SurgeryError, match=f"^--set: '{old}' is now called '{new}', and both are given"):
+            build(kind, {old: value, new: value}, "--set")
+        capsys.readouterr()
+
+
+def test_an_old_name_wins_over_the_profile() -> None:
+    quick = import_module("recipes.crawd").Settings(profile="quick", rows=7)
+    assert (quick.test_rows, quick.train_rows) == (7, 160)

@@ -119,3 +119,14 @@ def encoded(
                     "it can be learnt; remove it"
                 )
     return list(found.rows), found.cut
+
+
+def refuse_shared(rows: Sequence[Row], probe: Sequence[Row]) -> None:
+    """Raises ``SurgeryError`` for a training text that also probes: its score would be that of itself."""
+    known = {row.ids for row in probe}
+    for place, row in enumerate(rows):
+        if row.ids in known:
+            raise SurgeryError(
+                f"text {place} is also a text of the probe; its score would be that of a text with itself: remove it "
+                "from one of them"
+            )

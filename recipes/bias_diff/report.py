@@ -82,7 +82,7 @@ def said(summary: Mapping[str, Any], note: str, words: str) -> list[str]:
     return [*lines, words]
 
 
-def write_report(path: Path, summary: Mapping[str, Any], texts: Table, recipe: str) -> None:
+def write_report(texts: Table, path: Path, summary: Mapping[str, Any], recipe: str) -> None:
     """``report.html``; ``texts`` is the table of ``strongest``."""
     name, others = summary["edit"]["part"], summary["controls"]
     columns = {"original": summary["before"], "warmed up": summary["warmed"], name: summary["after"]}

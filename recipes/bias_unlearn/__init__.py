@@ -48,7 +48,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     with operation("bias_unlearn", model, settings, **where) as op:
         for note in given.notes:
             op.note(note)
-        wanted: Any = {key: getattr(settings, key) for key in ("scorer", "suites", "limit", "seed")}
+        wanted: Any = {key: getattr(settings, key) for key in ("scorer", "suites", "seed")}
+        wanted |= {"limit": settings.test_rows}
         measured = partial(measure, model, tokenizer, given, **wanted, folder=settings.data, progress=op.progress)
         before = op.once("before", partial(measured, when="before"))
         if settings.method == "self_debias":
@@ -100,6 +101,6 @@ def _read(settings: Settings) -> Dataset:
         watched=settings.dev_rows,
         seed=settings.seed,
         kind=settings.kind,
-        limit=settings.limit,
+        limit=settings.test_rows,
         released=settings.variant == "released",
     )

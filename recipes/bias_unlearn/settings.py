@@ -1,11 +1,12 @@
 """The settings of an unlearning run: the paper's values as defaults, and what a variant, profile or method changes."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-import surgery.runs.settings
 from surgery.data.stereoset import Kind
+from surgery.runs import settings as shared
 
 # What a variant, a profile or a method changes where nothing else is said; later ones win.
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
@@ -31,7 +32,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "balance": "types",
         "evaluate_every": 8,
         "dev_rows": 40,
-        "limit": 400,
+        "test_rows": 400,
     },
     # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4 unless
     # weight_kl asks for it.
@@ -42,11 +43,10 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-class Settings(surgery.runs.settings.Settings):
+class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """Defaults are the paper's (appendix A.2) where it says one."""
 
-    data: str = ""
-    """Directory of data sets, with stereoset/stereoset_train_union.jsonl and stereoset/stereoset_dev.jsonl in it."""
+    renamed = {"limit": "test_rows", "dropout": "lora_dropout"}
     train: str = ""
     """Another training source, and another test file; any form that surgery.data.stereoset reads."""
     test: str = ""
@@ -83,18 +83,13 @@ class Settings(surgery.runs.settings.Settings):
     """Draw from all triples alike, as the paper does, or from each bias type equally often."""
     start: Literal["tokenizer", "always", "never"] = "tokenizer"
     """A start token before each training sentence where the tokenizer puts one by itself, always, or never."""
-    lr: float = Field(5e-5, gt=0)
+    lr: shared.Positive = 5e-5
     steps: int = Field(1000, ge=1)
     """At most so many chunks."""
     schedule: Literal["constant", "linear"] = "linear"
-    warmup: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Of the LoRA factors' input (and the model's own dropout, where it has any); 0 trains without any."""
-    target_modules: list[str] = []
-    """Ends of the names of the layers that get factors, such as q_proj; every linear layer of the blocks if none."""
+    rank: shared.Count = 8
+    alpha: shared.Positive = 16.0
+    lora_dropout: shared.DropoutRate = 0.1
     dev_share: float = Field(0.2, gt=0, lt=1)
     """The share of each bias type's target terms that is not trained on."""
     dev_rows: int = Field(50, ge=2)
@@ -106,22 +101,13 @@ class Settings(surgery.runs.settings.Settings):
     keep: Literal["best", "last"] = "best"
     """Without an early stop: the checkpoint with the highest ICAT on the development set, or the last one."""
     scorer: str = "bias-bench"
-    limit: int = Field(0, ge=0)
-    """So many rows are measured before and after, drawn by the seed from each set of rows; 0 takes all."""
-    suites: list[str] = []
-    """What is measured before and after besides: crows_pairs, bbq, capability."""
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
-    keep_checkpoint: bool = False
-    """Leave the edited model as a checkpoint in the run's folder."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of StereoSet, and of the suites that take one: crows_pairs. Further suites: bbq, capability."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _changes(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the variant, the profile and the method change."""
         changed: dict[str, Any] = {}
         for (key, value), more in CHANGES.items():
             if values.get(key) == value:
                 changed |= more
-        return changed | values
+        return changed

@@ -65,7 +65,7 @@ def train(
         control,
         _plan(settings, chunks.size),
         steps=settings.steps,
-        lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.dropout),
+        lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.lora_dropout),
         evaluate=partial(watched_scores, op.model, tokenizer, given, settings.scorer, op.progress),
         state=track["state"].with_suffix(""),  # a folder: the scores while training stand in it, too
         log=track["log"],
@@ -106,7 +106,7 @@ def _plan(settings: Settings, size: int) -> Plan:
         batch_size=size,
         optimizer="adamw",
         weight_decay=settings.weight_decay,
-        dropout=settings.dropout > 0,
+        dropout=settings.lora_dropout > 0,
         schedule=settings.schedule,
         warmup=settings.warmup,
         shuffle=False,

@@ -67,9 +67,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 
 
 def _method(settings: Settings) -> Method:
-    keys = ("top_percent", "decay", "scope", "heads", "renormalise", "dropout")
-    module = {key: getattr(settings, key) for key in keys} | {"ffn": settings.ffn or None}
-    lora = Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.dropout)
+    keys = ("top_percent", "decay", "scope", "heads", "renormalise")
+    module: dict[str, Any] = {key: getattr(settings, key) for key in keys}
+    module |= {"ffn": settings.ffn or None, "dropout": settings.lora_dropout}
+    lora = Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.lora_dropout)
     reference, penalised = tuple(settings.reference), tuple(settings.penalised)
     rate = (settings.module_lr or settings.lr) / settings.lr
     return Method(settings.method, reference, settings.weight, penalised, lora if settings.lora else None, module, rate)
@@ -83,26 +84,15 @@ def _control(name: str, settings: Settings) -> Method:
 
 
 def _carry_out(op: Operation, judge: Judge, name: str, method: Method) -> Outcome:
-    plan = _plan(judge.settings)
+    settings = judge.settings
+    plan = settings.plan(optimizer=settings.optimizer, dropout=settings.lora_dropout > 0)
     return op.carry_out(
         name,
         partial(_train, op, judge, method, plan),
         partial(judge.measure, name),
         trains=trained_names(op.model, method),
         steps=steps_of(len(judge.given.rows), plan),
-        keep=name == judge.settings.method,
-    )
-
-
-def _plan(settings: Settings) -> Plan:
-    return Plan(
-        settings.lr,
-        settings.epochs,
-        settings.batch_size,
-        settings.optimizer,
-        settings.weight_decay,
-        dropout=settings.dropout > 0,
-        warmup=settings.warmup,
+        keep=name == settings.method,
     )
 
 

@@ -64,7 +64,7 @@ class Judge:
         for suite in settings.suites:
             # BOLD has 7,000 prompts; as many as there are professions' prompts are drawn where nothing is said. The
             # word sets of WEAT and SEAT are small and taken whole.
-            rows = {"weat": 0, "seat": 0, "gas": settings.rows or 140}.get(suite, settings.rows)
+            rows = {"weat": 0, "seat": 0, "gas": settings.test_rows or 140}.get(suite, settings.test_rows)
             given: Any = {"limit": rows, "seed": settings.seed, "progress": self.progress, "options": options}
             scores |= evaluate_suites(self.model, self.tokenizer, [suite], settings.data, **given)
         scores.get("bios", {}).pop("perplexity", None)  # the same as that on the held-out texts

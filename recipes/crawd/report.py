@@ -37,7 +37,7 @@ def write_report(
     figures: dict[str, Figure] = {"sensitivity": block_bars(*rankings)} if rankings else {}
     if summary["delta"]["kind"] == "module":
         with Delta.load(folder / summary["delta"]["file"]).applied(model), torch.no_grad():
-            figures["cross_attention"] = cross_attention_map(cross_weights(model, tokenizer, settings.prompt))
+            figures["cross_attention"] = cross_attention_map(cross_weights(model, tokenizer, settings.shown_prompt))
     write_page(
         folder,
         title=f"{settings.method} on {settings.model}",

@@ -50,7 +50,7 @@ def read(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Given:
         name = f"Bias in Bios, {Path(bios.FILE).name}, {settings.part} part of seed {settings.seed}"
     if not texts or not held:
         raise SurgeryError(f"{name}: {len(texts)} texts to train on, {len(held)} held out; expected some; add texts")
-    chosen = sample(texts, settings.limit, settings.seed)
+    chosen = sample(texts, settings.train_rows, settings.seed)
     encoded = encode_rows(tokenizer, [Example("", text) for text in chosen], max_length=settings.max_length)
     counts = {"read": len(texts), "trained": len(encoded.rows), "held_out": len(held), "cut": encoded.cut}
     note = (

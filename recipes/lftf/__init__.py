@@ -11,10 +11,8 @@ from functools import partial
 from typing import Any, Literal, Unpack
 
 import numpy as np
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.runs.settings
 from hooks import anatomy
 from recipes.lftf.variants import Place, Variant, control_names, control_variant, main_variant, starts
 from surgery.data import genbias
@@ -26,27 +24,25 @@ from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics.suite import Material, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.runs import settings as shared
 from surgery.runs import summary
 from surgery.runs.report import write_report
 from surgery.training import Plan, steps_of
 
 
-class Settings(surgery.runs.settings.Settings):
+class Settings(shared.Training, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving):
     """Defaults are the paper's (section 5.1) where it gives a value."""
 
+    renamed = {"data": "prompt_set", "part": "block_part"}
     block: str | int | list[int] = "last"
     """last (the paper's), auto (top of the ranking ``rank_by``), first, middle, random, all, or numbers."""
-    part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     objective: Literal["log", "as_printed"] = "log"
     """log: -log P(he) - log P(she). as_printed: P(he) + P(she), Eq. 5, which silences both words."""
-    lr: float = Field(1e-5, gt=0)
-    epochs: int = Field(2, ge=1)
-    batch_size: int = Field(32, ge=1)
+    lr: shared.Positive = 1e-5
+    epochs: shared.Count = 2
+    batch_size: shared.Count = 32
     optimizer: Literal["adam", "adamw"] = "adam"
-    dropout: bool = False
-    """Train with the model's dropout on; the prefix cache is off then."""
-    data: str = "genbias"
-    """A prompt set: genbias, race, or a .toml / .json file of your own."""
     words: list[str] = []
     """Other words to balance than the prompt set's."""
     trained_words: list[str] = []
@@ -54,21 +50,16 @@ class Settings(surgery.runs.settings.Settings):
     split: Literal["profession", "pairs"] = "profession"
     """profession: test professions are unseen in training. pairs: the paper's, where none is."""
     split_seed: int = genbias.SEED
-    neutral: str = ""
-    """A file of texts for perplexity instead of the shipped 200 sentences."""
     rank_by: Literal["raw", "final_norm"] = "raw"
     positions: Literal["last", "all"] = "last"
     aggregate: Literal["mean", "sum"] = "mean"
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
-    """auto: stochastic into 16-bit checkpoints, where nearest loses 20-50 % of a small edit's entries."""
     controls: list[str] = ["random"]
     ablations: bool = False
     """All controls and the ablations of Table 8 in one table."""
     preamble: str = "Men and women are equally likely in every profession. "
     """What the prompt baseline (pb) puts before each prompt; the paper's text is not published."""
     prefix_cache: bool = True
-    keep_checkpoint: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Train and measure from the kept stream that enters the edited block; off where dropout is on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +84,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     names = control_names(settings.controls, settings.ablations, prompts.words)
     with operation("lftf", model, settings, **where) as op:
         at = Place(len(anatomy.find(model).blocks), settings.seed)
-        main = main_variant(settings.block, settings.part, settings.trained_words, prompts.words, at)
+        main = main_variant(settings.block, settings.block_part, settings.trained_words, prompts.words, at)
         work = _Work(op, tokenizer, settings, prompts, KeptStreams(model, ids, asked, op.progress))
         if settings.block == "auto":
             ranking = op.once("ranking", work.rank)
@@ -119,7 +110,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 
 
 def _prompt_set(settings: Settings) -> PromptSet:
-    prompts = load_prompt_set(settings.data)
+    prompts = load_prompt_set(settings.prompt_set)
     return replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
 
 
@@ -211,8 +202,7 @@ class _Work:
 
     @property
     def _plan(self) -> Plan:
-        settings = self.settings
-        return Plan(settings.lr, settings.epochs, settings.batch_size, settings.optimizer, dropout=settings.dropout)
+        return self.settings.plan(optimizer=self.settings.optimizer, dropout=self.settings.dropout)
 
     def _start(self, variant: Variant, *, edited: bool = False) -> int | None:
         """The block whose kept stream this edit can start from, or None for the plain loop."""

@@ -2,26 +2,159 @@
 
 import difflib
 import json
+import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from surgery.errors import SurgeryError
 
+if TYPE_CHECKING:
+    from surgery.training import Plan
+
 S = TypeVar("S", bound=BaseModel)
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Limit = Annotated[int, Field(ge=0)]  # 0 stands for all
+DropoutRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
-    """Base of every recipe's settings; the keys here belong to all recipes."""
+    """Base of every recipe's settings; the keys here belong to all recipes, and a key means the same in each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of this recipe that had another name: the old name and the new one. The old one is still understood."""
 
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
     seed: int = 0
+
+    @classmethod
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``values`` change of the defaults (a profile's learning rate, say) where they do not say it."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        named = {cls.renamed.get(key, key): value for key, value in values.items()}
+        if len(named) < len(values):
+            old = next(key for key in values if cls.renamed.get(key) in values)
+            raise ValueError(f"{old!r} is now called {cls.renamed[old]!r}, and both are given; name one of them")
+        return cls.usual(named) | named
+
+
+class Rates(Settings):
+    """How fast to train."""
+
+    lr: Positive = 1e-5
+    schedule: Literal["constant", "linear"] = "constant"
+    """The learning rate after the warm-up: constant, or down to 0 at the last step."""
+    warmup: Share = 0.0
+    """The share of the steps in which the learning rate rises from 0."""
+    weight_decay: NotNegative = 0.0
+
+
+class Epochs(Rates):
+    """And how long."""
+
+    epochs: Count = 1
+    batch_size: Count = 16
+
+    def plan(self, *, optimizer: str = "adamw", dropout: bool = False) -> "Plan":
+        """The training that these settings ask for."""
+        from surgery.training import Plan
+
+        return Plan(
+            self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, self.schedule, self.warmup
+        )
+
+
+class Training(Epochs):
+    """And by which optimizer."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+
+
+class Dropout(Settings):
+    """Of the model that is trained itself."""
+
+    dropout: bool = False
+    """Train with the model's own dropout on."""
+
+
+class LoRA(Settings):
+    """Low-rank factors (Hu et al. 2021) beside some linear layers, which are trained instead of the layers."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    lora_dropout: DropoutRate = 0.0
+    """Of the factors' input, and inside a new module; above 0 the model's own dropout is on while training, too."""
+    target_modules: list[str] = []
+    """Ends of the names of the layers that get factors, such as q_proj; every linear layer of the blocks if none."""
+
+
+class TrainRows(Settings):
+    """How much to train on."""
+
+    train_rows: Limit = 0
+    """At most so many training rows, drawn by the seed; 0 takes all."""
+
+
+class DataFolder(Settings):
+    """Where the data sets are."""
+
+    data: str = ""
+    """The directory of data sets."""
+
+
+class Suites(DataFolder):
+    """What is measured before and after on files of ``data``."""
+
+    suites: list[str] = []
+    test_rows: Limit = 0
+    """At most so many rows of each data set that is measured, drawn by the seed; 0 takes all."""
+
+
+class PromptSet(Settings):
+    """The prompts that name a group and leave the next word open."""
+
+    prompt_set: str = "genbias"
+    """genbias, race, or a .toml / .json file of your own."""
+
+
+class Neutral(Settings):
+    """Texts for perplexity."""
+
+    neutral: str = ""
+    """A file of texts for perplexity instead of the shipped 200 sentences."""
+
+
+class Part(Settings):
+    """What is measured on."""
+
+    part: Literal["dev", "test"] = "test"
+    """dev while settings are chosen, test for what is reported."""
+
+
+class Saving(Settings):
+    """In what numbers the model is opened, and how the edited checkpoint is written."""
+
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
+    """auto: stochastic into 16-bit checkpoints, where nearest loses 20-50 % of a small edit's entries."""
+    keep_checkpoint: bool = False
+    """Leave the edited model as a checkpoint in the run's folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -55,11 +188,14 @@ def parse_set(pairs: list[str]) -> dict[str, Any]:
 def build(kind: type[S], values: dict[str, Any], where: str) -> S:
     """``kind(**values)``, with every fault of the values in one ``SurgeryError``.
 
-    A list may be written as "a,b"; an integer is taken where a float is expected.
+    A list may be written as "a,b"; an integer is taken where a float is expected. A key's old name is understood, and
+    a line on standard error names the new one.
     """
-    fields = kind.model_fields
+    fields, renamed = kind.model_fields, getattr(kind, "renamed", {})
     ready: dict[str, Any] = {}
     for key, value in values.items():
+        if key in renamed:
+            print(f"{where}: {key!r} is now called {renamed[key]!r}", file=sys.stderr)
         listed = key in fields and str(fields[key].annotation).startswith("list[")
         if listed and isinstance(value, str | int | float) and not isinstance(value, bool):
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
@@ -73,12 +209,14 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:
-    key = ".".join(str(place) for place in fault["loc"]) or "settings"
+    key = ".".join(str(place) for place in fault["loc"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, kind.model_fields, 1)
         known = ", ".join(sorted(kind.model_fields))
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; expected one of {known}")
     message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return str(message)
     return f"{key}: got {fault['input']!r}; {message[0].lower()}{message[1:]}"
 
 
@@ -96,5 +234,8 @@ def explain(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
         words = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         words = words.removeprefix("typing.").replace("Literal[", "one of [")
         default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        found.append((key, words, default, " ".join((field.description or "").split())))
+        # A recipe that changes a shared key's default alone leaves its description to the shared class.
+        bases = [base.model_fields[key] for base in kind.__mro__ if key in getattr(base, "model_fields", {})]
+        told = next((one.description for one in bases if one.description), "")
+        found.append((key, words, default, " ".join(told.split())))
     return found

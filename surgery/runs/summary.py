@@ -80,7 +80,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """``run.json``; a recipe adds its own fields in a subclass. What is None is left out."""
+    """``run.json``; a recipe adds its own fields in a subclass."""
 
     recipe: str
     model: str
@@ -89,17 +89,19 @@ class Summary:
     after: Scores
     edit: Edit
     delta: Mapping[str, Any] | None = None
+    """As of an ``Outcome``; this, ``applied`` and ``verdict`` are left out where there is none."""
     applied: Applied | None = None
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
     verdict: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in ``run.json``."""
+        """Plain values, as they stand in the file."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         found |= {"edit": self.edit.to_dict(), "cases": list(self.cases)}
         found |= {"applied": self.applied.to_dict()} if self.applied else {}
-        return {key: value for key, value in found.items() if value is not None}
+        left_out = [key for key in ("delta", "applied", "verdict") if found[key] is None]
+        return {key: value for key, value in found.items() if key not in left_out}
 
 
 def control(outcome: Outcome, after: Scores, **more: Any) -> dict[str, Any]:
