@@ -235,7 +235,7 @@ def explain(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
         words = words.removeprefix("typing.").replace("Literal[", "one of [")
         default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
         # A recipe that changes a shared key's default alone leaves its description to the shared class.
-        bases = [base.model_fields[key] for base in kind.__mro__ if key in getattr(base, "model_fields", {})]
-        told = next((one.description for one in bases if one.description), "")
+        kinds = [base for base in kind.__mro__ if issubclass(base, BaseModel) and key in base.model_fields]
+        told = next((text for base in kinds if (text := base.model_fields[key].description)), "")
         found.append((key, words, default, " ".join(told.split())))
     return found
