@@ -8,6 +8,7 @@ import pytest
 
 import recipes
 from recipes import lftf
+from surgery.cli.models import chosen_recipe
 from surgery.errors import SurgeryError
 from surgery.runs.settings import build, dump, parse_set, read_toml
 
@@ -98,6 +99,13 @@ def test_old_names_are_understood_and_the_new_one_is_named(recipe: str, capsys: 
         with pytest.raises(SurgeryError, match=f"^--set: '{old}' is now called '{new}', and both are given"):
             build(kind, {old: value, new: value}, "--set")
         capsys.readouterr()
+
+
+def test_an_old_name_changes_a_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file says prompt_set, the command line data: that is one key, not two."""
+    module, values, _ = chosen_recipe("lftf", None, ["data=race"], None)
+    assert build(module.Settings, values, "lftf").prompt_set == "race"
+    assert capsys.readouterr().err == "--set: 'data' is now called 'prompt_set'\n"
 
 
 def test_an_old_name_wins_over_the_profile() -> None:

@@ -201,7 +201,7 @@ def chosen_recipe(
     """The recipe's module; its TOML file's values with ``--set``, ``--model`` and ``--seed`` over them; the file."""
     from importlib import import_module
 
-    from surgery.runs.settings import parse_set, read_toml
+    from surgery.runs.settings import by_new_names, parse_set, read_toml
 
     path = _recipe_file(recipe)
     values = read_toml(path)
@@ -210,9 +210,11 @@ def chosen_recipe(
         raise SurgeryError(
             f"{path}: recipe = {name!r}; expected one of {', '.join(_recipe_modules())}; name the recipe to run"
         )
-    values |= parse_set(pairs)
+    module = import_module(f"recipes.{name}")
+    values = by_new_names(module.Settings, values, str(path))
+    values |= by_new_names(module.Settings, parse_set(pairs), "--set")
     values |= {key: value for key, value in (("model", model), ("seed", seed)) if value is not None}
-    return import_module(f"recipes.{name}"), values, path
+    return module, values, path
 
 
 def _recipes() -> dict[str, Path]:

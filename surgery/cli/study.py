@@ -33,7 +33,7 @@ def study(
 ) -> None:
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
     from surgery.progress import Progress
-    from surgery.runs.settings import build
+    from surgery.runs.settings import build, by_new_names
     from surgery.study import Cell, carry_out, read
 
     asked, methods = read(file)
@@ -46,14 +46,12 @@ def study(
         module, values, _ = chosen_recipe(method.recipe, None, [], None)
         modules[method.name] = module
         fields = module.Settings.model_fields
-        given = {
-            key: value for key, value in (("dtype", asked.dtype), ("data", asked.folder)) if key in fields and value
-        }
-        if "data" in given and given["data"] == asked.folder and fields["data"].default == "genbias":
-            given["data"] = asked.data
+        shared = {"dtype": asked.dtype, "data": asked.folder, "prompt_set": asked.data}
+        given = {key: value for key, value in shared.items() if key in fields and value}
+        changed = by_new_names(module.Settings, method.settings, f"{file}, method {method.name}")
         for model in asked.models:
             for seed in asked.seeds:
-                own = {**values, **given, **method.settings, "model": model, "seed": seed}
+                own = {**values, **given, **changed, "model": model, "seed": seed}
                 ready[method.name, seed, model] = build(module.Settings, own, f"{file}, method {method.name}")
     missing = [method.delta for method in methods if method.delta and not Path(method.delta).is_file()]
     if missing:

@@ -48,9 +48,6 @@ class Settings(BaseModel):
         if not isinstance(values, dict):
             return values
         named = {cls.renamed.get(key, key): value for key, value in values.items()}
-        if len(named) < len(values):
-            old = next(key for key in values if cls.renamed.get(key) in values)
-            raise ValueError(f"{old!r} is now called {cls.renamed[old]!r}, and both are given; name one of them")
         return cls.usual(named) | named
 
 
@@ -185,17 +182,31 @@ def parse_set(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
+def by_new_names(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values with the keys that they have now; for an old name a line on standard error names the new one.
+
+    Raises ``SurgeryError`` when both are given.
+    """
+    renamed: Mapping[str, str] = getattr(kind, "renamed", {})
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        new = renamed.get(key, key)
+        if new != key:
+            print(f"{where}: {key!r} is now called {new!r}", file=sys.stderr)
+            if new in values:
+                raise SurgeryError(f"{where}: {key!r} is now called {new!r}, and both are given; name one of them")
+        named[new] = value
+    return named
+
+
 def build(kind: type[S], values: dict[str, Any], where: str) -> S:
     """``kind(**values)``, with every fault of the values in one ``SurgeryError``.
 
-    A list may be written as "a,b"; an integer is taken where a float is expected. A key's old name is understood, and
-    a line on standard error names the new one.
+    A list may be written as "a,b"; an integer is taken where a float is expected. Old names are understood.
     """
-    fields, renamed = kind.model_fields, getattr(kind, "renamed", {})
+    fields = kind.model_fields
     ready: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in renamed:
-            print(f"{where}: {key!r} is now called {renamed[key]!r}", file=sys.stderr)
+    for key, value in by_new_names(kind, values, where).items():
         listed = key in fields and str(fields[key].annotation).startswith("list[")
         if listed and isinstance(value, str | int | float) and not isinstance(value, bool):
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
@@ -209,14 +220,12 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:
-    key = ".".join(str(place) for place in fault["loc"])
+    key = ".".join(str(place) for place in fault["loc"]) or "settings"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, kind.model_fields, 1)
         known = ", ".join(sorted(kind.model_fields))
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; expected one of {known}")
     message = fault["msg"].removeprefix("Value error, ")
-    if not fault["loc"]:
-        return str(message)
     return f"{key}: got {fault['input']!r}; {message[0].lower()}{message[1:]}"
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from surgery.errors import SurgeryError
 from surgery.progress import Progress
-from surgery.runs.settings import Settings, build, dump, read_toml
+from surgery.runs.settings import Settings, build, by_new_names, dump, read_toml
 
 S = TypeVar("S", bound=Settings)
 
@@ -72,6 +72,7 @@ def sweep(
     progress = progress or Progress(quiet=True)
     if not varied:
         raise SurgeryError("sweep: nothing to vary; name at least one setting, for example --vary decay=0.1,0.2,0.3")
+    values, varied = by_new_names(kind, values, recipe), by_new_names(kind, varied, "--vary")
     points = {folder_name(point): build(kind, {**values, **point}, folder_name(point)) for point in grid(varied)}
     if len(points) < len(grid(varied)):
         raise SurgeryError("sweep: two points of the grid would share a folder; name values that differ in letters")
