@@ -13,7 +13,6 @@ from typing import Literal, Unpack
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import surgery.runs.settings
 from hooks import anatomy
 from recipes.equalize import dataset
 from recipes.equalize.measuring import Measuring, distances
@@ -25,29 +24,30 @@ from surgery.edits.equalize import check_shares
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics.suite import material
 from surgery.operation import Run, Where, control, operation
+from surgery.runs import settings as shared
 from surgery.runs import summary
 
 
-class Settings(surgery.runs.settings.Settings):
+class Settings(shared.Training, shared.PromptSet, shared.Neutral, shared.Saving):
     """This project's own method; the defaults were chosen on development parts of SmolLM2-135M-Instruct."""
 
-    data: str = "genbias"
-    """A prompt set: genbias, race, or a .toml / .json file of your own."""
+    renamed = {"data": "prompt_set", "part": "block_part", "top": "kept_tokens"}
     words: list[str] = []
     """Other words to share the mass among than the prompt set's; any number from two."""
     shares: list[float] = []
     """The share of each word, in the order of the words; equal ones where nothing is said."""
     block: str | int | list[int] = "upper"
     """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, or numbers."""
-    part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     method: Literal["dense", "lora"] = "dense"
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    lr: float = Field(3e-4, gt=0)
-    epochs: int = Field(2, ge=1)
-    batch_size: int = Field(32, ge=1)
-    schedule: Literal["linear", "constant"] = "linear"
-    warmup: float = Field(0.05, ge=0, lt=1)
+    rank: shared.Count = 16
+    alpha: shared.Positive = 32.0
+    lr: shared.Positive = 3e-4
+    epochs: shared.Count = 2
+    batch_size: shared.Count = 32
+    optimizer: Literal["adam", "adamw"] = "adam"
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup: shared.Share = 0.05
     emphasis: float = Field(2.0, ge=0)
     """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
     shapes: int = Field(2000, ge=1)
@@ -71,18 +71,13 @@ class Settings(surgery.runs.settings.Settings):
     """In how many of the grammar's hint shapes each person stands."""
     settled_each: int = Field(4, ge=0)
     """In how many of the shapes each thing, plural, gendered noun and name stands."""
-    top: int = Field(256, ge=2)
+    kept_tokens: int = Field(256, ge=2)
     """Tokens kept of a target, the others together as one."""
     split: Literal["both", "profession", "pairs"] = "both"
     """both: test professions unseen, and beside them templates and other people unseen, too. pairs: the paper's."""
     split_seed: int = genbias.SEED
-    neutral: str = ""
-    """A file of texts for perplexity instead of the shipped 200 sentences."""
     controls: list[str] = ["lftf"]
     """lftf (the paper's settings), random (as many other blocks), no_hold (the words' term alone)."""
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
-    keep_checkpoint: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +95,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError`` for shares that do not add up to 1, a word of
     several tokens, a text that is both equalised and held; see ``surgery.operation`` for interruptions.
     """
-    prompts = load_prompt_set(settings.data)
+    prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
     shares = check_shares(prompts.words.words, settings.shares or None)
     words = word_ids(tokenizer, prompts.words.words)
@@ -110,7 +105,9 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     ids = {name: encode(tokenizer, lines) for name, lines in texts.items() if lines}
     asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
-    main = Variant("equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.part)
+    main = Variant(
+        "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
+    )
     with operation("equalize", model, settings, **where) as op:
         measuring = Measuring(model, asked, far, words, op.progress)
         work = Work(op, settings, words, shares, ids, measuring)

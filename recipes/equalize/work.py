@@ -71,7 +71,7 @@ class Work:
 
     def terms(self) -> list[Term]:
         """The terms of the loss: the prompts whose words are equalised, and what is held."""
-        given, top = self.settings, self.settings.top
+        given, top = self.settings, self.settings.kept_tokens
         found = [words_term(self.ids["words"], self.words, shares=self.shares, emphasis=given.emphasis, top=top)]
         weights = {"hints": given.hold_hints, "settled": given.hold_settled, "texts": given.hold_texts}
         for name, weight in weights.items():
@@ -124,7 +124,7 @@ class Work:
         given = self.settings
         if variant.name == "lftf":
             return Plan(**LFTF)  # type: ignore[arg-type]
-        return Plan(given.lr, given.epochs, given.batch_size, schedule=given.schedule, warmup=given.warmup)
+        return given.plan(optimizer=given.optimizer)
 
     def _train(self, variant: Variant, track: Tracking) -> Made:
         if variant.name == "lftf":
