@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
 from recipes.bias_unlearn.measuring import skipped_rows
+from surgery.runs.caveats import caveats
 from surgery.runs.page import Table, compared, write_page
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     fall = overall["lms"][0] - overall["lms"][1]
     if fall > LARGEST_FALL:
         lines.append(f"Warning: the language modelling score fell by {fall:.2f}; the paper's largest fall is 1.42.")
-    return lines
+    return [*lines, *caveats(summary["before"], summary["after"])]
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:

@@ -94,6 +94,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             controls = work.beside(main, names, at)
             ranking = op.once("ranking", work.rank)
         before = op.once("before", partial(work.streams.before, "measure before"))
+        work.streams.reference = before["reference"]
         if settings.objective == "as_printed":
             op.note("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
         edited = work.carry_out(main, keep=True)

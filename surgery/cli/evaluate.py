@@ -75,7 +75,7 @@ def evaluate(
     differences are widened so that all of them hold together.
     """
     from surgery.files.atomic import write_json
-    from surgery.metrics.metric import differences
+    from surgery.metrics.metric import differences, ideal_of
     from surgery.metrics.suite import SUITES, plain
     from surgery.runs.page import leaves
 
@@ -99,7 +99,7 @@ def evaluate(
         for keys, metric in leaves(scores):
             print(
                 f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
-                f"{metric['high']:.4f}]  n {metric['n']}, ideal {metric['ideal']:g}; {metric['scorer']}; "
+                f"{metric['high']:.4f}]  n {metric['n']}, ideal {ideal_of(metric)}; {metric['scorer']}; "
                 f"{metric['data']}"
             )
     else:

@@ -6,6 +6,7 @@ place and the ``test`` part judges it; they share no template or text, and no su
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,7 +17,7 @@ from surgery.errors import SurgeryError
 PARTS = ("train", "test")
 SETS = ("things", "plurals", "gendered", "names", "others", "text")
 PRONOUNS = ("he", "she", "it", "they", "I", "we", "you")
-EACH = 3  # templates of a subject in the test part
+EACH = 2  # templates of a subject in the test part
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,33 @@ class Row:
 
 
 def records(part: str = "test") -> list[Row]:
-    """The prompts of one part: of ``test`` each subject in three templates, of ``train`` in all of them.
+    """The prompts of one part: of ``test`` each subject in two templates, of ``train`` in all of them.
 
     Raises ``SurgeryError`` for an unknown part.
     """
     if part not in PARTS:
         raise SurgeryError(f"part of locality: got {part!r}, expected one of {', '.join(PARTS)}")
-    content = _file()
+    content = shipped("locality.json")
     found = []
     for kind, parts in content["sets"].items():
-        templates, place = parts[part]["templates"], 0
-        for right, subjects in parts[part]["subjects"].items():
-            for subject in subjects:
-                each = len(templates) if part == "train" or kind == "others" else EACH
-                for template in (templates[(place + step) % len(templates)] for step in range(each)):
-                    text = template.replace("{subject}", subject)
-                    found.append(Row(text[0].upper() + text[1:], kind, subject, right))
-                place += 1
+        templates = parts[part]["templates"]
+        each = len(templates) if part == "train" or kind == "others" else EACH
+        found += expand(kind, templates, parts[part]["subjects"], each)
     return found + [Row(text, "text", text, right) for text, right in content["text"][part]]
 
 
+def expand(kind: str, templates: Sequence[str], subjects: Mapping[str, Sequence[str]], each: int) -> list[Row]:
+    """Each subject in ``each`` of the templates, which go round; ``subjects`` are listed by the pronoun that fits."""
+    named = [(right, subject) for right, names in subjects.items() for subject in names]
+    found = []
+    for place, (right, subject) in enumerate(named):
+        for step in range(each):
+            text = templates[(place + step) % len(templates)].replace("{subject}", subject)
+            found.append(Row(text[0].upper() + text[1:], kind, subject, right))
+    return found
+
+
 @cache
-def _file() -> dict[str, Any]:
-    return json.loads(files("surgery.data").joinpath("locality.json").read_text("utf-8"))
+def shipped(name: str) -> dict[str, Any]:
+    """A word list of this package."""
+    return json.loads(files("surgery.data").joinpath(name).read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Neutral sentences for perplexity: 200 of our own without gendered word or profession, or a user's file."""
+"""Neutral sentences for perplexity: 200 of our own without gendered word or profession, 40 with pronouns, or a file."""
 
 import json
 from importlib.resources import files
@@ -26,6 +26,11 @@ def sentences(path: str | Path | None = None) -> list[str]:
     if not found:
         raise SurgeryError(f"no sentence in {path}: got an empty file, expected at least one line; fill it")
     return found
+
+
+def with_pronouns() -> list[str]:
+    """40 shipped sentences full of pronouns: what an edit of he and she costs there, the 200 others cannot show."""
+    return _lines(files("surgery.data").joinpath("neutral_pronouns.txt").read_text("utf-8"))
 
 
 def _lines(text: str) -> list[str]:

@@ -4,7 +4,7 @@ The blocks before an edit never change, so a training step and a measurement aft
 are too large to lie in a run's folder: a continued run computes them again when something is left to train or measure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
+from surgery.metrics.locality import Reference
 from surgery.metrics.suite import Material, Measured, measure, plain
 from surgery.progress import Progress
 
@@ -27,6 +28,8 @@ class KeptStreams:
     keep: Sequence[int] = ()
     trained: dict[int, ResidualCache] = field(default_factory=dict)
     measured: dict[int, dict[str, ResidualCache]] = field(default_factory=dict)
+    reference: Mapping[str, Any] | None = None
+    """What ``before`` gave under that name."""
 
     def training(self, block: int, *, edited: bool = False) -> ResidualCache:
         """The stream of the training prompts that enters ``block``, one of ``keep``.
@@ -40,10 +43,13 @@ class KeptStreams:
         return self.trained[block]
 
     def before(self, label: str) -> dict[str, Any]:
-        """``measure`` of the model before any edit; the streams that enter ``keep`` are kept on the way."""
+        """``measure`` of the model before any edit; the streams that enter ``keep`` are kept on the way.
+
+        Its ``"reference"`` (or None) is what later measurements have their KL to; a continued run gives it back.
+        """
         found = measure(self.model, self.asked, keep=self.keep, progress=self.progress, label=label)
         self.measured |= found.prefixes
-        return _values(found)
+        return _values(found) | {"reference": found.reference and found.reference.to_dict()}
 
     def measure(self, label: str, *, start: int | None) -> dict[str, Any]:
         """``{"scores": ..., "probabilities": P(word) by prompt, or None}`` for JSON, from block ``start`` on.
@@ -53,7 +59,9 @@ class KeptStreams:
         if start is not None and start not in self.measured:
             self.measured |= measure(self.model, self.asked, keep=[start], progress=self.progress).prefixes
         prefixes = None if start is None else self.measured[start]
-        return _values(measure(self.model, self.asked, prefixes=prefixes, progress=self.progress, label=label))
+        known = Reference.of(self.reference) if self.reference else None
+        about: Any = {"prefixes": prefixes, "reference": known, "progress": self.progress, "label": label}
+        return _values(measure(self.model, self.asked, **about))
 
 
 def _values(found: Measured) -> dict[str, Any]:

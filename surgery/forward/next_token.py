@@ -52,13 +52,15 @@ def next_words(
     watch: Watch | None = None,
     step: Step | None = None,
     shortcuts: bool = True,
+    seen: Callable[[Sequence[int], Float[Tensor, "batch vocab"]], None] | None = None,
 ) -> Observation:
     """P(word | prompt) of the token ids ``words`` as the next token, softmax over the full vocabulary.
 
     ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
     tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
     ``shortcuts=False`` is the plain forward pass (every position through every block and the head). The model is in
-    evaluation mode inside and as it was afterwards.
+    evaluation mode inside and as it was afterwards. ``seen`` is given each batch: the numbers of its prompts, and the
+    log-probabilities of all tokens.
 
     Raises ``SurgeryError`` when a probability is not finite.
     """
@@ -81,9 +83,10 @@ def next_words(
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             kept.batch = batch
             logits = run(batch)
-            logits = logits if shortcuts else batch.at_last(logits)
-            chosen = logits.float().log_softmax(-1)[:, list(words)].exp()
-            found[rows] = chosen.double().cpu().numpy()
+            logs = (logits if shortcuts else batch.at_last(logits)).float().log_softmax(-1)
+            found[rows] = logs[:, list(words)].exp().double().cpu().numpy()
+            if seen:
+                seen(rows, logs)
             if step:
                 step(len(rows))
     if not np.isfinite(found).all():

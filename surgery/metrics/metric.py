@@ -28,7 +28,8 @@ class Metric:
     scorer: str
     data: str
     ideal: float
-    direction: str  # "lower" | "higher" | "nearer" (to the ideal)
+    direction: str
+    """Lower, higher, nearer (to the ideal), or same: as before the edit, whatever that was."""
     samples: Float[np.ndarray, " resamples"] | None = field(default=None, repr=False, compare=False)
     """The bootstrap's values, for differences (``difference``); they do not go into JSON."""
 
@@ -152,6 +153,8 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
 
 def _better(before: Metric, after: Metric) -> float:
     """Positive where ``after`` is the better value."""
+    if after.direction == "same":
+        return -abs(after.value - before.value)
     if after.direction == "nearer":
         return abs(before.value - before.ideal) - abs(after.value - after.ideal)
     return (after.value - before.value) * (1 if after.direction == "higher" else -1)
@@ -173,6 +176,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, axes: in
         ):
             found[key] = below
     return found
+
+
+def ideal_of(metric: Mapping[str, Any]) -> str:
+    """The ideal as it stands in a table, of a metric as plain JSON values."""
+    return "as before" if metric["direction"] == "same" else f"{metric['ideal']:g}"
 
 
 def from_dict(fields: dict[str, Any]) -> Metric:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,19 +12,23 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
-from surgery.data import genbias, genhint, neutral
+from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import encode, word_ids
+from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
+from surgery.metrics import locality as locality_metric
 from surgery.metrics import perplexity as perplexity_metric
+from surgery.metrics.locality import Distributions, Reference
 from surgery.metrics.metric import Metric
 from surgery.progress import Progress
 
-SUITES = ("genbias", "genhint", "perplexity")
+SUITES = ("genbias", "genhint", "locality", "facts_of_gender", "perplexity")
+PRONOUN_SUITES = ("locality", "facts_of_gender")  # what they ask for is he, she and others, whatever words are compared
 # Suites that read files of the user's data folder: what each is, for `surgery list`. The module of the same name in
 # this package has ``evaluate(model, tokenizer, folder, *, limit, seed, step) -> nested dictionary of Metric``.
 FOLDER_SUITES = {
@@ -52,6 +55,25 @@ class Material:
     prompts: list[genbias.Prompt]
     hints: list[genhint.HintPrompt]
     names: dict[str, str]
+    compared: tuple[str, ...]
+    """The words of ``words``."""
+    pronouns: dict[str, int]
+    """The tokens of the pronouns that locality and facts_of_gender ask for."""
+    skipped: dict[str, str]
+    """Why a suite that was asked for is absent."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The words among which facts_of_gender has a right one: the compared ones, or he and she."""
+        return self.compared if {"he", "she"} <= set(self.compared) else ("he", "she")
+
+    def asked(self, suite: str) -> list[int]:
+        """The tokens whose probability ``suite`` needs."""
+        extra = {"locality": locality.PRONOUNS, "facts_of_gender": self.candidates}.get(suite)
+        if extra is None:
+            return list(self.words)
+        known = self.pronouns | dict(zip(self.compared, self.words, strict=True))
+        return [*(self.words if suite == "locality" else ()), *(known[word] for word in extra)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,8 @@ class Measured:
     scores: Scores
     probabilities: Float[np.ndarray, "prompts words"] | None
     prefixes: dict[int, dict[str, ResidualCache]]
+    reference: Reference | None = None
+    """The next-token distributions after the prompts of locality, to which a later measurement has its KL."""
 
 
 def material(
@@ -75,10 +99,12 @@ def material(
     suites: Sequence[str] = SUITES,
     preamble: str = "",
 ) -> Material:
-    """Encode the ``part`` of GenBiasEval and GenHintEval, and the neutral ``texts`` (default: the shipped 200).
+    """Encode the ``part`` of GenBiasEval and GenHintEval, and the neutral ``texts`` (default: the shipped 200 and 40).
 
-    ``preamble`` is put before every prompt (the prompt baseline). Raises ``SurgeryError`` for unknown suites,
-    splits, files, and for words that are not one token.
+    ``preamble`` is put before every prompt (the prompt baseline). Where a tokenizer splits the pronouns that locality
+    and facts_of_gender ask for, these are left out, with the reason in ``skipped``.
+
+    Raises ``SurgeryError`` for unknown suites, splits, files, and for words that are not one token.
     """
     unknown = [suite for suite in suites if suite not in SUITES]
     if unknown or not suites:
@@ -87,15 +113,24 @@ def material(
     rows = genbias.records(split, part, seed, prompts) if "genbias" in suites else []
     hinted = "genhint" in suites and bool(prompts.hint_templates) and bool(prompts.words.hints)
     hints = genhint.records(part, seed, prompts=prompts) if hinted else []
+    pronouns, reason = _pronouns(tokenizer, suites)
     chosen: dict[str, list[str]] = {
         "genbias": [preamble + row.text for row in rows],
         "genhint": [preamble + row.text for row in hints],
+        "locality": [row.text for row in locality.records() if pronouns and "locality" in suites],
+        "facts_of_gender": [r.text for r in facts_of_gender.records()]
+        if pronouns and "facts_of_gender" in suites
+        else [],
         "perplexity": list(neutral.sentences(texts)) if "perplexity" in suites else [],
+        "perplexity_pronouns": neutral.with_pronouns() if "perplexity" in suites and not texts else [],
     }
     names = {
         "genbias": f"{prompts.name} {part} (split by {split})",
         "genhint": f"{prompts.name} hints {part} (professions of the {part} part)",
+        "locality": "prompts on which nothing should change, test part",
+        "facts_of_gender": "gender by definition, title or introduction",
         "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
+        "perplexity_pronouns": "sentences full of pronouns shipped with the package",
     }
     return Material(
         ids={name: encode(tokenizer, lines, limit=limit) for name, lines in chosen.items() if lines},
@@ -103,7 +138,20 @@ def material(
         prompts=rows,
         hints=hints,
         names=names,
+        compared=tuple(prompts.words.words),
+        pronouns=pronouns,
+        skipped={suite: reason for suite in PRONOUN_SUITES if reason and suite in suites},
     )
+
+
+def _pronouns(tokenizer: PreTrainedTokenizerBase, suites: Sequence[str]) -> tuple[dict[str, int], str]:
+    """The pronouns' tokens, or none and why; none and no reason where no suite asks for them."""
+    if not set(PRONOUN_SUITES) & set(suites):
+        return {}, ""
+    try:
+        return dict(zip(locality.PRONOUNS, word_ids(tokenizer, locality.PRONOUNS), strict=True)), ""
+    except SurgeryError as error:
+        return {}, str(error)
 
 
 def measure(
@@ -112,33 +160,51 @@ def measure(
     *,
     keep: Sequence[int] = (),
     prefixes: Prefixes | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
     label: str = "measure",
 ) -> Measured:
-    """Score every suite of ``given``; from ``prefixes`` (one per suite) where the blocks before are unchanged."""
+    """Score every suite of ``given``; from ``prefixes`` (one per suite) where the blocks before are unchanged.
+
+    ``reference`` (``Measured.reference`` of the untouched model) gives locality its KL.
+    """
     start = prefixes or {}
-    scores: Scores = {}
+    scores: Scores = {suite: {"skipped": [reason]} for suite, reason in given.skipped.items()}
     probabilities: np.ndarray | None = None
+    made: Reference | None = None
     kept: dict[int, dict[str, ResidualCache]] = {block: {} for block in keep}
     with (progress or Progress(quiet=True)).work(label, sum(len(ids) for ids in given.ids.values())) as step:
         for suite, ids in given.ids.items():
-            if suite == "perplexity":
+            if suite.startswith("perplexity"):
                 sums, counts, found = token_losses(model, ids, keep=keep, prefix=start.get(suite), step=step)
                 scores[suite] = perplexity_metric.score(sums, counts, data=given.names[suite])
             else:
-                seen = next_words(model, ids, given.words, keep=keep, prefix=start.get(suite), step=step)
+                far = Distributions(len(ids), reference) if suite == "locality" else None
+                asked: Any = {"keep": keep, "prefix": start.get(suite), "step": step, "seen": far}
+                seen = next_words(model, ids, given.asked(suite), **asked)
                 found = seen.prefixes
-                scorer: Any = (
-                    partial(genbias_metric.score, prompts=given.prompts)
-                    if suite == "genbias"
-                    else partial(genhint_metric.score, prompts=given.hints)
-                )
-                scores[suite] = scorer(seen.probabilities, data=given.names[suite])
+                scores[suite] = _scored(suite, given, seen.probabilities, far)
                 if suite == "genbias":
                     probabilities = seen.probabilities
+                made = far.made() if far else made
             for block in keep:
                 kept[block][suite] = found[block]
-    return Measured(scores, probabilities, kept)
+    return Measured(scores, probabilities, kept, made)
+
+
+def _scored(
+    suite: str, given: Material, found: Float[np.ndarray, "prompts words"], far: Distributions | None
+) -> dict[str, Any]:
+    data, words = given.names[suite], given.compared
+    if suite == "genbias":
+        return genbias_metric.score(found, given.prompts, data=data, words=words)
+    if suite == "genhint":
+        return genhint_metric.score(found, given.hints, data=data, words=words)
+    if suite == "facts_of_gender":
+        return facts_metric.score(found, facts_of_gender.records(), words=given.candidates, data=data)
+    chances, pronouns = found[:, : len(words)], found[:, len(words) :]
+    kl = far.kl if far and far.reference else None
+    return locality_metric.score(chances, pronouns, locality.records(), words=words, data=data, kl=kl)
 
 
 def folder_suites() -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.errors import SurgeryError
+from surgery.metrics.metric import ideal_of
 from surgery.runs.page import Table, cell, leaves
 from surgery.runs.settings import read_toml
 
@@ -155,7 +156,7 @@ def table(found: Sequence[Case], *, only: Sequence[str] = ()) -> Table:
     ]
     measured = [next(case.scores[path] for case in found if path in case.scores) for path in chosen]
     said = "; ".join(f"{p}: {m['scorer']}, on {m['data']}" for p, m in zip(chosen, measured, strict=True))
-    ideals = ", ".join(f"{p} {m['ideal']:g}" for p, m in zip(chosen, measured, strict=True))
+    ideals = ", ".join(f"{p} {ideal_of(m)}" for p, m in zip(chosen, measured, strict=True))
     note = (
         f"Ideal: {ideals}. {said}. Brackets are 95 % intervals: of Student's t over the runs where a row holds "
         "several, else bootstrap intervals."
@@ -203,7 +204,8 @@ def pareto(found: Sequence[Case], bias: str, cost: str) -> "Figure":
     best = front([(loss(x), loss(y)) for x, y in pairs])
     axes.plot([pairs[n][0]["value"] for n in best], [pairs[n][1]["value"] for n in best], color=GREY, ls="--", zorder=0)
     for name, metric, label in (("x", pairs[0][0], cost), ("y", pairs[0][1], bias)):
-        ideal = f"{metric['direction']} is better" if metric["direction"] != "nearer" else f"ideal {metric['ideal']:g}"
+        better = metric["direction"] in ("lower", "higher")
+        ideal = f"{metric['direction']} is better" if better else f"ideal {ideal_of(metric)}"
         getattr(axes, f"set_{name}label")(f"{label.replace('_', ' ').replace('.', ' ')} ({ideal})")
     axes.set_title("Squares: before and controls. The dashed line joins what nothing else dominates.", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

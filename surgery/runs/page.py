@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from surgery.metrics.metric import ideal_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,9 +55,7 @@ def compared(
         metrics = [found[name].get(path) for name in columns]
         one = next(metric for metric in metrics if metric)
         scorers[one["scorer"], one["data"]] = None
-        rows.append(
-            [" ".join(path).replace("_", " "), *map(cell, metrics), *([f"{one['ideal']:g}"] * ideal), f"{one['n']}"]
-        )
+        rows.append([" ".join(path).replace("_", " "), *map(cell, metrics), *([ideal_of(one)] * ideal), f"{one['n']}"])
     said = "; ".join(f"{scorer}, on {data}" for scorer, data in scorers)
     return Table(
         caption,

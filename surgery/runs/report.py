@@ -12,6 +12,8 @@ import numpy as np
 
 from hooks.plots import BLUE, GREY, ORANGE, block_bars, new_figure
 from hooks.ranking import Ranking
+from surgery.data import locality
+from surgery.runs.caveats import caveats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,14 @@ ROWS = (
     ("AFGB, all", ("genbias", "afgb", "all")),
     ("word mass, all", ("genbias", "mass", "all")),
     ("UB-Score", ("genhint", "ub")),
+    ("word mass on hints", ("genhint", "mass")),
+    *((f"word mass, {kind}", ("locality", kind, "mass")) for kind in locality.SETS),
+    *((f"wrong pronoun, {kind}", ("locality", kind, "wrong")) for kind in locality.SETS),
+    *((f"KL to untouched, {kind}", ("locality", kind, "kl")) for kind in locality.SETS),
+    ("facts of gender, P(right)", ("facts_of_gender", "right", "all")),
+    ("facts of gender, accuracy", ("facts_of_gender", "accuracy", "all")),
     ("perplexity", ("perplexity",)),
+    ("perplexity, pronouns", ("perplexity_pronouns",)),
 )
 SHORT = ("relative gap, all", "AFGB, all", "word mass, all", "UB-Score", "perplexity")
 
@@ -83,6 +92,8 @@ def rows(summary: Summary) -> list[dict[str, Any]]:
     found = []
     for label, path in ROWS:
         before, after = find(summary["before"], path), find(summary["after"], path)
+        if after and path[-1] == "kl":
+            before = after | {"value": 0.0, "low": 0.0, "high": 0.0}  # of the untouched model to itself
         if before and after:
             change = 100 * (after["value"] / before["value"] - 1) if before["value"] else float("nan")
             found.append({"label": label, "before": before, "after": after, "change": change})
@@ -121,11 +132,6 @@ def verdict(summary: Summary) -> list[str]:
             f"AFGB went from {afgb['before']['value']:.3f} to {afgb['after']['value']:.3f} ({afgb['change']:+.0f} %), "
             f"while the words' mass went from {mass['before']['value']:.3f} to {mass['after']['value']:.3f}."
         )
-    if mass and mass["after"]["value"] < 0.5 * mass["before"]["value"]:
-        lines.append(
-            f"Warning: the words' probability mass collapsed from {mass['before']['value']:.3g} to "
-            f"{mass['after']['value']:.3g}. A low AFGB is then silence, not balance."
-        )
     if hint := by.get("UB-Score"):
         kept = "kept" if hint["after"]["value"] >= hint["before"]["value"] else "lost"
         lines.append(
@@ -137,6 +143,7 @@ def verdict(summary: Summary) -> list[str]:
             f"Perplexity on neutral text went from {cost['before']['value']:.2f} to {cost['after']['value']:.2f} "
             f"({cost['change']:+.1f} %)."
         )
+    lines += caveats(summary["before"], summary["after"])
     random = find(summary["controls"], ("random", "after", "genbias", "relative_gap", "all"))
     if gap and random:
         blocks = ", ".join(map(str, summary["controls"]["random"]["edit"]["blocks"]))
