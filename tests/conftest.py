@@ -18,9 +18,11 @@ from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token for every word and mark of the shipped prompts and texts."""
     texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
-    texts += [*neutral.sentences(), *neutral.with_pronouns(), *locality.PRONOUNS]
-    texts += [row.text for row in (*locality.records(), *locality.records("train"), *facts_of_gender.records())]
-    found = sorted({piece for text in texts for piece in re.findall(r"\w+|[^\w\s]+", text)})
+    texts += neutral.sentences()
+    found = sorted({piece for text in texts for piece in re.findall(r"\w+|[^\w\s]+", text)} | {"he", "she", "they"})
+    rows = [*locality.records(), *locality.records("train"), *facts_of_gender.records()]
+    later = [*(row.text for row in rows), *neutral.with_pronouns(), *locality.PRONOUNS]
+    found += sorted({piece for text in later for piece in re.findall(r"\w+|[^\w\s]+", text)} - set(found))
     vocabulary = {"<pad>": 0, "<unk>": 1} | {word: place for place, word in enumerate(found, 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

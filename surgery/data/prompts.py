@@ -19,7 +19,8 @@ from surgery.errors import SurgeryError
 
 SCALES = ("word", "phrase", "sentence")
 POSSESSIVES = {"he": "his", "she": "her", "they": "their"}
-SHIPPED = {"genbias": "genbias.json", "race": "examples/race.toml"}
+EXAMPLES = ("race", "religion", "nationality", "age", "he_she_they")
+SHIPPED = {"genbias": "genbias.json"} | {name: f"examples/{name}.toml" for name in EXAMPLES}
 _PACKAGE = "surgery.data"
 _SLOT = re.compile(r"\{(\w+)\}")
 _KEYS = ("name", "about", "words", "hints", "subjects", "templates", "hint_templates")
