@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -210,7 +210,8 @@ def decoder_start(core: Any) -> int:
         if token is not None:
             return int(token)
     if hasattr(core, "prepare_decoder_input_ids_from_labels"):
-        return int(core.prepare_decoder_input_ids_from_labels(torch.full((1, 2), 3))[0, 0])
+        with suppress(AttributeError, ValueError):  # T5 asks its config again
+            return int(core.prepare_decoder_input_ids_from_labels(torch.full((1, 2), 3))[0, 0])
     if core.config.pad_token_id is not None:
         return int(core.config.pad_token_id)
     raise HookError(f"{core.config.model_type}: its config has no decoder_start_token_id; give decoder_input_ids")

@@ -51,7 +51,7 @@ def read(block: Event, inner: list[Event], mixing: frozenset[str] = frozenset())
     found["mid"] = _mid(block, inner, found)
     found["additive"] = _additive(block, inner, found)
     if not found["additive"]:
-        last = next((e.name for e in inner if e.output is block.output and _is_norm(e.module)), None)
+        last = next((e.name for e in inner if e.output is block.output and _named_norm(e.module)), None)
         scaled = "what its parts write is scaled, gated or normed before it is added, or a part was not found"
         found["missing"]["additive"] = f"{last} normalises the stream itself" if last else scaled
     return found
@@ -166,6 +166,10 @@ def _is_norm(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     bare = not parameters and not list(module.children()) and "norm" in type(module).__name__.lower()
     return bare or (bool(parameters) and all(p.ndim <= 1 for p in parameters))
+
+
+def _named_norm(module: nn.Module) -> bool:
+    return _is_norm(module) and "norm" in type(module).__name__.lower()  # and no mere scale
 
 
 def _inside(name: str, scope: str) -> bool:

@@ -41,6 +41,11 @@ class Site:
         if self.kind in ("pattern", "embed"):
             return tensor
         if tensor.ndim == 2:
+            if tensor.shape[0] != batch_pos[0] * batch_pos[1]:
+                raise HookError(
+                    f"{self.name}: {self.module} gave {tuple(tensor.shape)} for {batch_pos} texts and positions: it "
+                    "does not see every token (an expert of a mixture); take sites of the stream"
+                )
             tensor = tensor.reshape(*batch_pos, tensor.shape[-1])
         if self.kind == "z" and self.block is not None and self.block.n_heads is not None:
             return rearrange(tensor, "batch pos (head d_head) -> batch pos head d_head", head=self.block.n_heads)

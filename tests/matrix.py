@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ import surgery
 from hooks import HookError, anatomy
 from surgery.errors import SurgeryError
 from tests.families import state
+from tests.matrix_table import COLUMNS, KINDS, Family, Row, logged, markdown
 from tests.tiny_configs import tiny
 from tests.tiny_tokenizer import tiny_tokenizer
 
-KINDS = {"causal": "CAUSAL_LM", "masked": "MASKED_LM", "encoder-decoder": "SEQ_TO_SEQ_CAUSAL_LM"}
-COLUMNS = ("open", "next word", "batched", "capture", "bmi", "lens", "edit", "delta", "apply", "live", "undo")
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20], [21, 22, 23, 24]]
 WORDS = (30, 31)
 LARGEST = 3_000_000  # parameters: a family that stays larger has sizes that nobody made small
@@ -43,24 +41,6 @@ class NotMade(Exception):
 
 class Refused(Exception):
     """What the test itself cannot ask of this family, and why."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One class of transformers that reads and writes text."""
-
-    kind: str
-    model_type: str
-    name: str
-
-
-@dataclass
-class Row:
-    """A family's cells by column: "works", "refused: why" or "wrong: what"; `unbuilt` says why it has none."""
-
-    family: Family
-    cells: dict[str, str] = field(default_factory=dict)
-    unbuilt: str = ""
 
 
 def families() -> list[Family]:
@@ -165,14 +145,12 @@ class Trial:
         self.before = state(opened)
 
     def next_word(self) -> None:
-        self._causal()
         from surgery.forward.next_token import next_words
 
         found = [next_words(self.model, [prompt], WORDS).probabilities[0] for prompt in PROMPTS]
         near(torch.tensor(found), self._words(), "P(word) of each prompt alone")
 
     def batched(self) -> None:
-        self._causal()
         from surgery.forward.next_token import next_words, token_losses
 
         near(next_words(self.model, PROMPTS, WORDS).probabilities, self._words(), "P(word) in a batch")
@@ -279,10 +257,6 @@ class Trial:
             if file.read_bytes() != (self.folder / "original" / file.name).read_bytes():
                 raise Wrong(f"{file.name} is not as before")
 
-    def _causal(self) -> None:
-        if self.family.kind != "causal":
-            raise Refused("no next word is asked of it")
-
     def _blocks(self) -> Any:
         return [block for stack in anatomy.find(self.model).stacks for block in stack.blocks]
 
@@ -332,12 +306,14 @@ def judge(family: Family) -> Row:
     try:
         model = built(family)
     except Exception as error:
-        row.unbuilt = line(error)
+        row.unbuilt = line(error).removeprefix("Refused: ")
         return row
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(family, model, Path(folder))
         for column in COLUMNS:
-            row.cells[column] = cell(getattr(trial, column.replace(" ", "_")))
+            if family.kind != "causal" and column in ("next word", "batched"):
+                continue
+            row.cells[column] = cell(getattr(trial, column.replace(" ", "_"))).replace(f"{folder}/", "")
             if column == "open" and row.cells[column] != "works":
                 break
     return row
@@ -387,8 +363,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--shard", default="0/40", help="I/N: every N-th family from I on")
     parser.add_argument("--only", nargs="*", help="model types or class names")
-    parser.add_argument("--log", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--log", type=Path, help="also as JSON lines, each as it comes")
+    parser.add_argument("--markdown", type=Path, help="write the table of families here")
+    parser.add_argument("--from-log", type=Path, help="take the rows of an earlier --log and run nothing")
     asked = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     number, count = map(int, asked.shard.split("/"))
@@ -396,12 +373,14 @@ def main(arguments: list[str]) -> int:
     if asked.only:
         chosen = [family for family in chosen if {family.model_type, family.name} & set(asked.only)]
     rows = []
-    for row in results(chosen, asked.log):
+    for row in logged(asked.from_log) if asked.from_log else results(chosen, asked.log):
         rows.append(row)
         print(row.family.kind, row.family.name, row.unbuilt and f"not built: {row.unbuilt}", flush=True)
         for column, value in row.cells.items():
             if value != "works":
                 print(f"    {column}: {value}", flush=True)
+    if asked.markdown:
+        asked.markdown.write_text(markdown(rows))
     wrong = sum(value.startswith("wrong") for row in rows for value in row.cells.values())
     print(f"{len(rows)} families, {sum(bool(row.unbuilt) for row in rows)} not built, {wrong} wrong cells")
     return 1 if wrong else 0

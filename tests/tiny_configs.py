@@ -112,6 +112,8 @@ def sizes(config: dict[str, Any], kind: str = "") -> dict[str, Any]:
             small = next((small for pattern, small in SIZES if re.fullmatch(pattern, key)), None)
             if small is not None and (value > small or key in ("num_hidden_layers", "vocab_size")):
                 found[key] = small
+    if config.get("is_encoder_decoder"):
+        found.setdefault("decoder_start_token_id", 0)
     if "kv_lora_rank" in found:  # multi-head latent attention has as many of the one as of the other
         found["num_key_value_heads"] = found["num_attention_heads"]
     return found | SPECIAL.get(kind, {})
