@@ -1,14 +1,17 @@
 """Deltas as PEFT adapters: peft itself merges what we export."""
 
+import json
+
 import deltakit as kit
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from surgery import SurgeryError
-from surgery.adapters.exporting import export_peft
+from surgery.adapters.exporting import _refuse_high, export_peft
 from surgery.adapters.importing import import_peft
 
 
@@ -81,3 +84,36 @@ def test_what_lora_cannot_hold(tmp_path):
     tied = kit.save(tmp_path / "t", kit.weights(tie_word_embeddings=True), tie_word_embeddings=True)
     with pytest.raises(SurgeryError, match=r"adapters lose the tie"):
         export_peft(kit.edit(tied, (kit.EMBED,)), tmp_path / "x")
+
+
+def test_norms_go_whole_with_the_checkpoint_at_hand(base, tmp_path):
+    folder, names = base
+    norm = kit.NORM if "layers" in names[0] else "transformer.h.1.ln_1.weight"
+    delta = kit.edit(folder, (*names, norm))
+    report = export_peft(delta, tmp_path / "adapter", checkpoint=folder)
+    assert report.dropped == {}
+    result, before = merged(folder, tmp_path / "adapter"), kit.load(folder)
+    for name in (*names, norm):
+        assert torch.allclose(result[name], before[name] + torch.from_numpy(delta.tensors[name]), atol=1e-6)
+    back = import_peft(tmp_path / "adapter", folder, kind="dense")
+    assert all(np.allclose(back.tensors[name], delta.tensors[name], atol=1e-6) for name in delta.tensors)
+
+
+def test_what_servers_load(tmp_path):
+    folder = kit.save(tmp_path / "base", kit.weights())
+    delta = kit.edit(folder, (kit.DOWN, kit.NORM, "model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(SurgeryError, match=r"norms frozen or add --drop-vectors"):
+        export_peft(delta, tmp_path / "x", served=True, checkpoint=folder)
+    export_peft(delta, tmp_path / "adapter", served=True, drop_vectors=True, rank=12)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {value.shape[0 if ".lora_A" in name else 1] for name, value in factors.items()}
+    assert ranks == {12} == {config["r"]}  # k_proj has 8 rows: its factors are padded
+    assert not config["rank_pattern"] and config["modules_to_save"] is None
+    name = "model.layers.1.self_attn.k_proj.weight"
+    result, before = merged(folder, tmp_path / "adapter"), kit.load(folder)
+    assert torch.allclose(result[name], before[name].float() + torch.from_numpy(delta.tensors[name]), atol=1e-6)
+    with pytest.raises(SurgeryError, match="embedding or head"):
+        export_peft(kit.edit(folder, (kit.HEAD,)), tmp_path / "x", served=True)
+    with pytest.raises(SurgeryError, match=r"rank 600; servers load at most 512"):
+        _refuse_high(600, tmp_path / "x")

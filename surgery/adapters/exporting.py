@@ -14,6 +14,8 @@ from surgery.delta.format import Delta
 from surgery.errors import SurgeryError
 from surgery.files.architecture import is_embedding
 from surgery.files.atomic import check_destination, publish, temporary
+from surgery.files.checkpoint_files import open_checkpoint, values
+from surgery.files.converted import public_name
 from surgery.files.copying import sync_tree
 from surgery.files.safetensors_io import file_parts
 from surgery.files.tensor_names import is_vocabulary
@@ -21,6 +23,7 @@ from surgery.files.tensor_names import is_vocabulary
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
 # transformers' Conv1D stores [in, out], the transpose of nn.Linear; PEFT calls that fan_in_fan_out.
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 _CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt")
 
 
@@ -29,26 +32,38 @@ class PeftReport:
     """An exported adapter. errors: ||difference - adapter|| / ||difference|| (Frobenius) per tensor; 0.0 is
     exact.
 
-    dropped: the tensors that LoRA cannot hold (norms, biases), with their part of the delta's squared norm.
+    dropped: the tensors that LoRA cannot hold (norms, biases), with their part of the delta's squared norm; saved:
+    norms that went whole.
     """
 
     out: Path
     rank: int
     errors: dict[str, float]
     dropped: dict[str, float]
+    saved: tuple[str, ...]
     bytes: int
 
 
-def export_peft(delta: Delta, out: Path | str, *, rank: int | None = None, drop_vectors: bool = False) -> PeftReport:
+def export_peft(
+    delta: Delta,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    drop_vectors: bool = False,
+    checkpoint: Path | str | None = None,
+    served: bool = False,
+) -> PeftReport:
     """Write the folder `out` with the delta as a LoRA adapter for `PeftModel.from_pretrained`.
 
     With `rank` R each matrix is cut to its R largest singular values (Eckart and Young 1936: the best of that
     rank); with None, or where R reaches the short side, the short side gets the identity and the adapter is
-    exact.
+    exact. Norms, which are no product of factors, go whole, as base of `checkpoint` + difference (`modules_to_save`;
+    on a sibling they replace its own). With `served` the adapter keeps to what vLLM, SGLang and llama.cpp load: one
+    rank of at most 512, no whole modules, no embedding and no head.
 
     Raises:
-        SurgeryError: a tensor that LoRA cannot hold (unless `drop_vectors`, for norms and biases), a tied
-            vocabulary matrix, kind "module", a destination that exists.
+        SurgeryError: a tensor that LoRA cannot hold (norms and biases without a checkpoint, unless `drop_vectors`), a
+            tied vocabulary matrix, kind "module", what servers do not load, a destination that exists.
     """
     out = Path(out)
     if delta.kind == "module":
@@ -56,14 +71,17 @@ def export_peft(delta: Delta, out: Path | str, *, rank: int | None = None, drop_
     if rank is not None and rank < 1:
         raise SurgeryError(f"rank {rank}: expected at least 1, or none for an exact adapter")
     check_destination(out)
-    dropped = _dropped(delta, drop_vectors)
+    saved = _saved(delta, checkpoint) if checkpoint is not None and not (drop_vectors or served) else {}
+    dropped = _dropped(delta, drop_vectors, set(saved), served)
     facts = delta.metadata["architecture"]
     transposed = facts.get("model_type") in _CONV1D_MODELS
     arrays: dict[str, np.ndarray] = {}
     errors, ranks = {}, {}
     for name, shape in delta.shapes.items():
-        if name in dropped:
+        if name in dropped or name in saved:
             continue
+        if served and is_vocabulary(name):
+            raise SurgeryError(f"{name}: servers load no adapter of embedding or head; make the edit without it")
         if is_vocabulary(name) and facts.get("tied"):
             raise SurgeryError(
                 f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta stays dense"
@@ -81,7 +99,14 @@ def export_peft(delta: Delta, out: Path | str, *, rank: int | None = None, drop_
     if not arrays:
         raise SurgeryError(f"{out}: the delta has no matrix; there is nothing that LoRA can hold")
     highest = max(ranks.values())
-    config = _config(delta.metadata["base"], ranks, highest, transposed)
+    if served:
+        _refuse_high(highest, out)
+        arrays = {name: _padded(array, name, highest) for name, array in arrays.items()}
+        ranks = dict.fromkeys(ranks, highest)
+    prefix = str(delta.metadata["prefix"])
+    arrays |= {_ROOT + prefix + name: array for name, array in saved.items()}
+    config = _config(public_name(str(delta.metadata["base"])), ranks, highest, transposed)
+    config["modules_to_save"] = sorted({prefix + name.rpartition(".")[0] for name in saved}) or None
     spec = {name: ("F32", array.shape) for name, array in arrays.items()}
 
     def data(name: str) -> list[memoryview]:
@@ -97,23 +122,58 @@ def export_peft(delta: Delta, out: Path | str, *, rank: int | None = None, drop_
             publish(part, out)
     except OSError as error:
         raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
-    return PeftReport(out, highest, errors, dropped, size)
+    return PeftReport(out, highest, errors, dropped, tuple(saved), size)
 
 
-def _dropped(delta: Delta, drop_vectors: bool) -> dict[str, float]:
+def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
+    """The touched norms, weight and bias, whole: what the checkpoint holds plus the difference, fp32."""
+    stored = open_checkpoint(checkpoint)
+    found = {}
+    for module in sorted({name.rpartition(".")[0] for name, shape in delta.shapes.items() if len(shape) == 1}):
+        parts = [name for name in stored.places if name.rpartition(".")[0] == module]
+        if any(len(stored.entry(name).shape) != 1 for name in parts):
+            continue  # the bias of a matrix
+        for name in parts:
+            size = stored.entry(name).elements
+            found[name] = values(stored, name, 0, size)
+            if name in delta.shapes and delta.shapes[name] != (size,):
+                raise SurgeryError(f"{stored.path}: {name!r} has {size} entries, the delta's base another number")
+            if name in delta.shapes:
+                found[name] = found[name] + delta.read(name, 0, size)
+    return found
+
+
+def _dropped(delta: Delta, drop_vectors: bool, saved: set[str], served: bool) -> dict[str, float]:
     squares = {
         name: float(np.square(delta.read(name, 0, math.prod(shape)), dtype=np.float64).sum())
         for name, shape in delta.shapes.items()
     }
     total = sum(squares.values()) or 1.0
-    vectors = {name: squares[name] / total for name, shape in delta.shapes.items() if len(shape) != 2}
+    vectors = {
+        name: squares[name] / total for name, shape in delta.shapes.items() if len(shape) != 2 and name not in saved
+    }
     if vectors and not drop_vectors:
         name = next(iter(vectors))
+        whole = "" if served else ", give --checkpoint CHECKPOINT to keep norms whole,"
         raise SurgeryError(
-            f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the "
-            "edit with its norms frozen, or add --drop-vectors and measure the result"
+            f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the edit with its "
+            f"norms frozen{whole} or add --drop-vectors, and see what is lost"
         )
     return vectors
+
+
+def _refuse_high(rank: int, out: Path) -> None:
+    if rank > SERVED_RANKS[-1]:
+        raise SurgeryError(
+            f"{out}: rank {rank}; servers load at most {SERVED_RANKS[-1]} (vLLM's --max-lora-rank); add --rank 64"
+        )
+
+
+def _padded(array: np.ndarray, name: str, rank: int) -> np.ndarray:
+    """A factor with zeros up to the rank that all share: servers read one rank and no patterns."""
+    axis = 0 if ".lora_A" in name else 1
+    widths = [(0, rank - size if number == axis else 0) for number, size in enumerate(array.shape)]
+    return np.pad(array, widths)
 
 
 def _factors(difference: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray, float]:

@@ -198,7 +198,8 @@ def compose(
 
 @command(
     epilog=examples(
-        "surgery export delta.safetensors --peft ./adapter --rank 64",
+        "surgery export delta.safetensors --peft ./adapter --rank 64 --checkpoint demo",
+        "surgery export delta.safetensors --peft ./adapter --rank 64 --served --drop-vectors --checkpoint demo",
         "surgery export crawd.safetensors --transformers ./edited --checkpoint demo",
     )
 )
@@ -214,8 +215,14 @@ def export(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="PEFT: cut to this rank; default: exact.")] = None,
     drop_vectors: Annotated[bool, typer.Option("--drop-vectors", help="PEFT: leave norms and biases out.")] = False,
+    served: Annotated[
+        bool, typer.Option("--served", help="PEFT: only what vLLM, SGLang and llama.cpp load; needs a --rank.")
+    ] = False,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help=f"To put the module into. {MODEL_HELP}")
+        str | None,
+        typer.Option(
+            "--checkpoint", help=f"To put the module into; PEFT: keep norms whole and measure the effect. {MODEL_HELP}"
+        ),
     ] = None,
     scale: Annotated[float, typer.Option("--scale", help="Multiply what the delta adds.")] = 1.0,
     rounding: Annotated[
@@ -246,12 +253,25 @@ def export(
         raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
     from surgery.adapters.exporting import export_peft
 
-    report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors)
+    place = local(checkpoint) if checkpoint is not None else None
+    report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors, checkpoint=place, served=served)
     for name, error in report.errors.items():
         print(f"  {name}  relative error {error:.4f}")
     for name, share in report.dropped.items():
         print(f"  {name}  left out, {100 * share:.2f} % of the delta's squared norm")
+    for name in report.saved:
+        print(f"  {name}  kept whole (modules_to_save): on a sibling it replaces that one's own")
     print(f"{report.out}: rank {report.rank}, largest relative error {max(report.errors.values(), default=0.0):.4f}")
+    if place is None:
+        print("its effect was not measured: add --checkpoint CHECKPOINT")
+        return
+    from surgery.adapters.effect import effect
+
+    kept = effect(found, report.out, place)
+    print(
+        f"effect kept, through peft: {kept.kept:.1%} [{kept.low:.1%}, {kept.high:.1%}] of the edit's KL of the next "
+        f"token ({kept.edit:.4f} nats, of which {kept.lost:.4f} are missing; {kept.prompts} dev prompts of genbias)"
+    )
 
 
 @command(name="import", epilog=examples("surgery import ./adapter ./checkpoint --out adapter.safetensors"))
