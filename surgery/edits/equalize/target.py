@@ -15,7 +15,9 @@ from torch import Tensor
 from surgery.errors import SurgeryError
 
 TOP = 256
-"""Tokens kept of a target."""
+"""Tokens kept of a target. Measured on SmolLM2-135M-Instruct against every token kept (a block's weights moved by 5 %):
+with 16, 64, 256 and 1,024 the KL of what is held is .58, .77, .89 and .95 of the whole and its gradient's cosine .992,
+.9993, .99995 and 1; the words' KL is .996 or more. 256 take 3 kB a place instead of 200."""
 
 Kept = tuple[Int[Tensor, "places k"], Float[Tensor, "places k+1"]]
 """A target per place: its likeliest tokens, and the log of their target probabilities with that of the rest behind."""
