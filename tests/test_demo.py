@@ -1,5 +1,6 @@
 """The packaged real model: the numbers that are known of it, and the operation in a small form."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from families import demo
 
 import hooks
+import surgery
 from surgery.data import genbias
 from surgery.edits.block import fine_tune
 from surgery.forward.next_token import next_words
@@ -71,3 +73,12 @@ def test_cached_steps_equal_plain_steps_on_the_real_model(model: Any) -> None:
     fast = fine_tune(network, ids, words, plan, blocks=[29], seed=0, prefix=prefix)
     slow = fine_tune(network, ids, words, plan, blocks=[29], seed=0)
     assert fast.losses == pytest.approx(slow.losses, abs=1e-5)
+
+
+def test_the_cache_stays_on_in_bfloat16() -> None:
+    """Log-probabilities differ by more than 0.25 there, and as much between the plain pass and float32."""
+    network, tokenizer = surgery.load("demo", dtype=torch.bfloat16)
+    ids = encode(tokenizer, [row.text for row in genbias.records("profession", "test")][:8])
+    prefix = next_words(network, ids, word_ids(tokenizer, ("he", "she")), keep=[15]).prefixes[15]
+    assert why_not(network, prefix) is None
+    assert "differ" in str(why_not(network, replace(prefix, flat=prefix.flat.roll(1, 0))))
