@@ -54,7 +54,12 @@ def why_alone(model: nn.Module) -> str | None:
             return None
         rows = short_rows(model)
         try:
-            reason = errs_more(_batched(model, rows), _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
+            together = _batched(model, rows)
+            if (
+                not together[0].isfinite().all()
+            ):  # the longest, unpadded row: broken weights, which who reads them names
+                return None
+            reason = errs_more(together, _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
         except HookError:
             raise
         except Exception as error:  # an unknown architecture may break anywhere; the reason is said
