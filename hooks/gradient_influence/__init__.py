@@ -6,15 +6,15 @@ result.top(10)  # [(place in the data, score), ...]
 """
 
 from hooks.gradient_influence.examples import Text, WithTargets
-from hooks.gradient_influence.gradients import Gradient, Job, job
+from hooks.gradient_influence.gradients import Gradient
+from hooks.gradient_influence.jobs import Job, job
 from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers, left_out
+from hooks.gradient_influence.projections import Projected, example_gradients
 from hooks.gradient_influence.query import Probe, influence_probe
 from hooks.gradient_influence.scores import (
     Influence,
-    Projected,
     check_texts,
     combine,
-    example_gradients,
     influence,
     influence_windows,
 )

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.errors import HookError
+from hooks.gradient_influence.backward import differentiate
 from hooks.gradient_influence.examples import Batch, Row, Text, rows, units, windows
-from hooks.gradient_influence.gradients import Gradient, Job, differentiate, job
+from hooks.gradient_influence.gradients import Gradient
+from hooks.gradient_influence.jobs import Job, job
 from hooks.gradient_influence.layers import Preconditioner
 
 Texts = Iterable[Text] | Mapping[str, Iterable[Text]]

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.errors import HookError
+from hooks.gradient_influence.backward import differentiate
 from hooks.gradient_influence.examples import Text, rows, units, windows
-from hooks.gradient_influence.gradients import Gradient, differentiate
+from hooks.gradient_influence.gradients import Gradient
 from hooks.gradient_influence.layers import Moments, Preconditioner
 from hooks.gradient_influence.query import Probe
 from hooks.gradient_influence.scores import job_of
