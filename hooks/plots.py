@@ -1,7 +1,4 @@
-"""Pictures of what the instruments measured; each function returns the matplotlib figure.
-
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; hatching keeps them apart in grey.
-"""
+"""Pictures of what the instruments measured; each function returns the matplotlib figure."""
 
 from __future__ import annotations
 
@@ -9,13 +6,27 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hooks.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHTNESS,
+    ORANGE,
+    PINK,
+    SIGNED,
+    as_array,
+    frame,
+    method_name,
+    new_figure,
+    token_ticks,
+    value_map,
+    whole_ticks,
+)
 from hooks.errors import HookError
 from hooks.ranking import Ranking
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from hooks.gradient_influence import TokenInfluence
@@ -23,26 +34,24 @@ if TYPE_CHECKING:
     from hooks.patching import Patching
     from hooks.reference_attention import CrossWeights
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8C8C8C"
-LIGHTNESS = "cividis"  # even in lightness, so that it reads the same in grey and to colour-blind eyes
-SIGNED = "PuOr"  # purple and orange stay apart for colour-blind eyes
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that belongs to no window and no pyplot state, and shows itself in a notebook; in inches."""
-    from io import BytesIO
-
-    from matplotlib.figure import Figure
-
-    class Shown(Figure):
-        """A figure that a notebook draws although nobody imported pyplot there."""
-
-        def _repr_png_(self) -> bytes:
-            data = BytesIO()
-            self.savefig(data, format="png")
-            return data.getvalue()
-
-    return Shown(figsize=(width, height), layout="constrained")
+# The colours and the empty figure are for pictures of one's own.
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "LIGHTNESS",
+    "ORANGE",
+    "PINK",
+    "SIGNED",
+    "attention_pattern",
+    "block_bars",
+    "cross_attention_map",
+    "head_map",
+    "lens_curve",
+    "new_figure",
+    "patching_grid",
+    "token_bars",
+]
 
 
 def block_bars(raw: Ranking, other: Ranking | None = None, *, edited: list[int] | None = None) -> Figure:
@@ -84,15 +93,15 @@ def head_map(ranking: Ranking, *, mark: int = 3) -> Figure:
     figure = new_figure(2.2 + 0.32 * max(heads, 6), 1.3 + 0.19 * max(blocks, 8))
     axes = figure.subplots()
     signed = bool((ranking.scores < 0).any())
-    _map(figure, axes, ranking.scores, signed=signed, label=_name(ranking.method))
+    value_map(figure, axes, ranking.scores, signed=signed, label=method_name(ranking.method))
     for block, head in ranking.top(mark):
         corner = (head - 0.5, block - 0.5)
-        axes.add_patch(_rectangle(corner, edgecolor="black", linewidth=3))
-        axes.add_patch(_rectangle(corner, edgecolor="white", linewidth=1.2))
+        axes.add_patch(frame(corner, edgecolor="black", linewidth=3))
+        axes.add_patch(frame(corner, edgecolor="white", linewidth=1.2))
     axes.set_xlabel(f"head (framed: the {mark} highest)" if mark else "head")
     axes.set_ylabel("block")
-    _whole_ticks(axes, heads, blocks)
-    axes.set_title(f"{_name(ranking.method)}, {ranking.data}, n = {ranking.count}", fontsize=10)
+    whole_ticks(axes, heads, blocks)
+    axes.set_title(f"{method_name(ranking.method)}, {ranking.data}, n = {ranking.count}", fontsize=10)
     return figure
 
 
@@ -104,7 +113,7 @@ def attention_pattern(
     pattern: (head query key) or (query key), as `hooks.capture` gives at `blocks.I.attn.hook_pattern` for one
     row of the batch; heads: their numbers for the titles (all from 0 on if left out).
     """
-    values = _array(pattern)
+    values = as_array(pattern)
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[1:] != (len(tokens), len(tokens)):
         raise HookError(
@@ -124,8 +133,8 @@ def attention_pattern(
     for number, (axes, weights) in enumerate(zip(panels.flat, values, strict=False)):
         image = axes.imshow(weights, cmap=LIGHTNESS, vmin=0, vmax=1, aspect="auto")
         axes.set_title(f"head {names[number]}", fontsize=9)
-        _token_ticks(axes.xaxis, tokens, rotation=90)
-        _token_ticks(axes.yaxis, tokens if number % columns == 0 else [""] * len(tokens))
+        token_ticks(axes.xaxis, tokens, rotation=90)
+        token_ticks(axes.yaxis, tokens if number % columns == 0 else [""] * len(tokens))
     figure.colorbar(image, ax=panels, label="attention weight", shrink=0.8)
     if title:
         figure.suptitle(title, fontsize=10)
@@ -193,10 +202,10 @@ def patching_grid(result: Patching) -> Figure:
     blocks_count, columns = result.effects.shape
     figure = new_figure(3.0 + 0.38 * max(columns, 6), 1.6 + 0.2 * max(blocks_count, 8))
     axes = figure.subplots()
-    _map(figure, axes, result.effects, signed=True, label=label)
-    _whole_ticks(axes, columns, blocks_count)
+    value_map(figure, axes, result.effects, signed=True, label=label)
+    whole_ticks(axes, columns, blocks_count)
     if result.tokens is not None:
-        _token_ticks(axes.xaxis, result.tokens, rotation=60)
+        token_ticks(axes.xaxis, result.tokens, rotation=60)
     axes.set_xlabel("head" if result.tokens is None else "position (tokens of the first clean prompt)")
     axes.set_ylabel("block")
     axes.set_title(title, fontsize=10)
@@ -208,7 +217,7 @@ def cross_attention_map(weights: CrossWeights, *, block: int | None = None, head
 
     block, head: of which to show the weights; left out, the mean over blocks or heads.
     """
-    values = _array(weights.weights)
+    values = as_array(weights.weights)
     for name, number, size in (("block", block, values.shape[0]), ("head", head, values.shape[1])):
         if number is not None and not 0 <= number < size:
             raise HookError(f"cross_attention_map: {name} is {number}; the model has 0 to {size - 1}")
@@ -216,9 +225,9 @@ def cross_attention_map(weights: CrossWeights, *, block: int | None = None, head
     values = values.mean(0) if head is None else values[head]
     figure = new_figure(2.2 + 0.5 * len(weights.words), 1.2 + 0.24 * len(weights.tokens))
     axes = figure.subplots()
-    _map(figure, axes, values, signed=False, label="beta", top=1.0)
-    _token_ticks(axes.xaxis, weights.words, rotation=60)
-    _token_ticks(axes.yaxis, weights.tokens)
+    value_map(figure, axes, values, signed=False, label="beta", top=1.0)
+    token_ticks(axes.xaxis, weights.words, rotation=60)
+    token_ticks(axes.yaxis, weights.tokens)
     where = ", ".join(f"{n} {v}" if v is not None else f"all {n}s" for n, v in (("block", block), ("head", head)))
     axes.set_title(f"cross-attention, {where}", fontsize=9)
     return figure
@@ -236,66 +245,9 @@ def token_bars(text: TokenInfluence, *, probe: int = 0) -> Figure:
     ):
         axes.bar(places[chosen], values[chosen], 0.8, color=colour, hatch=hatch, edgecolor="white", label=label)
     axes.axhline(0, color="black", lw=0.8)
-    _token_ticks(axes.xaxis, text.tokens, rotation=60)
+    token_ticks(axes.xaxis, text.tokens, rotation=60)
     axes.set_ylabel("part of the score")
     axes.set_title(f"text {text.place}, probe {text.names[probe]}: score {text.score[probe]:+.4f}", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _map(
-    figure: Figure,
-    axes: Axes,
-    values: NDArray[np.float64],
-    *,
-    signed: bool,
-    label: str,
-    top: float | None = None,
-) -> None:
-    """A map with its scale. Signed maps are the same at +x and -x in grey, so a minus marks the negative."""
-    high = float(np.abs(values).max()) or 1.0
-    image = axes.imshow(
-        values,
-        cmap=SIGNED if signed else LIGHTNESS,
-        vmin=-high if signed else 0.0,
-        vmax=high if top is None else top,
-        aspect="auto",
-    )
-    if signed:
-        for row, column in np.argwhere(values < -0.1 * high):
-            dark = values[row, column] < -0.6 * high
-            axes.text(
-                column, row, "\N{MINUS SIGN}", ha="center", va="center", fontsize=12, weight="bold",
-                color="white" if dark else "black",
-            )  # fmt: skip
-    figure.colorbar(image, ax=axes, label=label)
-
-
-def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, 1, 1, fill=False, clip_on=False, **style)
-
-
-def _whole_ticks(axes: Axes, columns: int, rows: int) -> None:
-    axes.set_xticks(range(0, columns, max(1, columns // 12)))
-    axes.set_yticks(range(0, rows, max(1, rows // 15)))
-
-
-def _token_ticks(axis: Any, tokens: Sequence[str], rotation: int = 0) -> None:
-    """Tokens as labels, a space shown as such: the marks of byte-level BPE and SentencePiece become one."""
-    names = [token.replace("Ġ", "·").replace("▁", "·").replace("Ċ", "\\n") for token in tokens]
-    axis.set_ticks(range(len(names)), [name.replace("$", r"\$") for name in names])
-    axis.set_tick_params(labelrotation=rotation, labelsize=8)
-
-
-def _name(method: str) -> str:
-    return method.replace("_", "-")
-
-
-def _array(values: Any) -> NDArray[np.float64]:
-    """A tensor on any device and of any dtype, or an array, as float64."""
-    if hasattr(values, "detach"):
-        values = values.detach().float().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)

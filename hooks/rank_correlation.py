@@ -177,7 +177,7 @@ def _interval(draws: NDArray[np.float64]) -> Correlation:
 
 def rank_map(rankings: Sequence[Ranking]) -> Figure:
     """Methods x blocks: lighter ranks higher, and the first three of each method carry their rank."""
-    from hooks.plots import LIGHTNESS, new_figure
+    from hooks.drawing import LIGHTNESS, new_figure
 
     table = np.stack([ranks(ranking.scores) for ranking in rankings])
     methods, blocks = table.shape
