@@ -59,7 +59,7 @@ def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str
     kinds = ("things", "plurals", "gendered", "names")
     subjects = dict.fromkeys((row.subject, row.kind) for row in rows if row.kind in kinds)
     subjects |= dict.fromkeys((noun, "gendered") for noun in shapes.gendered())
-    found = [row.text for row in rows if "they" not in prompts.words.words or row.right != "they"]
+    found = [row.text for row in rows]
     for number, (subject, kind) in enumerate(subjects):
         for turn in range(number * each, number * each + each):
             template = templates[turn % len(templates)]
