@@ -123,7 +123,7 @@ class Gain:
         units, names = self._units(by)
         score = _SCORES[method]
         scores = np.array([score(self._sums(unit, groups)) for unit in units])
-        left = [[group for group in groups if group != out] for out in groups] if len(groups) > 4 else []
+        left = [[group for group in groups if group != out] for out in groups] if len(groups) >= 4 else []
         low = high = None
         if left:
             again = np.array([[score(self._sums(unit, some)) for unit in units] for some in left])
@@ -131,7 +131,7 @@ class Gain:
             low, high = scores - 1.96 * error, scores + 1.96 * error
         unit_name: Any = by
         return Ranking(
-            f"gain {method}", unit_name, scores, self.data, self.count, low=low, high=high, settings=self.settings,
+            f"gain_{method}", unit_name, scores, self.data, self.count, low=low, high=high, settings=self.settings,
             names=names,
         )  # fmt: skip
 

@@ -56,7 +56,7 @@ class GainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"groups": 4, "batch": 1, "per_draw": 1, "cut": 2}
+        least = {"groups": 2, "batch": 1, "per_draw": 1, "cut": 2}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise HookError(f"gain: {name} is {getattr(self, name)}; expected at least {low}")

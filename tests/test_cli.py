@@ -155,7 +155,7 @@ def test_every_suite_is_called_alike() -> None:
         (["eval", "nothing.gguf"], "no such GGUF file"),
         (["eval", "CHECKPOINT", "--device", "xpu:7"], "but the accelerators here are"),
         (["eval", "CHECKPOINT", "--device", "gpu"], "got 'gpu', expected cpu, cuda"),
-        (["locate", "CHECKPOINT", "--by", "magic"], "expected bmi"),
+        (["locate", "CHECKPOINT", "--by", "magic"], "expected gain"),
         (["inspect", "nothing.safetensors"], "nothing.safetensors"),
         (["apply", "nothing.safetensors", "CHECKPOINT", "--out", "OUT"], "nothing.safetensors"),
         (["undo", "CHECKPOINT", "--out", "OUT"], "undo"),

@@ -218,7 +218,7 @@ def test_halves_share_nothing_and_small_models_have_fewer_random_blocks(tiny: An
     found = check(model, tokenizer, prompts, rows, ["lens"], rankings)
     assert set(found.comparison.stability) == {"lens"} and not found.comparison.pairs
     assert set(found.others) | {rankings[0].top()[0]} == set(range(4))
-    with pytest.raises(SurgeryError, match="expected one of bmi"):
+    with pytest.raises(SurgeryError, match="expected one of gain"):
         rank(model, tokenizer, prompts, rows, "magic")
 
 
@@ -230,9 +230,9 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
     assert "the first 6 of 945 training prompts of genbias" in result.stdout
     assert "Spearman" in result.stdout and "stability" in result.stdout and "mean-ablation" in result.stdout
     numbers = json.loads((tmp_path / "all.json").read_text())
-    methods = {"raw", "final_norm", "lens", "patching", "attribution", "attention", "cross_attention"}
+    methods = {"gain_natural", "gain_ratio", "raw", "final_norm", "lens", "patching", "attribution", "attention", "cross_attention"}
     assert set(numbers) == methods | {"comparison", "ablation"}
-    assert len(numbers["comparison"]["pairs"]) == 21 and len(numbers["comparison"]["stability"]) == 7
+    assert len(numbers["comparison"]["pairs"]) == 36 and len(numbers["comparison"]["stability"]) == 9
     assert {Ranking.from_dict(numbers[method]).count for method in methods - {"patching", "attribution"}} == {6}
     assert (tmp_path / "all.png").stat().st_size > 5000
 

@@ -17,6 +17,8 @@ from surgery.errors import SurgeryError
     epilog=examples(
         "surgery locate demo",
         "surgery locate ./checkpoint --json ranking.json --plot ranking.png",
+        "surgery locate demo --by gain",
+        "surgery locate ./checkpoint --by gain --objective log --retain texts.txt --limit 128",
         "surgery locate demo --by all --compare --limit 32",
     )
 )
@@ -26,7 +28,7 @@ def locate(
         str,
         typer.Option(
             "--by",
-            help="bmi: how far each block turns the stream (LFTF Eq. 4); lens: what it adds to the logit difference "
+            help="gain: where a step of the edit gains most for what it moves of neutral text; bmi: how far each block turns the stream (LFTF Eq. 4); lens: what it adds to the logit difference "
             "of the set's first two words; patching: what it restores between prompts of opposite stereotype; "
             "attribution: the same to first order; sensitivity: attention to the subject, cross-attention to the "
             "words; all.",
@@ -43,10 +45,16 @@ def locate(
         str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
     ] = "genbias",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="How many prompts; default 32, and all for bmi alone.")
+        int | None, typer.Option("--limit", min=1, help="How many prompts; default 32, 128 for gain alone, all for bmi alone.")
     ] = None,
     positions: Annotated[str, typer.Option("--positions", help="Of bmi: last or all prompt tokens.")] = "last",
     aggregate: Annotated[str, typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",
+    objective: Annotated[
+        str, typer.Option("--objective", help="Of gain: equalize, the words' mass shared out, or log, LFTF's.")
+    ] = "equalize",
+    retain: Annotated[
+        Path | None, typer.Option("--retain", help="Of gain: texts that must stay, .txt or .jsonl; default neutral.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the counterparts, the halves, the random blocks.")] = 0,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture to this PNG file.")] = None,
@@ -55,19 +63,22 @@ def locate(
     debug: Debug = False,
 ) -> None:
     """Rank the blocks of a model by what they do to the prompts of a data set."""
-    from surgery.data import genbias
+    from surgery.data import genbias, neutral
     from surgery.data.prompts import load_prompt_set
     from surgery.files.atomic import write_json
     from surgery.locate import LIMIT, check, key, methods, picture, rank, tables
+    from surgery.locate.gain import GAIN_LIMIT, RETAIN
     from surgery.progress import Progress
 
     chosen, progress = methods(by), Progress(quiet)
     prompts = load_prompt_set(data)
     every = genbias.records("profession", "train", prompts=prompts)
     alone = by == "bmi" and not compare
-    rows = every[: limit or (None if alone else LIMIT)]
+    rows = every[: limit or (None if alone else GAIN_LIMIT if by == "gain" and not compare else LIMIT)]
+    texts = neutral.sentences(retain)[:RETAIN]
     opened, tokenizer = open_model(model, quiet, device=device)
     options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
+    options |= {"objective": objective, "retain": texts}
     found = []
     for method in chosen:
         with progress.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:

@@ -21,12 +21,13 @@ from hooks.tokens import ids_of
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
+from surgery.locate.gain import of_prompts
 from surgery.progress import Advance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS = ("bmi", "lens", "patching", "attribution", "sensitivity")
+METHODS = ("gain", "bmi", "lens", "patching", "attribution", "sensitivity")
 LIMIT = 32
 """How many prompts by default: patching runs the model once a block and pair."""
 RANDOM = 5
@@ -50,11 +51,14 @@ def rank(
     seed: int = 0,
     positions: Literal["last", "all"] = "last",
     aggregate: Literal["mean", "sum"] = "mean",
+    objective: str = "equalize",
+    retain: Sequence[str] | None = None,
     step: Advance | None = None,
 ) -> list[Ranking]:
     """Block rankings by one of ``METHODS`` on ``rows``; the contrast is the set's first two words.
 
-    bmi: raw and final_norm. lens: direct contribution to the contrast. patching, attribution: interchange effects
+    gain: natural gain and gradient ratio of ``objective`` against the texts ``retain`` (see
+    ``surgery.locate.gain``). bmi: raw and final_norm. lens: direct contribution to the contrast. patching, attribution: interchange effects
     of what a block adds, on the ``pairs`` of the rows. sensitivity: attention of the last token to the subject, and
     cross-attention to the set's words. ``positions`` and ``aggregate`` are options of bmi; ``step`` is told of finished
     prompts.
@@ -72,6 +76,9 @@ def rank(
             step(now - done)
         done = now
 
+    if method == "gain":
+        measured = of_prompts(model, tokenizer, prompts, rows, objective=objective, retain=retain, seed=seed, step=step)
+        return [measured.ranking(name) for name in ("natural", "ratio")]
     if method == "bmi":
         found = bmi(model, tokenizer, texts, positions=positions, aggregate=aggregate, data=data, progress=advance)
         return [found.raw, found.final_norm]

@@ -1,0 +1,98 @@
+"""Rank the blocks by the natural gain of an objective of the project, and what ``block = "auto"`` takes."""
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.gain_rankings import Gain
+from hooks.natural_gain import GainConfig, Objective, gain
+from surgery.data import neutral
+from surgery.data.genbias import Prompt
+from surgery.data.prompts import PromptSet
+from surgery.edits.block import word_loss
+from surgery.edits.equalize import Prepared, losses_of, prepare, words_term
+from surgery.errors import SurgeryError
+from surgery.forward.residual_cache import pad, shortcut
+from surgery.forward.tokens import encode, word_ids
+from surgery.progress import Advance
+
+OBJECTIVES = ("equalize", "log")
+GAIN_LIMIT = 128
+"""How many prompts by default when nothing else is ranked."""
+RETAIN = 64
+"""How many texts stand for what must not change."""
+
+
+def words_objective(
+    model: PreTrainedModel, ids: Sequence[Sequence[int]], words: Sequence[int], name: str = "equalize"
+) -> Objective:
+    """The losses of the prompts ``ids``: equalise (the words' mass shared out equally), or LFTF's log form.
+
+    Raises ``SurgeryError`` for another name.
+    """
+    if name == "equalize":
+        return terms_objective(prepare(model, [words_term(ids, words)]))
+    if name not in OBJECTIVES:
+        raise SurgeryError(f"objective: got {name!r}, expected one of {', '.join(OBJECTIVES)}")
+
+    def losses(module: nn.Module, rows: Sequence[int]) -> Float[Tensor, " rows"]:
+        with shortcut(model, call=module) as run:
+            return word_loss(run(pad(ids, rows, model.device)), words)
+
+    return losses
+
+
+def terms_objective(given: Prepared) -> Objective:
+    """The losses of the examples of the first term, such as words or pairs, as ``equalize`` would minimise them."""
+
+    def losses(module: nn.Module, rows: Sequence[int]) -> Float[Tensor, " rows"]:
+        return losses_of(module, module, given, [(0, row) for row in rows])  # type: ignore[arg-type]
+
+    return losses
+
+
+def rank_by_gain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    count: int,
+    *,
+    retain: Sequence[str] | None = None,
+    data: str = "prompts",
+    seed: int = 0,
+    step: Callable[[int], None] | None = None,
+) -> Gain:
+    """``hooks.gain`` against ``retain`` (default: the first ``RETAIN`` shipped neutral sentences)."""
+    texts = list(neutral.sentences()[:RETAIN] if retain is None else retain)
+    groups = min(GainConfig.groups, count)
+    done = 0
+
+    def advance(now: int, _: int | None) -> None:
+        nonlocal done
+        if step:
+            step(now - done)
+        done = now
+
+    ids = encode(tokenizer, texts)
+    config = GainConfig(seed=seed, groups=groups)
+    return gain(model, objective, count, ids, config=config, data=data, progress=advance)
+
+
+def of_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    rows: Sequence[Prompt],
+    *,
+    objective: str = "equalize",
+    retain: Sequence[str] | None = None,
+    seed: int = 0,
+    step: Advance | None = None,
+) -> Gain:
+    """The gain of equalising the set's words (or of LFTF's log form) after the prompts ``rows``."""
+    ids = encode(tokenizer, [row.text for row in rows])
+    losses = words_objective(model, ids, word_ids(tokenizer, prompts.words.words), objective)
+    data = f"{prompts.name} train"
+    return rank_by_gain(model, tokenizer, losses, len(ids), retain=retain, data=data, seed=seed, step=step)
