@@ -16,6 +16,7 @@ from hooks.rank_correlation import Correlation, compare
 from hooks.ranking import Ranking
 
 By = Literal["block", "attention", "mlp", "matrix"]
+Method = Literal["natural", "ratio", "agreement", "inner", "snr", "rgn"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _rgn(sums: _Sums) -> float:
     return float(np.sqrt(sums.plain.mean() / max(sums.weights, 1e-300)))
 
 
-_SCORES: dict[str, Callable[[_Sums], float]] = {
+_SCORES: dict[Method, Callable[[_Sums], float]] = {
     "natural": _natural,
     "ratio": _ratio,
     "agreement": _agreement,
@@ -102,7 +103,7 @@ class Gain:
     count: int
     settings: Mapping[str, Any]
 
-    def ranking(self, method: str = "natural", by: By = "block", *, only: Iterable[int] | None = None) -> Ranking:
+    def ranking(self, method: Method = "natural", by: By = "block", *, only: Iterable[int] | None = None) -> Ranking:
         """Units from the most promising down, with a 95 % interval (jackknife over groups of examples, Efron 1979).
 
         - natural: sum of g^2 / (F + damping), g the mean gradient of the objective.
@@ -135,12 +136,12 @@ class Gain:
             names=names,
         )  # fmt: skip
 
-    def halves(self, method: str = "natural", by: By = "block") -> tuple[Ranking, Ranking]:
+    def halves(self, method: Method = "natural", by: By = "block") -> tuple[Ranking, Ranking]:
         """The same ranking on the even and on the odd groups."""
         groups = range(self.plain.shape[1])
         return self.ranking(method, by, only=groups[::2]), self.ranking(method, by, only=groups[1::2])
 
-    def stability(self, method: str = "natural", by: By = "block") -> Correlation:
+    def stability(self, method: Method = "natural", by: By = "block") -> Correlation:
         """Spearman's correlation of the two halves' rankings: the method's agreement with itself."""
         halves = self.halves(method, by)
         found = compare(halves[:1], repeats=[halves])

@@ -155,14 +155,19 @@ def find_places(model: nn.Module) -> tuple[Place, ...]:
             elif any(name.startswith(module + ".") for module in (block.mlp, *block.mlp_modules) if module):
                 part = "mlp"
             found.append(Place(name, number, part))
-    quantised = getattr(probe.pretrained(model).config, "quantization_config", None)
-    if not found or (quantised is not None and not adapted):
-        raise HookError(
-            f"gain: {type(model).__name__} has quantised weights, which have no gradient; load it unquantised, or put "
-            "LoRA on it, whose factors are ranked then"
-            if quantised is not None
-            else f"gain: the blocks of {type(model).__name__} hold no parameters"
-        )
+    if not found:
+        raise HookError(f"gain: the blocks of {kind} hold no parameters")
+    if not adapted:
+        for block in anatomy.blocks:
+            inside = model.get_submodule(block.name)
+            packed = [
+                n for n, b in inside.named_buffers() if b.ndim > 1 and not b.is_floating_point() and "weight" in n
+            ]
+            if packed:  # GPTQ and AWQ keep no weight, but integers in buffers
+                raise HookError(
+                    f"gain: {block.name}.{packed[0]} is quantised; load the model unquantised, or put LoRA on it: its "
+                    "factors are ranked then"
+                )
     return tuple(found)
 
 

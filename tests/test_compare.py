@@ -228,9 +228,20 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     assert "the first 6 of 945 training prompts of genbias" in result.stdout
+    assert "what each predicted of an edit" in result.stdout and "gain_attention" in result.stdout
     assert "Spearman" in result.stdout and "stability" in result.stdout and "mean-ablation" in result.stdout
     numbers = json.loads((tmp_path / "all.json").read_text())
-    methods = {"gain_natural", "gain_ratio", "raw", "final_norm", "lens", "patching", "attribution", "attention", "cross_attention"}
+    methods = {
+        "gain_natural",
+        "gain_attention",
+        "raw",
+        "final_norm",
+        "lens",
+        "patching",
+        "attribution",
+        "attention",
+        "cross_attention",
+    }
     assert set(numbers) == methods | {"comparison", "ablation"}
     assert len(numbers["comparison"]["pairs"]) == 36 and len(numbers["comparison"]["stability"]) == 9
     assert {Ranking.from_dict(numbers[method]).count for method in methods - {"patching", "attribution"}} == {6}

@@ -28,7 +28,8 @@ def locate(
         str,
         typer.Option(
             "--by",
-            help="gain: where a step of the edit gains most for what it moves of neutral text; bmi: how far each block turns the stream (LFTF Eq. 4); lens: what it adds to the logit difference "
+            help="gain: where a step of the edit gains most for what it moves of neutral text; "
+            "bmi: how far each block turns the stream (LFTF Eq. 4); lens: what it adds to the logit difference "
             "of the set's first two words; patching: what it restores between prompts of opposite stereotype; "
             "attribution: the same to first order; sensitivity: attention to the subject, cross-attention to the "
             "words; all.",
@@ -45,7 +46,8 @@ def locate(
         str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
     ] = "genbias",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="How many prompts; default 32, 128 for gain alone, all for bmi alone.")
+        int | None,
+        typer.Option("--limit", min=1, help="How many prompts; default 32, 128 for gain alone, all for bmi alone."),
     ] = None,
     positions: Annotated[str, typer.Option("--positions", help="Of bmi: last or all prompt tokens.")] = "last",
     aggregate: Annotated[str, typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",

@@ -21,7 +21,7 @@ from hooks.tokens import ids_of
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
-from surgery.locate.gain import of_prompts
+from surgery.locate.gain import KNOWN, auto_ranking, of_prompts
 from surgery.progress import Advance
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ def rank(
 ) -> list[Ranking]:
     """Block rankings by one of ``METHODS`` on ``rows``; the contrast is the set's first two words.
 
-    gain: natural gain and gradient ratio of ``objective`` against the texts ``retain`` (see
-    ``surgery.locate.gain``). bmi: raw and final_norm. lens: direct contribution to the contrast. patching, attribution: interchange effects
-    of what a block adds, on the ``pairs`` of the rows. sensitivity: attention of the last token to the subject, and
-    cross-attention to the set's words. ``positions`` and ``aggregate`` are options of bmi; ``step`` is told of finished
-    prompts.
+    gain: natural gain of ``objective`` against the texts ``retain``, of attention and of the whole block (see
+    ``surgery.locate.gain``). bmi: raw and final_norm. lens: direct contribution to the contrast. patching,
+    attribution: interchange effects of what a block adds, on the ``pairs`` of the rows. sensitivity: attention of the
+    last token to the subject, and cross-attention to the set's words. ``positions`` and ``aggregate`` are options of
+    bmi; ``step`` is told of finished prompts.
 
     Raises ``SurgeryError`` for an unknown method and where there are no pairs, ``HookError`` as the method does.
     """
@@ -78,7 +78,7 @@ def rank(
 
     if method == "gain":
         measured = of_prompts(model, tokenizer, prompts, rows, objective=objective, retain=retain, seed=seed, step=step)
-        return [measured.ranking(name) for name in ("natural", "ratio")]
+        return [auto_ranking(measured), measured.ranking("natural")]
     if method == "bmi":
         found = bmi(model, tokenizer, texts, positions=positions, aggregate=aggregate, data=data, progress=advance)
         return [found.raw, found.final_norm]
@@ -157,8 +157,12 @@ class Check:
     others: tuple[int, ...]
 
     def table(self) -> str:
-        """Plain text: correlations, stability, mean-ablation."""
-        return f"{self.comparison.table()}\n\n{self.ablation.against(self.comparison.tops, self.others)}"
+        """Plain text: correlations, stability, mean-ablation, and what is known of each ranking."""
+        names = self.comparison.tops
+        known = [f"  {name:24} {KNOWN[name]}" for name in names if name in KNOWN]
+        title = "what each predicted of an edit (he / she, docs/which_block.md)"
+        ablated = self.ablation.against(names, self.others)
+        return "\n\n".join([self.comparison.table(), ablated, *(["\n".join([title, *known])] if known else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """``comparison`` and ``ablation`` for JSON, with the random blocks among the latter."""
