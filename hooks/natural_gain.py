@@ -29,6 +29,7 @@ from hooks.errors import HookError
 from hooks.gain_rankings import Gain, Place
 from hooks.gradient_influence.examples import Row, Text, rows
 from hooks.gradient_influence.layers import is_factor
+from hooks.gradient_sketch import Sketch, signed
 from hooks.streaming import Progress, positions_limit
 
 # Losses of the examples `rows`, computed by calling the model: what a training loop minimises.
@@ -116,9 +117,9 @@ def gain(
     mean = traces.sum() / sizes.sum()
     if not mean > 0:
         raise HookError("gain: the retain text has no gradient for the ranked parameters; are they used by the model?")
-    whiten = [_signed(square, config.damping * mean, config.seed + place) for place, square in enumerate(fisher)]
+    whiten = [signed(square, config.damping * mean, config.seed + place) for place, square in enumerate(fisher)]
     del fisher
-    sketches = [_Sketch(weight, config) for weight in whiten]
+    sketches = [Sketch(weight, config.groups, config.sketch) for weight in whiten]
     _edit(model, objective, places, parameters, portions, sketches, config, advance)
     whitened, plain = (np.stack([sketch.products(kind) for sketch in sketches]) for kind in (0, 1))
     if not plain.any():
@@ -157,17 +158,14 @@ def find_places(model: nn.Module) -> tuple[Place, ...]:
             found.append(Place(name, number, part))
     if not found:
         raise HookError(f"gain: the blocks of {kind} hold no parameters")
-    if not adapted:
-        for block in anatomy.blocks:
-            inside = model.get_submodule(block.name)
-            packed = [
-                n for n, b in inside.named_buffers() if b.ndim > 1 and not b.is_floating_point() and "weight" in n
-            ]
-            if packed:  # GPTQ and AWQ keep no weight, but integers in buffers
-                raise HookError(
-                    f"gain: {block.name}.{packed[0]} is quantised; load the model unquantised, or put LoRA on it: its "
-                    "factors are ranked then"
-                )
+    for block in () if adapted else anatomy.blocks:
+        held = model.get_submodule(block.name).named_buffers()
+        packed = [n for n, b in held if b.ndim > 1 and not b.is_floating_point() and "weight" in n]
+        if packed:  # GPTQ and AWQ keep no weight, but integers in buffers
+            raise HookError(
+                f"gain: {block.name}.{packed[0]} is quantised; load the model unquantised, or put LoRA on it: its "
+                "factors are ranked then"
+            )
     return tuple(found)
 
 
@@ -218,7 +216,7 @@ def _edit(
     places: Sequence[Place],
     parameters: Sequence[nn.Parameter],
     portions: Sequence[Sequence[int]],
-    sketches: Sequence[_Sketch],
+    sketches: Sequence[Sketch],
     config: GainConfig,
     advance: Callable[[int], None],
 ) -> None:
@@ -282,44 +280,3 @@ def _gradients(
             for parameter, flag, grad in before:
                 parameter.requires_grad_(flag)
                 parameter.grad = grad
-
-
-def _signed(fisher: Tensor, damping: float, seed: int) -> Tensor:
-    """1 / sqrt(F + damping), in place of F, with random signs for the sketch."""
-    weight = fisher.add_(damping).rsqrt_()
-    draw = torch.Generator(weight.device).manual_seed(seed)
-    signs = torch.randint(0, 2, weight.shape, generator=draw, device=weight.device, dtype=torch.int8)
-    return weight.mul_(signs.mul_(2).sub_(1))
-
-
-class _Sketch:
-    """Count-sketches (Charikar et al. 2002) of a parameter's gradients, one for each group: whitened, and plain.
-
-    Entry i goes to place i mod width with a random sign, so that inner products come out right on average.
-    """
-
-    def __init__(self, weight: Tensor, config: GainConfig) -> None:
-        self.weight = weight
-        self.width = min(weight.numel(), config.sketch or weight.numel())
-        self.kept = weight.new_zeros((2, config.groups, self.width))
-
-    def add(self, group: int, gradient: Tensor, size: int) -> None:
-        """Add the gradient of a sum over some of the group's `size` examples."""
-        gradient = gradient.float()
-        whitened = gradient * self.weight
-        plain = torch.copysign(gradient, whitened) if self.width < gradient.numel() else gradient
-        # copysign gives |g| sign(g w): the gradient with the weight's random sign
-        for kind, values in enumerate((whitened, plain)):
-            flat = values.reshape(-1)
-            whole = len(flat) // self.width * self.width
-            self.kept[kind, group] += flat[:whole].view(-1, self.width).sum(0) / size
-            self.kept[kind, group, : len(flat) - whole] += flat[whole:] / size
-
-    def finite(self) -> bool:
-        """Whether every sum is."""
-        return bool(torch.isfinite(self.kept).all())
-
-    def products(self, kind: int) -> Float[np.ndarray, "group group"]:
-        """Inner products of the groups' gradients."""
-        kept = self.kept[kind].double()
-        return (kept @ kept.T).cpu().numpy()
