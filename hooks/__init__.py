@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hooks.ablation import Ablation, mean_ablation
     from hooks.activations import capture, model_inputs, run_base
     from hooks.block_importance import BlockImportance, BmiReducer, Robustness, bmi, robustness
+    from hooks.counterfactuals import counterfactual_pairs
     from hooks.engines import record
     from hooks.errors import HookError
     from hooks.gain_rankings import Gain
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from hooks.interventions import edit
     from hooks.logit_lens import Lens, lens
     from hooks.natural_gain import GainConfig, gain
-    from hooks.patching import Patching, attribute, attribution_patch, counterfactual_pairs, patch
+    from hooks.patching import Patching, attribute, attribution_patch, patch
     from hooks.rank_correlation import Comparison, compare, rank_map
     from hooks.ranking import Ranking
     from hooks.reference_attention import CrossWeights, cross_attention, cross_attention_weights
@@ -44,6 +45,7 @@ _NAMES = {
     "ablation": ("Ablation", "mean_ablation"),
     "activations": ("capture", "model_inputs", "run_base"),
     "block_importance": ("BlockImportance", "BmiReducer", "Robustness", "bmi", "robustness"),
+    "counterfactuals": ("counterfactual_pairs",),
     "engines": ("record",),
     "errors": ("HookError",),
     "gain_rankings": ("Gain",),
@@ -64,7 +66,7 @@ _NAMES = {
     "interventions": ("edit",),
     "logit_lens": ("Lens", "lens"),
     "natural_gain": ("GainConfig", "gain"),
-    "patching": ("Patching", "attribute", "attribution_patch", "counterfactual_pairs", "patch"),
+    "patching": ("Patching", "attribute", "attribution_patch", "patch"),
     "rank_correlation": ("Comparison", "compare", "rank_map"),
     "ranking": ("Ranking",),
     "reference_attention": ("CrossWeights", "cross_attention", "cross_attention_weights"),

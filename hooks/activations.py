@@ -77,14 +77,9 @@ def capture(
             return
         value = site.canonical(tensor.detach(), state.batch_pos_of(site, tensor), module)
         mask = state.mask(site.stack, value.device)
-        if positions == "last":
-            rows, last = torch.arange(len(value), device=value.device), state.last(site.stack, value.device)
-            value = value[rows, :, last] if site.kind == "pattern" else value[rows, last]
-            bad = ~torch.isfinite(value)
-        else:
-            bad = ~torch.isfinite(value)
-            bad = (bad.any(3).any(1) if site.kind == "pattern" else bad.flatten(2).any(2)) & mask
-        faults[site.name] = faults.get(site.name, torch.zeros((), dtype=torch.bool, device=bad.device)) | bad.any()
+        last = state.last(site.stack, value.device) if positions == "last" else None
+        value, bad = _handed_out(site, value, mask, last)
+        faults[site.name] = faults.get(site.name, torch.zeros((), dtype=torch.bool, device=bad.device)) | bad
         if reducer is not None:
             reducer(site.name, value, mask)
         else:  # a copy, since some models go on to change what they returned in place (Falcon)
@@ -107,6 +102,21 @@ def capture(
                 raise
             state.refuse_unreached(before)
             abandon(model)
+    _refuse_first(faults)
+
+
+def _handed_out(site: sites.Site, value: Tensor, mask: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The activation, at the tokens `last` (batch) where given, and whether a real token's is NaN or infinite."""
+    pattern = site.kind == "pattern"
+    if last is not None:
+        rows = torch.arange(len(value), device=value.device)
+        value = value[rows, :, last] if pattern else value[rows, last]
+        return value, (~torch.isfinite(value)).any()
+    bad = ~torch.isfinite(value)
+    return value, ((bad.any(3).any(1) if pattern else bad.flatten(2).any(2)) & mask).any()
+
+
+def _refuse_first(faults: Mapping[str, Tensor]) -> None:
     for name, fault in faults.items():  # in the order of the pass
         if bool(fault):
             raise HookError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -51,31 +52,13 @@ def attention_to(
     stack = find(model).stacks[0]
     require(stack, "pattern", "the attention that words get")
     causal = _causal(model, stack)
-    flags: dict[int, list[bool]] = {}
-    skipped = sinks = 0
-    finder, closed = _finder(words), reads_whole(model)
-
-    def encoded() -> Iterator[list[int]]:
-        nonlocal skipped, sinks
-        for text in prompts:
-            ids, word = locate_words(tokenizer, text, finder, closed=closed)
-            if causal and word and word[0]:
-                sinks += 1
-                first = word.index(False) if False in word else len(word)
-                word[:first] = [False] * first
-            seen = [not w and (any(word[:i]) or not causal) for i, w in enumerate(word)]
-            if any(word) and (any(seen) if queries == "all" else seen[-1]):
-                flags[len(flags)] = word
-                yield ids
-            else:
-                skipped += 1
-
+    given = _Given(tokenizer, prompts, _finder(words), causal, queries, reads_whole(model))
     tally = Tally(stack, tokenizer, progress, len(prompts) if isinstance(prompts, (list, tuple)) else None)
     number = {f"{block.site}.attn.hook_pattern": i for i, block in enumerate(stack.blocks)}
     with probe.unchanged(model):
         try:
-            for batch in prompts_in_batches(model, tokenizer, encoded(), batch_tokens=batch_tokens, reads=False):
-                word, query = _masks(batch, flags, causal, queries)
+            for batch in prompts_in_batches(model, tokenizer, given, batch_tokens=batch_tokens, reads=False):
+                word, query = _masks(batch, given.flags, causal, queries)
                 found: dict[int, Tensor] = {}
 
                 def take(site: str, pattern: Tensor, mask: Tensor, word: Tensor = word, found: Any = found) -> None:
@@ -87,14 +70,46 @@ def attention_to(
                     run_base(model, batch.inputs)
                 tally.add(batch, [found[i] for i in range(len(number))], query)
         except HookError as error:
-            if not flags and skipped:
+            if not given.flags and given.skipped:
                 raise HookError(
-                    f"none of {skipped} prompts holds one of {', '.join(words)} with a token that can see it; "
+                    f"none of {given.skipped} prompts holds one of {', '.join(words)} with a token that can see it; "
                     "check the words"
                 ) from error
             raise
-    notes = [f"{sinks} words at the very first place of a text are not counted"] if sinks else []
-    return tally.result("attention", words, (), notes, data, skipped)
+    notes = [f"{given.sinks} words at the very first place of a text are not counted"] if given.sinks else []
+    return tally.result("attention", words, (), notes, data, given.skipped)
+
+
+@dataclass
+class _Given:
+    """The prompts that hold a word and a token that sees it, as ids, one by one; what was left out is counted.
+
+    flags: by number of the prompt, which of its tokens are of a word.
+    """
+
+    tokenizer: Any
+    prompts: Iterable[str]
+    finder: Callable[[str], list[tuple[int, int]]]
+    causal: bool
+    queries: str
+    closed: bool
+    flags: dict[int, list[bool]] = field(default_factory=dict)
+    skipped: int = 0
+    sinks: int = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for text in self.prompts:
+            ids, word = locate_words(self.tokenizer, text, self.finder, closed=self.closed)
+            if self.causal and word and word[0]:
+                self.sinks += 1
+                first = word.index(False) if False in word else len(word)
+                word[:first] = [False] * first
+            seen = [not w and (any(word[:i]) or not self.causal) for i, w in enumerate(word)]
+            if any(word) and (any(seen) if self.queries == "all" else seen[-1]):
+                self.flags[len(self.flags)] = word
+                yield ids
+            else:
+                self.skipped += 1
 
 
 def _finder(words: Sequence[str]) -> Callable[[str], list[tuple[int, int]]]:

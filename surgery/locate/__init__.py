@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.ablation import Ablation, mean_ablation
 from hooks.block_importance import BlockImportance, bmi
+from hooks.counterfactuals import counterfactual_pairs
 from hooks.logit_lens import lens
-from hooks.patching import attribution_patch, counterfactual_pairs, patch
+from hooks.patching import attribution_patch, patch
 from hooks.plots import block_bars
 from hooks.rank_correlation import Comparison, compare, rank_map
 from hooks.ranking import Ranking
