@@ -25,7 +25,7 @@ from surgery.metrics.suite import plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
 from surgery.runs import settings as shared
 from surgery.runs import summary
-from surgery.runs.page import compared, write_page
+from surgery.runs.report import compared, write_page
 from surgery.training import Plan, steps_of
 
 
@@ -126,12 +126,11 @@ def _report(folder: Path, summary: dict[str, Any], recipe: str) -> None:
     columns = {summary["method"]: summary["after"]} | {n: c["after"] for n, c in summary["controls"].items()}
     write_page(
         folder,
-        title=f"{summary['method']} for a classifier on {summary['model']}",
+        summary,
+        recipe,
         lines=summary["verdict"],
         tables=[compared(columns, caption="The method and its controls")],
         figures={},
-        recipe=recipe,
-        delta=summary["delta"],
     )
 
 

@@ -27,7 +27,7 @@ from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, opera
 from surgery.progress import Progress
 from surgery.runs import settings as shared
 from surgery.runs import summary
-from surgery.runs.page import compared, write_page
+from surgery.runs.report import compared, write_page
 from surgery.training import Plan, steps_of
 
 LR = {"full": 2e-5, "lora": 2e-4}
@@ -139,12 +139,11 @@ def _report(note: str, folder: Path, summary: dict[str, Any], recipe: str) -> No
     ]
     write_page(
         folder,
-        title=f"finetune on {summary['model']}",
+        summary,
+        recipe,
         lines=lines,
         tables=[compared({"before": summary["before"], "after": summary["after"]})],
         figures={},
-        recipe=recipe,
-        delta=summary["delta"],
     )
 
 

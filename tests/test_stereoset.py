@@ -13,7 +13,7 @@ from surgery import SurgeryError
 from surgery.data import stereoset
 from surgery.metrics import stereoset as metric
 from surgery.metrics.suite import evaluate_suites, plain
-from surgery.runs.page import leaves
+from surgery.runs.report import leaves
 
 DATA = os.environ.get("SURGERY_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="needs the data folder: set SURGERY_DATA")

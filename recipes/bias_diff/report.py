@@ -11,7 +11,7 @@ from numpy import ndarray
 from hooks.gradient_influence import TokenInfluence, highlighted
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from recipes.bias_diff.dataset import Material
-from surgery.runs.page import Table, cell, compared, write_page
+from surgery.runs.report import Table, cell, compared, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,12 +105,11 @@ def write_report(texts: Table, path: Path, summary: Mapping[str, Any], recipe: s
         tables.append(Table("What each score selects", head, cells, note))
     write_page(
         path,
-        title=f"BIAS DIFF on {summary['model']}",
+        summary,
+        recipe,
         lines=summary["verdict"],
         tables=[*tables, texts],
         figures=_figures(summary, columns),
-        recipe=recipe,
-        delta=summary["delta"],
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hooks.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
 from recipes.bias_unlearn.measuring import skipped_rows
 from surgery.runs.caveats import caveats
-from surgery.runs.page import Table, compared, write_page
+from surgery.runs.report import Table, compared, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +23,11 @@ def write_report(
     steps = summary["edit"].get("evaluations")
     write_page(
         folder,
-        title=f"{summary['method']} on {summary['model']}",
+        summary,
+        recipe,
         lines=[*summary["verdict"], *notes, *skipped_rows(before)],
         tables=tables(summary),
         figures={"steps": picture(steps, summary["edit"]["kept_step"])} if steps else {},
-        recipe=recipe,
-        delta=summary.get("delta"),
     )
 
 

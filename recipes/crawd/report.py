@@ -11,7 +11,7 @@ from hooks.ranking import Ranking
 from recipes.crawd.settings import Settings
 from surgery.delta import Delta
 from surgery.modules.cross_attention import cross_weights
-from surgery.runs.page import Table, compared, write_page
+from surgery.runs.report import Table, compared, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +40,11 @@ def write_report(
             figures["cross_attention"] = cross_attention_map(cross_weights(model, tokenizer, settings.shown_prompt))
     write_page(
         folder,
-        title=f"{settings.method} on {settings.model}",
+        summary,
+        recipe,
         lines=summary["verdict"],
         tables=tables,
         figures=figures,
-        recipe=recipe,
-        delta=summary["delta"],
     )
 
 

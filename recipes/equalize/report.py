@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.runs.page import compared, write_page
-from surgery.runs.report import before_after, controls, find
+from surgery.runs.report import compared, write_page
+from surgery.runs.words_report import COMMANDS, before_after, controls, find
 
 Summary = Mapping[str, Any]
 
@@ -19,12 +19,12 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         figures["controls"] = controls(summary)
     write_page(
         folder,
-        title=f"equalize on {summary['model']}",
+        summary,
+        recipe,
         lines=verdict(summary),
         tables=[compared(columns, ideal=False)],
         figures=figures,
-        recipe=recipe,
-        delta=summary["delta"],
+        commands=COMMANDS,
     )
 
 

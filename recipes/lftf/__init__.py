@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
+from recipes.lftf.report import write_report
 from recipes.lftf.variants import Place, Variant, control_names, control_variant, main_variant, starts
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
@@ -26,7 +27,6 @@ from surgery.metrics.suite import Material, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
 from surgery.runs import settings as shared
 from surgery.runs import summary
-from surgery.runs.report import write_report
 from surgery.training import Plan, steps_of
 
 

@@ -93,7 +93,7 @@ def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path |
     from surgery.files.atomic import write_json
     from surgery.runs.compare import axis, cases, differing, read_run, table
     from surgery.runs.compare import pareto as picture
-    from surgery.runs.page import page
+    from surgery.runs.report import page
 
     runs = [read_run(folder) for folder in folders]
     found = cases(runs)

@@ -77,7 +77,7 @@ def evaluate(
     from surgery.files.atomic import write_json
     from surgery.metrics.metric import differences, ideal_of
     from surgery.metrics.suite import SUITES, plain
-    from surgery.runs.page import leaves
+    from surgery.runs.report import leaves
 
     tasks = tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip())
     names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
@@ -162,7 +162,7 @@ def _measured(spec: str, deltas: list[Path], asked: Asked, quiet: bool, device: 
 
 def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """A line for every number, what got worse first; those that cannot be paired stand last, without a verdict."""
-    from surgery.runs.page import leaves
+    from surgery.runs.report import leaves
 
     old, pairs = dict(leaves(before)), dict(leaves(found))
     order = {"worse": 0, "better": 1, "within noise": 2, "not paired": 3}

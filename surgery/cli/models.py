@@ -130,8 +130,8 @@ def run(
         _help(ctx, recipe, asked=show_help)
         return
     from surgery.progress import Progress
-    from surgery.runs.report import verdict
     from surgery.runs.settings import build
+    from surgery.runs.words_report import verdict
 
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))

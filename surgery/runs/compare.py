@@ -12,7 +12,7 @@ import numpy as np
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import ideal_of
-from surgery.runs.page import Table, cell, leaves
+from surgery.runs.report import Table, cell, leaves
 from surgery.runs.settings import read_toml
 
 if TYPE_CHECKING:

@@ -1,264 +1,180 @@
-"""Before and after, for people: pictures, and one self-contained HTML page made from ``run.json``."""
+"""The one report, a self-contained HTML page: what happened in words, tables with intervals, pictures, the recipe.
+
+Every recipe says its own sentences and chooses its own tables; how they look is the same for all.
+"""
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import numpy as np
 
-from hooks.plots import BLUE, GREY, ORANGE, block_bars, new_figure
-from hooks.ranking import Ranking
-from surgery.data import locality
-from surgery.runs.caveats import caveats
+from surgery import __version__
+from surgery.metrics.metric import ideal_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Summary = Mapping[str, Any]
-# What stands in the small tables: label, path inside the scores, better direction in words.
-ROWS = (
-    ("relative gap, word", ("genbias", "relative_gap", "word")),
-    ("relative gap, phrase", ("genbias", "relative_gap", "phrase")),
-    ("relative gap, sentence", ("genbias", "relative_gap", "sentence")),
-    ("relative gap, all", ("genbias", "relative_gap", "all")),
-    ("AFGB, word", ("genbias", "afgb", "word")),
-    ("AFGB, phrase", ("genbias", "afgb", "phrase")),
-    ("AFGB, sentence", ("genbias", "afgb", "sentence")),
-    ("AFGB, all", ("genbias", "afgb", "all")),
-    ("word mass, all", ("genbias", "mass", "all")),
-    ("UB-Score", ("genhint", "ub")),
-    ("word mass on hints", ("genhint", "mass")),
-    *((f"word mass, {kind}", ("locality", kind, "mass")) for kind in locality.SETS),
-    *((f"wrong pronoun, {kind}", ("locality", kind, "wrong")) for kind in locality.SETS),
-    *((f"KL to untouched, {kind}", ("locality", kind, "kl")) for kind in locality.SETS),
-    ("facts of gender, P(right)", ("facts_of_gender", "right", "all")),
-    ("facts of gender, accuracy", ("facts_of_gender", "accuracy", "all")),
-    ("perplexity", ("perplexity",)),
-    ("perplexity, pronouns", ("perplexity_pronouns",)),
-)
-SHORT = ("relative gap, all", "AFGB, all", "word mass, all", "UB-Score", "perplexity")
+AGAIN = ("surgery run recipe.toml --out again         # the same again, byte for byte, on the same machine",)
 
 
-def write_report(folder: Path, summary: Summary, recipe: str) -> None:
-    """Write ``plots/*.png`` and ``report.html`` of one run into its folder."""
-    figures = {
-        "ranking": _ranking_figure(summary),
-        "before_after": before_after(summary),
-        "controls": controls(summary) if summary["controls"] else None,
-    }
-    (folder / "plots").mkdir(exist_ok=True)
-    pictures = {}
-    for name, figure in figures.items():
-        if figure is not None:
-            data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=130)
-            (folder / "plots" / f"{name}.png").write_bytes(data.getvalue())
-            pictures[name] = base64.b64encode(data.getvalue()).decode("ascii")
-    page = html(summary, recipe, pictures)
-    (folder / "report.html").write_text(page, "utf-8")
+@dataclass(frozen=True)
+class Table:
+    """A section of the page: its caption, the head of each column and the cells as text, and what is said below.
+
+    Without a head it has no table, and its picture and note stand alone.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    picture: str = ""
+    """The name of the figure that stands above the table; figures that no table names stand at the top of the page."""
+    hints: Sequence[str] = ()
+    """What is shown when a row is pointed at, one for each row."""
 
 
-def html(summary: Summary, recipe: str, pictures: Mapping[str, str]) -> str:
-    """The page as text; ``pictures`` are base64 PNGs by name."""
-    text = files("surgery.runs").joinpath("report.html.jinja").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
-    return template.render(
-        s=summary,
-        recipe=recipe,
-        pictures=pictures,
-        rows=rows(summary),
-        verdict=verdict(summary),
-        compared=comparison(summary),
-        short=SHORT,
+def leaves(scores: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every metric of a tree of scores (as plain dictionaries) with the keys that lead to it, in the tree's order."""
+    for key, value in scores.items():
+        if isinstance(value, Mapping) and {"value", "scorer"} <= set(value):
+            yield (*path, key), dict(value)
+        elif isinstance(value, Mapping):
+            yield from leaves(value, (*path, key))
+
+
+def cell(metric: Mapping[str, Any] | None) -> str:
+    """The value with its 95 % interval, as it stands in every table; empty where there is none."""
+    return "" if metric is None else f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]"
+
+
+def compared(
+    columns: Mapping[str, Mapping[str, Any]], *, caption: str = "Before and after", note: str = "", ideal: bool = True
+) -> Table:
+    """A row for every metric of any column (``{"before": scores, "after": scores}``), a column for every case."""
+    found = {name: dict(leaves(scores)) for name, scores in columns.items()}
+    paths = list(dict.fromkeys(path for scores in found.values() for path in scores))
+    rows: list[list[str]] = []
+    hints = []
+    for path in paths:
+        metrics = [found[name].get(path) for name in columns]
+        one = next(metric for metric in metrics if metric)
+        hints.append(f"{one['scorer']}, on {one['data']}")
+        rows.append([" ".join(path).replace("_", " "), *map(cell, metrics), *([ideal_of(one)] * ideal), f"{one['n']}"])
+    said = "; ".join(dict.fromkeys(hints))
+    return Table(
+        caption,
+        ["metric", *columns, *(["ideal"] * ideal), "rows"],
+        rows,
+        f"{note} Scorers: {said}. Brackets are 95 % bootstrap intervals.".strip(),
+        hints=hints,
     )
 
 
-def find(scores: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
-    """The metric at ``path``, or None where this run has none (a prompt set without hints, say)."""
-    value: Any = scores
-    for key in path:
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return value
+def edited(edit: Mapping[str, Any]) -> str:
+    """Which blocks an edit changed, and which part of them, in words; ``edit`` as it stands in ``run.json``."""
+    blocks, part = edit.get("blocks"), edit.get("part", "all")
+    if blocks is None:
+        return "prompt only"
+    if blocks == "all":
+        return "all parameters" if part == "all" else f"all blocks ({part.replace('_', ' ')})"
+    where = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+    return where if part == "all" else f"{where} ({part.replace('_', ' ')})"
 
 
-def rows(summary: Summary) -> list[dict[str, Any]]:
-    """The before and after table: label, both metrics, the change in percent."""
-    found = []
-    for label, path in ROWS:
-        before, after = find(summary["before"], path), find(summary["after"], path)
-        if after and path[-1] == "kl":
-            before = after | {"value": 0.0, "low": 0.0, "high": 0.0}  # of the untouched model to itself
-        if before and after:
-            change = 100 * (after["value"] / before["value"] - 1) if before["value"] else float("nan")
-            found.append({"label": label, "before": before, "after": after, "change": change})
-    return found
+def page(
+    *,
+    title: str,
+    lines: Sequence[str],
+    tables: Sequence[Table],
+    figures: Mapping[str, "Figure"],
+    summary: Mapping[str, Any] | None = None,
+    recipe: str = "",
+    commands: Sequence[str] = AGAIN,
+) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML, with the pictures in it, and those pictures as PNG files (name: bytes).
 
-
-def comparison(summary: Summary) -> list[dict[str, Any]]:
-    """One row for the model before, the edit, and each control: name, what was edited, the short metrics."""
-    paths = dict(ROWS)
-    cases = [
-        ("before", {}, summary["before"]),
-        (f"{summary['recipe']} (as saved)", summary["edit"], summary["after"]),
-        *((name, control["edit"], control["after"]) for name, control in summary["controls"].items()),
-    ]
-    return [
-        {"name": name, "edit": edit, "cells": [find(scores, paths[label]) for label in SHORT]}
-        for name, edit, scores in cases
-    ]
-
-
-def verdict(summary: Summary) -> list[str]:
-    """What happened in a few plain sentences, warnings included; a recipe may have written its own."""
-    if "verdict" in summary:
-        return list(summary["verdict"])
-    lines = []
-    by = {row["label"]: row for row in rows(summary)}
-    gap, mass = by.get("relative gap, all"), by.get("word mass, all")
-    if gap:
-        lines.append(
-            f"The relative gap between {' and '.join(summary['words'])} went from {gap['before']['value']:.3f} to "
-            f"{gap['after']['value']:.3f} ({gap['change']:+.0f} %) on {gap['after']['n']} prompts of "
-            f"{gap['after']['data'].removesuffix(', all')}."
-        )
-    if (afgb := by.get("AFGB, all")) and mass:
-        lines.append(
-            f"AFGB went from {afgb['before']['value']:.3f} to {afgb['after']['value']:.3f} ({afgb['change']:+.0f} %), "
-            f"while the words' mass went from {mass['before']['value']:.3f} to {mass['after']['value']:.3f}."
-        )
-    if hint := by.get("UB-Score"):
-        kept = "kept" if hint["after"]["value"] >= hint["before"]["value"] else "lost"
-        lines.append(
-            f"Following a hint such as his or her was {kept}: UB-Score {hint['before']['value']:.3f} to "
-            f"{hint['after']['value']:.3f}."
-        )
-    if cost := by.get("perplexity"):
-        lines.append(
-            f"Perplexity on neutral text went from {cost['before']['value']:.2f} to {cost['after']['value']:.2f} "
-            f"({cost['change']:+.1f} %)."
-        )
-    lines += caveats(summary["before"], summary["after"])
-    random = find(summary["controls"], ("random", "after", "genbias", "relative_gap", "all"))
-    if gap and random:
-        blocks = ", ".join(map(str, summary["controls"]["random"]["edit"]["blocks"]))
-        apart = gap["after"]["high"] < random["low"]
-        lines.append(
-            f"Control: the same training on a random block ({blocks}) reaches a relative gap of {random['value']:.3f} "
-            f"[{random['low']:.3f}, {random['high']:.3f}]; "
-            + ("the edited block does better." if apart else "the edited block is not clearly better at this.")
-        )
-    if "ranking" not in summary:  # a recipe that locates nothing
-        return lines
-    ranking = summary["ranking"]
-    raw, normed = ranking["order"]["raw"][0], ranking["order"]["final_norm"][0]
-    if raw != normed:
-        place = ranking["order"]["raw"].index(normed) + 1
-        lines.append(
-            f"The rankings disagree: block {normed} is first only when the last stream is taken after the final norm; "
-            f"in the stream itself it is number {place}, behind block {raw}."
-        )
-    return lines
-
-
-def _ranking_figure(summary: Summary) -> "Figure":
-    ranking = summary["ranking"]
-    columns = {
-        name: Ranking(
-            "bmi",
-            "block",
-            np.array(ranking[name]),
-            "training prompts",
-            ranking["n"],
-            errors=None if ranking["error"] is None else np.array(ranking["error"]),
-            settings={"stream": name},
-        )
-        for name in ("raw", "final_norm")
+    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. A figure's label is read to those
+    who do not see it. ``summary`` is ``run.json`` of the one run that the page is about, ``recipe`` its settings as
+    TOML, and ``commands`` are those that repeat it.
+    """
+    files_of = {name: _png(figure) for name, figure in figures.items()}
+    pictures = {
+        name: {"label": figures[name].get_label() or name.replace("_", " "), "data": base64.b64encode(data).decode()}
+        for name, data in files_of.items()
     }
-    edited = summary["edit"]["blocks"]
-    return block_bars(columns["raw"], columns["final_norm"], edited=edited if isinstance(edited, list) else None)
+    placed = {table.picture for table in tables}
+    text = files("surgery.runs").joinpath("report.html.jinja").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    rendered = template.render(
+        title=title,
+        about=_about(summary),
+        lines=lines,
+        at_top=[picture for name, picture in pictures.items() if name not in placed],
+        tables=tables,
+        pictures=pictures,
+        run=summary or {},
+        recipe=recipe,
+        commands=commands,
+    )
+    return rendered, files_of
 
 
-def before_after(summary: Summary) -> "Figure":
-    """Bars with 95 % intervals: relative gap, AFGB and mass by scale, UB-Score and perplexity."""
-    panels = [
-        ("relative gap (ideal 0)", "relative_gap"),
-        ("AFGB (ideal 0)", "afgb"),
-        ("word mass", "mass"),
-    ]
-    wanted: dict[str, tuple[str, ...]] = {"UB-Score (ideal 1)": ("genhint", "ub"), "perplexity": ("perplexity",)}
-    single = [(label, path) for label, path in wanted.items() if find(summary["before"], path)]
-    figure = new_figure(11, 3.1)
-    axes = figure.subplots(1, len(panels) + len(single), width_ratios=[3] * len(panels) + [1.3] * len(single))
-    for place, (label, name) in enumerate(panels):
-        scales = [
-            scale for scale in ("word", "phrase", "sentence", "all") if scale in summary["before"]["genbias"][name]
-        ]
-        _pair(axes[place], label, scales, [[s["genbias"][name][k] for k in scales] for s in _both(summary)])
-    for place, (label, path) in enumerate(single, len(panels)):
-        _pair(axes[place], label, [""], [[find(scores, path)] for scores in _both(summary)])
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
+def write_page(
+    folder: Path,
+    summary: Mapping[str, Any],
+    recipe: str,
+    *,
+    lines: Sequence[str],
+    tables: Sequence[Table],
+    figures: Mapping[str, "Figure"],
+    commands: Sequence[str] = AGAIN,
+) -> None:
+    """Write ``report.html`` of a run, and ``plots/NAME.png`` for each of ``figures``, into its folder."""
+    name, method = summary["recipe"], summary.get("method")
+    title = f"{name}{f' ({method})' if method not in (None, name) else ''} on {summary['model']}"
+    save(
+        folder / "report.html",
+        *page(
+            title=title,
+            lines=lines,
+            tables=tables,
+            figures=figures,
+            summary=summary,
+            recipe=recipe,
+            commands=commands,
+        ),
+    )
 
 
-def _both(summary: Summary) -> tuple[Any, Any]:
-    return summary["before"], summary["after"]
+def save(file: Path, text: str, pictures: Mapping[str, bytes]) -> None:
+    """Write a page to ``file`` and its pictures to ``plots/NAME.png`` beside it."""
+    for name, picture in pictures.items():
+        (file.parent / "plots").mkdir(exist_ok=True)
+        (file.parent / "plots" / f"{name}.png").write_bytes(picture)
+    file.write_text(text, "utf-8")
 
 
-def _pair(axes: Any, label: str, names: list[str], series: list[list[Any]]) -> None:
-    places = np.arange(len(names))
-    for offset, metrics, name, colour, hatch in zip(
-        (-0.2, 0.2), series, ("before", "after, as saved"), (GREY, BLUE), ("", "///"), strict=True
-    ):
-        values = [m["value"] for m in metrics]
-        spread = [[m["value"] - m["low"] for m in metrics], [m["high"] - m["value"] for m in metrics]]
-        axes.bar(
-            places + offset,
-            values,
-            0.4,
-            yerr=np.abs(spread),
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            label=name,
-            capsize=2,
-        )
-    axes.set_xticks(places, names, fontsize=8)
-    axes.set_title(label, fontsize=9)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+def _about(summary: Mapping[str, Any] | None) -> str:
+    """When the page was written and by which versions; of a run also what was edited, how long, with which seed."""
+    said = [f"{date.today()}: model-surgery {__version__}"]
+    said += [f"{package} {version(package)}" for package in ("torch", "transformers")]
+    line = f"{', '.join(said)}."
+    if summary is None:
+        return line
+    edit = summary["edit"]
+    counts = [f"{edit[key]:,} {label}" for key, label in (("parameters", "numbers"), ("steps", "steps")) if key in edit]
+    return f"{line} Edited: {', '.join([edited(edit), *counts])}, seed {summary['seed']}."
 
 
-def controls(summary: Summary) -> "Figure":
-    """One line for each case, three columns: what is left of the bias, hint following, and what it cost."""
-    table = comparison(summary)
-    columns = [("relative gap (ideal 0)", 0), ("UB-Score (ideal 1)", 3), ("perplexity (lower is better)", 4)]
-    columns = [(label, place) for label, place in columns if any(row["cells"][place] for row in table)]
-    figure = new_figure(3.2 * len(columns) + 1.2, 0.9 + 0.27 * len(table))
-    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axis, (label, place) in zip(axes, columns, strict=True):
-        before = table[0]["cells"][place]
-        if before:
-            axis.axvline(before["value"], color=GREY, lw=1, ls=":")
-        for line, row in enumerate(table):
-            if cell := row["cells"][place]:
-                main = row["name"].endswith("(as saved)")
-                axis.errorbar(
-                    cell["value"],
-                    line,
-                    xerr=[[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]],
-                    fmt="o" if main else "s" if line == 0 else "^",
-                    color=BLUE if main else GREY if line == 0 else ORANGE,
-                    capsize=2,
-                )
-        axis.set_title(label, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(table)), [row["name"].replace("_", " ") for row in table])
-    axes[0].invert_yaxis()
-    return figure
+def _png(figure: "Figure") -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()

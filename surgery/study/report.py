@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.files.atomic import write_json
 from surgery.runs.compare import front, loss
-from surgery.runs.page import Table, cell, page
+from surgery.runs.report import Table, cell, page, save
 from surgery.study.cells import Judged
 from surgery.study.settings import Study
 from surgery.study.verdict import Row, axes, recommend, removed, rows
@@ -30,9 +30,6 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged]) -> Path:
         tables=tables,
         figures=_pictures(found, study),
     )
-    (out / "plots").mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        (out / "plots" / f"{name}.png").write_bytes(picture)
     summary = {
         "verdict": lines,
         "cells": [
@@ -47,7 +44,7 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged]) -> Path:
         ],
     }
     write_json(out / "study.json", summary)
-    (out / "study.html").write_text(text, "utf-8")
+    save(out / "study.html", text, pictures)
     return out / "study.html"
 
 
