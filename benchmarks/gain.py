@@ -8,7 +8,7 @@ import torch
 import surgery
 from hooks.natural_gain import GainConfig
 from surgery.data import genbias, neutral
-from surgery.forward.residual_cache import by_length, pad
+from surgery.forward.batching import by_length, pad
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, RETAIN, rank_by_gain, words_objective
 

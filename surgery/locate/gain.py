@@ -16,7 +16,8 @@ from surgery.data.prompts import PromptSet
 from surgery.edits.block import word_loss
 from surgery.edits.equalize import Prepared, losses_of, prepare, words_term
 from surgery.errors import SurgeryError
-from surgery.forward.residual_cache import pad, shortcut
+from surgery.forward.batching import pad
+from surgery.forward.residual_cache import shortcut
 from surgery.forward.tokens import encode, word_ids
 from surgery.progress import Advance
 
