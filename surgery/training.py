@@ -114,6 +114,8 @@ def train(
 
     Raises ``SurgeryError`` at the first loss or gradient that is not finite, with the step and the learning rate.
     """
+    if plan.schedule not in ("constant", "linear"):
+        raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
     device = next(iter(parameters.values())).device
     # The flag chooses how processes progress; alone it would only forbid a later training on another device.
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -121,27 +123,11 @@ def train(
     model.train(plan.dropout)
     # Alone there is nothing to prepare, and preparing would leave a mark on the user's model.
     module = accelerator.prepare_model(model, device_placement=False) if accelerator.num_processes > 1 else model
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if plan.optimizer not in kinds:
-        raise SurgeryError(f"optimizer: got {plan.optimizer!r}, expected one of {', '.join(kinds)}")
-    if plan.schedule not in ("constant", "linear"):
-        raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
-    # One group for each rate; without ``rates`` that is one group with all parameters in their order.
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
-    optimizer = kinds[plan.optimizer](
-        [{"params": members, "factor": factor} for factor, members in groups.items()],
-        lr=plan.lr,
-        weight_decay=plan.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
-    done: list[float] = []
-    if state is not None and state.is_file():
-        done = _take_up(state, parameters, optimizer, plan, seed)
+    optimizer = _optimizer(parameters, plan, rates or {}, device)
+    kept = _State(state, parameters, optimizer, plan, seed) if state is not None else None
+    done = kept.take_up() if kept else []
     steps = steps_of(count, plan)
     ended = [after(step + 1, None) for step in range(len(done))] if after else []
-    saved = time.monotonic()
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     try:
         with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
@@ -153,20 +139,13 @@ def train(
                 rate = plan.rate(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]  # of ``rates``, or set by ``after``; saved with the optimizer
-                with accelerator.split_between_processes(rows) as mine:
-                    # A process without a row of the last small batch still takes part, with weight 0.
-                    weight = len(mine) * accelerator.num_processes / len(rows)
-                    torch.manual_seed(seed * 1_000_003 + step) if plan.dropout else None
-                    with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                        loss = losses(module, mine or rows[:1]).float().mean() * weight
+                torch.manual_seed(seed * 1_000_003 + step) if plan.dropout else None
+                with torch.autocast(device.type, dtype=half, enabled=half is not None):
+                    loss = _shared_loss(accelerator, losses, module, rows)
                 optimizer.zero_grad()
                 accelerator.backward(loss)
                 value = float(accelerator.reduce(loss.detach(), "mean"))
-                if not math.isfinite(value):
-                    raise SurgeryError(
-                        f"training: the loss is {value} at step {step + 1} with learning rate {plan.lr:g}; expected a "
-                        "finite number; no delta was written; lower lr, or use float32"
-                    )
+                _check_loss(value, plan, step + 1)
                 optimizer.step()
                 done.append(value)
                 if log:
@@ -176,18 +155,40 @@ def train(
                 if after:
                     ended.append(after(step + 1, optimizer))
                     model.train(plan.dropout)
-                if state is not None and time.monotonic() - saved > SAVE_EVERY and accelerator.is_main_process:
-                    began = time.monotonic()
-                    _keep(state, parameters, optimizer, plan, seed, done)
-                    saved = time.monotonic()
-                    if saved - began > 1.0:  # a large state: at most a twentieth of the time goes into saving it
-                        saved += 19 * (saved - began)
+                if kept and accelerator.is_main_process:
+                    kept.save_when_due(done)
         _check_finite(parameters, plan, len(done))
     finally:
         accelerator.free_memory()
-    if state is not None and accelerator.is_main_process:
-        state.unlink(missing_ok=True)
+    if kept and accelerator.is_main_process:
+        kept.file.unlink(missing_ok=True)
     return done
+
+
+def _optimizer(
+    parameters: dict[str, nn.Parameter], plan: Plan, rates: Mapping[str, float], device: torch.device
+) -> torch.optim.Optimizer:
+    """The plan's optimizer with one group for each rate, so without ``rates`` with all parameters in one."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if plan.optimizer not in kinds:
+        raise SurgeryError(f"optimizer: got {plan.optimizer!r}, expected one of {', '.join(kinds)}")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(rates.get(name, 1.0), []).append(parameter)
+    return kinds[plan.optimizer](
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        lr=plan.lr,
+        weight_decay=plan.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def _shared_loss(accelerator: Accelerator, losses: Losses, module: nn.Module, rows: list[int]) -> Float[Tensor, ""]:
+    """This process's part of the rows' loss; its mean over the processes is the rows' mean loss."""
+    with accelerator.split_between_processes(rows) as mine:
+        # A process without a row of the last small batch still takes part, with weight 0.
+        weight = len(mine) * accelerator.num_processes / len(rows)
+        return losses(module, mine or rows[:1]).float().mean() * weight
 
 
 def steps_of(count: int, plan: Plan) -> int:
@@ -201,6 +202,14 @@ def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
         order = torch.randperm(count, generator=generator).tolist() if plan.shuffle else list(range(count))
         for start in range(0, count, plan.batch_size):
             yield order[start : start + plan.batch_size]
+
+
+def _check_loss(value: float, plan: Plan, step: int) -> None:
+    if not math.isfinite(value):
+        raise SurgeryError(
+            f"training: the loss is {value} at step {step} with learning rate {plan.lr:g}; expected a "
+            "finite number; no delta was written; lower lr, or use float32"
+        )
 
 
 def _check_finite(parameters: dict[str, nn.Parameter], plan: Plan, steps: int) -> None:
@@ -225,49 +234,58 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
-def _mark(plan: Plan, seed: int, parameters: dict[str, nn.Parameter]) -> str:
-    return f"{plan} {seed} {[(name, tuple(p.shape)) for name, p in parameters.items()]}"
+class _State:
+    """The file that keeps a training between its steps, so that another process can go on with it."""
 
+    def __init__(
+        self,
+        file: Path,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        seed: int,
+    ) -> None:
+        self.file, self._parameters, self._optimizer = file, parameters, optimizer
+        self._mark = f"{plan} {seed} {[(name, tuple(p.shape)) for name, p in parameters.items()]}"
+        self._saved = time.monotonic()
 
-def _keep(
-    state: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    plan: Plan,
-    seed: int,
-    done: list[float],
-) -> None:
-    part = state.with_name(state.name + ".part")
-    torch.save(
-        {
-            "of": _mark(plan, seed, parameters),
-            "parameters": {name: p.detach() for name, p in parameters.items()},
-            "optimizer": optimizer.state_dict(),
-            "losses": done,
-        },
-        part,
-    )
-    os.replace(part, state)
+    def take_up(self) -> list[float]:
+        """Put back what the file holds, where there is one; returns the losses of the steps that it has behind it."""
+        if not self.file.is_file():
+            return []
+        try:
+            kept = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise SurgeryError(
+                f"{self.file}: the saved state cannot be read ({error}); remove it to start again"
+            ) from None
+        if kept["of"] != self._mark:
+            raise SurgeryError(
+                f"{self.file}: saved by a run with other settings; expected the same plan, seed and parameters; "
+                "remove the .part folder or use the recipe.toml in it"
+            )
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(kept["parameters"][name])
+        self._optimizer.load_state_dict(kept["optimizer"])
+        return list(kept["losses"])
 
-
-def _take_up(
-    state: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    plan: Plan,
-    seed: int,
-) -> list[float]:
-    try:
-        kept = torch.load(state, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise SurgeryError(f"{state}: the saved state cannot be read ({error}); remove it to start again") from None
-    if kept["of"] != _mark(plan, seed, parameters):
-        raise SurgeryError(
-            f"{state}: saved by a run with other settings; expected the same plan, seed and parameters; "
-            "remove the .part folder or use the recipe.toml in it"
+    def save_when_due(self, done: list[float]) -> None:
+        """Write the file anew where the last writing is long enough ago."""
+        began = time.monotonic()
+        if began - self._saved <= SAVE_EVERY:
+            return
+        part = self.file.with_name(self.file.name + ".part")
+        torch.save(
+            {
+                "of": self._mark,
+                "parameters": {name: p.detach() for name, p in self._parameters.items()},
+                "optimizer": self._optimizer.state_dict(),
+                "losses": done,
+            },
+            part,
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(kept["parameters"][name])
-    optimizer.load_state_dict(kept["optimizer"])
-    return list(kept["losses"])
+        os.replace(part, self.file)
+        self._saved = time.monotonic()
+        if self._saved - began > 1.0:  # a large state: at most a twentieth of the time goes into saving it
+            self._saved += 19 * (self._saved - began)

@@ -5,8 +5,9 @@ difference between them will do. So each is given for cheap scores as well, and 
 scores above its anti-stereotype, from which it differs in the group alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -204,13 +205,8 @@ def compare(
     nothing is selected.
     """
     twins = twins or {}
-    labels = np.asarray(biased, dtype=bool)
-    if missing := [name for name in CONTROLS if name not in others]:
-        raise SurgeryError(f"controls: {', '.join(missing)} missing; a selection is shown beside all of them")
-    scores = {**methods, **others}
-    for name, values in scores.items():
-        if len(values) != len(labels):
-            raise SurgeryError(f"{name}: got {len(values)} scores, expected {len(labels)}, one for each row of {data}")
+    labels, scores = np.asarray(biased, dtype=bool), {**methods, **others}
+    _refuse_unequal(scores, others, labels, data)
     first = next(iter(methods))
     taken = int(select(scores[first], share=share, threshold=threshold, seed=seed).sum())
     if taken == 0 or labels.all() or not labels.any():
@@ -219,32 +215,10 @@ def compare(
         )
     part = taken / len(labels)
     chosen = {name: select(values, share=part, seed=seed) for name, values in scores.items()}
-    found = {
-        name: {
-            measure.__name__: measure(
-                rows, labels, scorer=f"{measure.__name__} of the top {part:.1%} by {_label(name)}", data=data, seed=seed
-            )
-            for measure in (coverage, precision)
-        }
-        for name, rows in chosen.items()
-    }
+    found = {name: _found(rows, labels, part, name, data, seed) for name, rows in chosen.items()}
     for name, (stereotypes, anti) in twins.items():
         found[name]["twin_auc"] = twin_auc(stereotypes, anti, data=data, scorer=name, seed=seed)
-
-    def behind(kind: str, method: str, rows: Mapping[str, np.ndarray]) -> dict[str, Metric]:
-        return {
-            name: mean_metric(
-                rows[method].astype(float) - rows[name],
-                scorer=f"{kind} by {method} minus by {_label(name)}",
-                data=data,
-                ideal=1.0,
-                direction="higher",
-                seed=seed,
-            )
-            for name in others
-            if name in rows
-        }
-
+    behind = partial(_behind, others=others, data=data, seed=seed)
     covered = {name: rows[labels] for name, rows in chosen.items()}
     wins = {name: _wins(*pair) for name, pair in twins.items()}
     return Comparison(
@@ -254,6 +228,42 @@ def compare(
         {method: behind("twin AUC", method, wins) for method in methods if method in wins},
         part,
     )
+
+
+def _refuse_unequal(scores: Mapping[str, Scores], others: Mapping[str, Scores], labels: Chosen, data: str) -> None:
+    if missing := [name for name in CONTROLS if name not in others]:
+        raise SurgeryError(f"controls: {', '.join(missing)} missing; a selection is shown beside all of them")
+    for name, values in scores.items():
+        if len(values) != len(labels):
+            raise SurgeryError(f"{name}: got {len(values)} scores, expected {len(labels)}, one for each row of {data}")
+
+
+def _found(rows: Chosen, labels: Chosen, part: float, name: str, data: str, seed: int) -> dict[str, Metric]:
+    """Coverage and precision of the rows that the score ``name`` selects."""
+    return {
+        measure.__name__: measure(
+            rows, labels, scorer=f"{measure.__name__} of the top {part:.1%} by {_label(name)}", data=data, seed=seed
+        )
+        for measure in (coverage, precision)
+    }
+
+
+def _behind(
+    kind: str, method: str, rows: Mapping[str, np.ndarray], *, others: Iterable[str], data: str, seed: int
+) -> dict[str, Metric]:
+    """``rows`` of a method minus those of each control, paired."""
+    return {
+        name: mean_metric(
+            rows[method].astype(float) - rows[name],
+            scorer=f"{kind} by {method} minus by {_label(name)}",
+            data=data,
+            ideal=1.0,
+            direction="higher",
+            seed=seed,
+        )
+        for name in others
+        if name in rows
+    }
 
 
 def _label(name: str) -> str:
