@@ -192,6 +192,7 @@ def model_inputs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[st
     accepted = probe.forward_arguments(probe.body(model))
     device = probe.input_device(core)
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    accepted |= {"attention_mask"}  # xLSTM names none in its signature; which tokens are real is for the hooks to know
     inputs = {key: value.to(device) for key, value in given.items() if isinstance(value, Tensor) and key in accepted}
     if "input_ids" not in inputs:
         raise HookError(f"the batch has {', '.join(given) or 'nothing'}; expected input_ids as a (batch, pos) tensor")

@@ -21,6 +21,7 @@ from hooks.errors import HookError, Note
 from hooks.wider import errs_more
 
 _LENGTHS = (7, 4, 2)  # tokens of the rows that are compared
+_LONGER = (29, 18, 11)  # and of others, since some mix only where there is more than a few tokens to choose from
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -46,24 +47,28 @@ def remembered(model: nn.Module, key: str, find: Any) -> Any:
 def why_alone(model: nn.Module) -> str | None:
     """Why rows of this model must not share a batch, or None. Found out once a model, and said as a note.
 
-    Compares the states of three short rows, padded on the right under a mask, with those of each row alone.
+    Compares the states of three short rows, padded on the right under a mask, with those of each row alone; then of
+    three longer ones, as far as the model takes and mixes such (`mixes_beyond`).
     """
+
+    def compared(rows: list[list[int]]) -> str | None:
+        try:
+            together = _batched(model, rows)
+            if not together[0].isfinite().all():  # the longest row, unpadded: broken weights, which their reader names
+                return None
+            return errs_more(together, _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
+        except HookError:
+            raise
+        except Exception as error:  # an unknown architecture may break anywhere; the reason is said
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
     def find() -> str | None:
         if probe.input_device(probe.pretrained(model)).type == "meta":
             return None
-        rows = short_rows(model)
-        try:
-            together = _batched(model, rows)
-            if (
-                not together[0].isfinite().all()
-            ):  # the longest, unpadded row: broken weights, which who reads them names
-                return None
-            reason = errs_more(together, _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
-        except HookError:
-            raise
-        except Exception as error:  # an unknown architecture may break anywhere; the reason is said
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        reason = compared(short_rows(model))
+        most = min((limit for limit in (context_limit(model), mixes_beyond(model)) if limit), default=max(_LONGER))
+        if reason is None and most >= max(_LONGER):
+            reason = compared(short_rows(model, _LONGER))
         if reason:
             name = type(probe.pretrained(model)).__name__
             warnings.warn(f"{name}: a row changes with what stands beside it, so rows run alone ({reason})", Note, 2)
@@ -132,9 +137,18 @@ def mixes_beyond(model: nn.Module) -> int | None:
     """The length beyond which rows of different lengths change one another, or None.
 
     Rotary positions that are scaled by the longest row of a batch (dynamic NTK, LongRoPE) do so behind the length
-    that the model was first trained on.
+    that the model was first trained on. Attention to the tokens or blocks of the highest scores (DeepSeek and MiniMax
+    sparse attention) does so once there are more to choose from: which of several equal scores is taken depends on the
+    width.
     """
     config = probe.pretrained(model).config.get_text_config()
+    blocks = getattr(config, "index_topk_blocks", None)
+    indexed = (getattr(config, "index_topk", None), blocks and blocks * getattr(config, "index_block_size", 1))
+    lengths = [length for length in (_scaled_beyond(config), *indexed) if length is not None]
+    return min(map(int, lengths), default=None)
+
+
+def _scaled_beyond(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if each.get("rope_type", each.get("type")) in ("dynamic", "longrope"):
@@ -149,16 +163,16 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in probe.pretrained(model).parameters() if p.is_floating_point())
 
 
-def short_rows(model: nn.Module) -> list[list[int]]:
+def short_rows(model: nn.Module, lengths: Sequence[int] = _LENGTHS) -> list[list[int]]:
     """Short rows of ordinary tokens: none of the special ones, and none of the first few, which are often untrained."""
     core = probe.pretrained(model)
     config, size = core.config.get_text_config(), core.get_input_embeddings().weight.shape[0]
     special = {getattr(config, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    count = sum(_LENGTHS)
+    count = sum(lengths)
     spread = range(size // 4, size, max(1, size // (4 * count)))
     ids = [token for token in spread if token not in special] or [0]
     ids *= -(-count // len(ids))
-    return [ids[sum(_LENGTHS[:n]) : sum(_LENGTHS[: n + 1])] for n in range(len(_LENGTHS))]
+    return [ids[sum(lengths[:n]) : sum(lengths[: n + 1])] for n in range(len(lengths))]
 
 
 def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -24,7 +24,8 @@ from tests.tiny_configs import tiny
 
 IDS = ((5, 6, 7, 8, 9, 10, 11), (12, 13, 14), (20, 21), (30, 31, 32, 33, 34))
 WORDS = (41, 50)
-# Positions behind the padding index, offsets, ALiBi, positions without regard to the mask, none at all, recurrence.
+# Positions behind the padding index, offsets, ALiBi, positions without regard to the mask, none at all, recurrence,
+# a forward that names no mask, a decoder of more layers than its config says, attention to the best few tokens.
 FAMILIES = {
     "RobertaForCausalLM": {"is_decoder": True},
     "XLMRobertaForCausalLM": {"is_decoder": True},
@@ -39,6 +40,9 @@ FAMILIES = {
     "MambaForCausalLM": {},
     "Lfm2ForCausalLM": {},
     "Qwen3NextForCausalLM": {},
+    "xLSTMForCausalLM": {},
+    "BlenderbotForCausalLM": {},
+    "DeepseekV32ForCausalLM": {},
 }
 
 
@@ -56,7 +60,7 @@ def family(name: str) -> Any:
 @torch.no_grad()
 def alone(model: Any, ids: tuple[int, ...]) -> Tensor:
     """Log-probabilities of the model's own plain pass over one row: no padding, no mask, no positions."""
-    return model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -149,6 +153,21 @@ def test_rows_that_change_one_another_run_alone_and_a_note_says_so() -> None:
         hooks.influence_probe(model, None, [IDS[0]], contrast=[(5, 6, 7, 8, 9, 10, 12)])
 
 
+def test_rows_that_change_one_another_only_where_they_are_longer_run_alone_too() -> None:
+    class Late(Crowded):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) if hidden_states.shape[1] > 20 else self.inner(hidden_states)
+
+    model: Any = build("llama")
+    model.model.layers[1].mlp = Late(model.model.layers[1].mlp)
+    ids = [tuple(range(5, 5 + length)) for length in (24, 30)]
+    right = [alone(model, row)[-1, list(WORDS)].exp() for row in ids]
+    with pytest.warns(Note, match="rows run alone"):
+        np.testing.assert_allclose(next_words(model, ids, WORDS).probabilities, right, atol=1e-5)
+    shorter: Any = build("llama", max_position_embeddings=8)  # takes no such rows
+    assert why_alone(shorter) is None
+
+
 def norms(gradient: Any) -> Tensor:
     return gradient.matrix().flatten(1).norm(dim=1)[:, None]
 
@@ -197,6 +216,11 @@ def test_lengths_that_scale_positions_are_not_mixed() -> None:
     ids = [tuple(range(3, 3 + length)) for length in (60, 62, 66, 66, 70)]
     assert sorted(map(sorted, batches_for(model, ids))) == [[0, 1], [2, 3], [4]]
     assert batches_for(plain, ids) == [[0, 1, 2, 3, 4]]
+    sparse = family("DeepseekV32ForCausalLM")
+    assert mixes_beyond(sparse) == sparse.config.index_topk == 2
+    assert sorted(map(sorted, batches_for(sparse, [(5, 6), (7,), (5, 6, 7), (6, 7, 8), (5, 6, 7, 8)]))) == [
+        [0, 1], [2, 3], [4]
+    ]  # fmt: skip
 
 
 def test_the_context_limit_is_that_of_the_text_model_and_its_table() -> None:

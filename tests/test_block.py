@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import build, state
+from tiny_configs import tiny
 
 from surgery.edits.block import fine_tune, names_of, word_loss
 from surgery.errors import SurgeryError
@@ -55,6 +57,26 @@ def test_parts_of_a_block(family: str) -> None:
     assert names_of(model, None) == [name for name, _ in model.named_parameters()]
     with pytest.raises(SurgeryError, match="blocks 0 to"):
         names_of(model, [9])
+
+
+@pytest.mark.parametrize(("name", "sharing", "own"), [("Zamba", [1, 2], 3), ("Zamba2", [1, 3], 2)])
+def test_blocks_that_share_parameters_are_edited_together_or_not_at_all(
+    name: str, sharing: list[int], own: int
+) -> None:
+    model = getattr(transformers, f"{name}ForCausalLM")(tiny(getattr(transformers, f"{name}Config")))
+    for block in sharing:
+        numbers = ", ".join(map(str, sharing))
+        with pytest.raises(SurgeryError, match=rf"blocks {numbers} share this parameter.* \(block = \[{numbers}\]\)"):
+            names_of(model, [block])
+    found = names_of(model, sharing)
+    used = {
+        parameter
+        for block in sharing
+        for parameter in model.get_submodule(f"model.layers.{block}").parameters()
+    }  # fmt: skip
+    assert len(found) == len(set(found)) and {model.get_parameter(name) for name in found} == used
+    assert set(found) <= {name for name, _ in model.named_parameters()}
+    assert names_of(model, [own]) and not set(names_of(model, [own])) & set(found)
 
 
 def test_only_the_chosen_parameters_change_and_the_model_returns() -> None:

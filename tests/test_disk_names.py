@@ -4,8 +4,10 @@ import deltakit as kit
 import families
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
+from tiny_configs import tiny
 
 from surgery import SurgeryError
 from surgery import delta as deltas
@@ -20,6 +22,12 @@ JOINED = {
     "qwen3_moe": families.FAMILIES["qwen3_moe"],
     "gpt_neox": families.FAMILIES["gpt_neox"],
     "deepseek_v2": ("DeepseekV2ForCausalLM", _DEEPSEEK),
+    # Their gates stay in fp32 in a 16-bit model.
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        families._LLAMA | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
+    ),
+    "hunyuan_moe": ("HunYuanMoEV1ForCausalLM", families._LLAMA | families._MOE),
     "phimoe": ("PhimoeForCausalLM", families._LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -153,6 +161,38 @@ def test_another_head_beside_a_tied_embedding_is_not_tied(tmp_path):
     assert delta.metadata["architecture"]["tied"] is False
     apply(delta, base, tmp_path / "out")
     assert torch.equal(kit.load(tmp_path / "out")[kit.HEAD], tensors[kit.HEAD])
+
+
+def test_a_head_under_another_name_is_not_taken_for_the_embedding(tmp_path):
+    """DeepSeek V4 stores its head as head.weight, beside an embedding that it is not tied to."""
+    config = tiny(transformers.DeepseekV4Config)
+    model = transformers.DeepseekV4ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    tensors = kit.load(tmp_path / "base")
+    assert "head.weight" in tensors and kit.HEAD not in tensors
+    change = torch.full_like(model.lm_head.weight, 0.5)
+    delta = deltas.make({kit.HEAD: change}, tmp_path / "base", base="t", recipe="", seed=0)
+    assert list(delta.shapes) == ["head.weight"]
+    apply(delta, tmp_path / "base", tmp_path / "out")
+    edited = kit.load(tmp_path / "out")
+    assert [name for name in tensors if not torch.equal(tensors[name], edited[name])] == ["head.weight"]
+    assert torch.equal(edited["head.weight"], tensors["head.weight"] + change)
+    with delta.applied(model):
+        assert torch.equal(model.lm_head.weight, edited["head.weight"])
+        assert torch.equal(model.model.embed_tokens.weight, tensors[kit.EMBED])
+
+
+def test_the_head_of_an_untied_model_is_not_put_on_the_embedding_of_a_model_without_one(tmp_path):
+    base = kit.save(tmp_path / "base", kit.weights(dtype=torch.float32))
+    headless = transformers.LlamaModel.from_pretrained(base, dtype=torch.float32)
+    before = weights(headless)
+    with pytest.raises(SurgeryError, match=r"no parameter 'lm_head\.weight'"):
+        kit.edit(base, (kit.HEAD,)).apply(headless)
+    assert same(weights(headless), before)
+    del (tensors := kit.load(base))[kit.HEAD]
+    lost = kit.save(tmp_path / "lost", tensors)
+    with pytest.raises(SurgeryError, match=r"no tensor 'lm_head\.weight'"):
+        deltas.make({kit.HEAD: torch.ones(40, 16)}, lost, base="t", recipe="", seed=0)
 
 
 def test_an_offloaded_model_refuses(tmp_path, monkeypatch):

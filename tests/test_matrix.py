@@ -12,21 +12,7 @@ from tests.matrix_table import Family, word, written
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 ALWAYS = ("LlamaForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM", "MambaForCausalLM", "RobertaForCausalLM")
-# Cells that are wrong at present: (class, columns). Indexed attention selects other tokens beside padding, xLSTM's
-# chunks depend on the width of the batch, Blenderbot's decoder has fewer layers than its config says, and the head of
-# DeepSeek V4 has another name on disk, for which its embedding is taken.
-WRONG = {
-    ("BlenderbotForCausalLM", "next word"),
-    ("BlenderbotForCausalLM", "batched"),
-    ("DeepseekV4ForCausalLM", "apply"),
-    ("xLSTMForCausalLM", "bmi"),
-    ("xLSTMForCausalLM", "lens"),
-    *(
-        (name, column)
-        for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
-        for column in ("batched", "bmi", "lens")
-    ),
-}
+WRONG: set[tuple[str, str]] = set()  # cells that are wrong at present: (class, column)
 SHARD = os.environ.get("SURGERY_MATRIX", "3/30")  # I/N: every N-th family from I on; 0/1 is all of them
 
 

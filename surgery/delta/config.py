@@ -42,6 +42,15 @@ def resolved(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return found, unsaid
 
 
+def may_tie(config: Mapping[str, Any]) -> bool:
+    """Whether embedding and head of such a model may be one matrix; True also where nothing is known of it."""
+    whole = _whole(config) or dict(config)
+    inner = whole.get("text_config")
+    said = [part.get("tie_word_embeddings") for part in (whole, inner) if isinstance(part, Mapping)]
+    said = [value for value in said if value is not None]
+    return any(said) or not said
+
+
 def config_changes(left: CheckpointFiles, right: CheckpointFiles) -> list[str]:
     """What makes the models of two configs compute differently, as `logits_scaling: 1.0, then 8.0`."""
     wholes = _whole(left.config), _whole(right.config)

@@ -120,9 +120,10 @@ def apply_live(
 
     A delta of kind "module" also puts its module into the model, what it adds multiplied by the scale.
 
-    A model in the checkpoint's dtype then holds the same bytes that `surgery.apply` writes on disk. An fp32
-    model of a 16-bit checkpoint is just added to; with `as_stored` its values are also rounded to the
-    checkpoint's dtype. Gradients, hooks, requires_grad and the training mode are not touched.
+    A model in the checkpoint's dtype then holds the same bytes that `surgery.apply` writes on disk; so do parameters
+    that its family keeps in fp32 beside 16-bit ones (Ernie's and HunYuan's gates). A model that is fp32 throughout, of
+    a 16-bit checkpoint, is just added to; with `as_stored` its values are also rounded to the checkpoint's dtype.
+    Gradients, hooks, requires_grad and the training mode are not touched.
 
     `rounding` and `seed` are those of `surgery.apply.apply`: "auto" and None are what the delta records.
 
@@ -172,6 +173,7 @@ def _edited(
     found = touched(delta, model)
     held = {name: tensor for name, tensor in found.read().items() if name in delta.shapes}
     _check_related(delta, held, force)
+    as_stored |= any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
     edited = {}
     for name, tensor in held.items():
         difference = delta.read(name, 0, tensor.numel())

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.delta.config import may_tie
 from surgery.errors import SurgeryError
 from surgery.files.checkpoint_files import CheckpointFiles
 from surgery.files.tensor_names import common_prefix, resolve_tied, translate
@@ -129,7 +130,7 @@ def place(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], stored: C
     Raises:
         SurgeryError: a parameter that no tensor of the checkpoint becomes.
     """
-    tied = {name: resolve_tied(name, stored.places) for name in names}  # whatever is not stored must be tied
+    tied = {name: resolve_tied(name, stored.places, may_tie(stored.config)) for name in names}
     plain = [name for name in names if tied.get(name) is None]
     change = common_prefix(plain, stored.places)
     if change is not None:
@@ -175,7 +176,9 @@ def skeleton(stored: CheckpointFiles) -> Any:
 def held_by(model: "nn.Module", wanted: Collection[str]) -> Names:
     """Where a live model holds the checkpoint tensors `wanted`. Raises: SurgeryError when it does not."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied = {name: resolve_tied(name, parameters) for name in wanted}
+    config = getattr(model, "config", None)
+    ties = config is None or may_tie(config.to_dict())
+    tied = {name: resolve_tied(name, parameters, ties) for name in wanted}
     plain = [name for name in wanted if tied[name] is None]
     change = common_prefix(plain, parameters)
     if change is not None:

@@ -82,13 +82,16 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
 
     ``part``: all, only attention or mlp, or (LFTF Table 8) without_attention, without_mlp: norms stay trained there.
 
-    Raises ``SurgeryError`` for a block that does not exist, an unknown part, or a part without parameters.
+    A parameter that several blocks share (Zamba's attention) is named once, and only where all of them are chosen.
+
+    Raises ``SurgeryError`` for a block that does not exist, an unknown part, a part without parameters, or one that a
+    block which was not chosen shares.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if part not in PARTS:
         raise SurgeryError(f"part: got {part!r}, expected one of {', '.join(PARTS)}")
     if blocks is None:
-        return names
+        return [name for name, _ in model.named_parameters()]
     parts = anatomy.find(model).blocks
     chosen: list[str] = []
     for index in blocks:
@@ -109,7 +112,23 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
         raise SurgeryError(
             f"{part} of blocks {list(blocks)}: no parameters found; see hooks.anatomy.find(model).table()"
         )
-    return chosen
+    return _once(model, chosen, {index: block.name for index, block in enumerate(parts)}, blocks)
+
+
+def _once(model: PreTrainedModel, chosen: Sequence[str], holders: dict[int, str], blocks: Sequence[int]) -> list[str]:
+    """``chosen``, each parameter under its first name. holders: {block: its module}; ``blocks``: those chosen."""
+    called: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        called.setdefault(parameter, []).append(name)
+    aliases = {name: names for names in called.values() for name in names}
+    for name in chosen:
+        users = [index for index, module in holders.items() if _under(aliases[name], [module])]
+        if not set(users) <= set(blocks):
+            raise SurgeryError(
+                f"{name}: blocks {', '.join(map(str, users))} share this parameter, so an edit of one of them changes "
+                f"all; choose them together (block = {sorted({*blocks, *users})}), or a block or part that shares none"
+            )
+    return list(dict.fromkeys(aliases[name][0] for name in chosen))
 
 
 def _under(names: Sequence[str], modules: Sequence[str]) -> list[str]:

@@ -102,16 +102,19 @@ def common_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, 
     return None
 
 
-def resolve_tied(name: str, known: Collection[str]) -> str | None:
+def resolve_tied(name: str, known: Collection[str], tied: bool) -> str | None:
     """The one stored vocabulary matrix that `name`, itself not stored, is tied to; None when no such help is
-    needed.
+    needed, or none is possible.
 
-    Checkpoints of tied models store either the embedding (usual) or the head.
+    Checkpoints of tied models store either the embedding (usual) or the head. tied: whether embedding and head may be
+    one matrix; where they are two, an absent head is stored under another name, and is not the embedding.
     """
     if name in known or not is_vocabulary(name):
         return None
     stored = [other for other in known if is_vocabulary(other)]
-    return stored[0] if len(stored) == 1 else None
+    if len(stored) != 1 or (not tied and is_head(name) != is_head(stored[0])):
+        return None
+    return stored[0]
 
 
 def is_vocabulary(name: str) -> bool:

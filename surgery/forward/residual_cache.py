@@ -128,7 +128,8 @@ def why_no_cut(model: PreTrainedModel) -> str | None:
         ids = short_rows(model)
 
         def plain() -> list[Tensor]:
-            return [_logs(model(input_ids=torch.tensor([row], device=model.device)).logits[:, -1]) for row in ids]
+            each = [torch.tensor([row], device=model.device) for row in ids]
+            return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in each]
 
         with probe.unchanged(model), unhooked(model):
             try:
