@@ -150,7 +150,7 @@ def test_every_suite_is_called_alike() -> None:
         (["run", "lftf", "--set", "data=", "--model", "CHECKPOINT"], "no prompt set ''"),
         (["run", "lftf", "--model", "CHECKPOINT", "--resume"], "nothing to resume"),
         (["eval", "CHECKPOINT", "--suite", "genbia"], "expected some of genbias, genhint, perplexity"),
-        (["eval", "CHECKPOINT", "--suite", "crows_pairs"], "--data genbias is no folder"),
+        (["eval", "CHECKPOINT", "--suite", "crows_pairs"], "--data 'genbias' is no folder"),
         (["eval", "CHECKPOINT", "--suite", "crows_pairs", "--data", ".", "--scorer", "mean"], "expected one of bias-b"),
         (["eval", "nothing.gguf"], "no such GGUF file"),
         (["eval", "CHECKPOINT", "--device", "xpu:7"], "but the accelerators here are"),

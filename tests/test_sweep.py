@@ -200,7 +200,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert code == 0 and "gas.share" in stdout and "perplexity" not in stdout
     for words, message in (
         ((a, "--pareto", "gas"), "expected BIAS,COST"),
-        ((a, "--pareto", "gas.share,loss"), "metric 'loss': none of these runs' metrics"),
+        ((a, "--pareto", "gas.share,loss"), "metric 'loss': none of what was measured"),
         ((a, "--metric", "bleu"), "these runs have"),
         ((tmp_path / "nowhere",), "no finished run"),
         ((tmp_path / "old.html",), "is a file"),

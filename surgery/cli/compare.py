@@ -106,7 +106,8 @@ def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path |
     named = pareto.split(",") if pareto else runs[0].summary.get("pareto", [])
     if len(named) not in (0, 2):
         raise SurgeryError(f"--pareto {pareto!r}: expected BIAS,COST, for example --pareto gas,perplexity")
-    figures = {"pareto": picture(found, *(axis(found, name.strip()) for name in named))} if named else {}
+    places = [place for case in found for place in case.scores]
+    figures = {"pareto": picture(found, *(axis(places, name.strip()) for name in named))} if named else {}
     if html:
         keys = ", ".join(differing(runs)) or "nothing"
         lines = [f"{len(runs)} runs; what differs between their settings: {keys}."]

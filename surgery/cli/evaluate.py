@@ -1,7 +1,6 @@
 """The command eval: measure a checkpoint, or two checkpoints on the same rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,23 +8,6 @@ import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, command, examples
 from surgery.cli.models import open_model
-from surgery.errors import SurgeryError
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured, as the options say it."""
-
-    shipped: tuple[str, ...]
-    others: tuple[str, ...]
-    tasks: tuple[str, ...]
-    data: str
-    split: str
-    part: str
-    texts: Path | None
-    scorer: str
-    limit: int
-    seed: int
 
 
 @command(
@@ -75,17 +57,33 @@ def evaluate(
     differences are widened so that all of them hold together.
     """
     from surgery.files.atomic import write_json
+    from surgery.metrics.judges import Judges
     from surgery.metrics.metric import differences, ideal_of
     from surgery.metrics.suite import SUITES, plain
+    from surgery.progress import Progress
     from surgery.runs.report import leaves
 
     tasks = tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip())
-    names = list(dict.fromkeys(suite or ([] if tasks else SUITES)))
-    shipped, others = (tuple(name for name in names if (name in SUITES) is inside) for inside in (True, False))
-    asked = Asked(shipped, others, tasks, data, split, part, texts, scorer, limit, seed)
-    _check(asked)
-    reference = _measured(against, [], asked, quiet, device) if against is not None else None
-    measured = _measured(model, delta or [], asked, quiet, device)
+    judges = Judges(
+        suites=tuple(dict.fromkeys(suite or ([] if tasks else SUITES))),
+        prompts="genbias" if suite and set(suite) - set(SUITES) else data,
+        folder=data,
+        split=split,
+        part=part,
+        texts=texts,
+        scorer=scorer,
+        limit=limit,
+        seed=seed,
+        tasks=tasks,
+    )
+    judges.check("--data")
+
+    def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
+        opened = open_model(spec, quiet, device=device, deltas=deltas)
+        return judges.judge(*opened, progress=Progress(quiet))
+
+    reference = measured_on(against, []) if against is not None else None
+    measured = measured_on(model, delta or [])
     scores: dict[str, Any] = plain(measured)
     found: dict[str, Any] = {}
     if reference is not None:
@@ -104,60 +102,6 @@ def evaluate(
             )
     else:
         _print_differences(plain(reference), scores, found)
-
-
-def _check(asked: Asked) -> None:
-    """Refuse what is wrong before a model is opened."""
-    from surgery.metrics import lm_eval as benchmarks
-    from surgery.metrics.sentences import check_scorer
-    from surgery.metrics.suite import check_suites
-
-    check_suites(asked.others)
-    check_scorer(asked.scorer)
-    if asked.tasks:
-        benchmarks.check_installed()
-    if asked.others and not Path(asked.data).is_dir():
-        raise SurgeryError(
-            f"suite {asked.others[0]}: --data {asked.data} is no folder; give the folder that holds its files"
-        )
-
-
-def _measured(spec: str, deltas: list[Path], asked: Asked, quiet: bool, device: str | None) -> dict[str, Any]:
-    """The scores of one checkpoint, as ``Metric`` objects, which can be paired."""
-    from surgery.data.prompts import load_prompt_set
-    from surgery.metrics import lm_eval as benchmarks
-    from surgery.metrics.suite import evaluate_suites, material, measure
-    from surgery.progress import Progress
-
-    prompts = load_prompt_set("genbias" if asked.others else asked.data)
-    opened, tokenizer = open_model(spec, quiet, device=device, deltas=deltas)
-    scores: dict[str, Any] = {}
-    if asked.shipped:
-        given = material(
-            opened,
-            tokenizer,
-            prompts,
-            split=asked.split,
-            part=asked.part,
-            texts=asked.texts,
-            suites=asked.shipped,
-        )
-        scores |= measure(opened, given, progress=Progress(quiet)).scores
-    scores |= evaluate_suites(
-        opened,
-        tokenizer,
-        asked.others,
-        asked.data,
-        limit=asked.limit,
-        seed=asked.seed,
-        progress=Progress(quiet),
-        options={name: {"scorer": asked.scorer} for name in ("stereoset", "crows_pairs")},
-    )
-    if asked.tasks:
-        scores["lm_eval"] = benchmarks.evaluate(
-            opened, tokenizer, list(asked.tasks), limit=asked.limit, seed=asked.seed
-        )
-    return scores
 
 
 def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:

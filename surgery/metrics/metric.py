@@ -178,6 +178,17 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, axes: in
     return found
 
 
+def flat(scores: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Metric]:
+    """Every metric of a tree of scores by its place, such as "genbias.afgb.all", in the tree's order."""
+    found: dict[str, Metric] = {}
+    for key, value in scores.items():
+        if isinstance(value, Metric):
+            found[".".join((*path, key))] = value
+        elif isinstance(value, Mapping):
+            found |= flat(value, (*path, key))
+    return found
+
+
 def ideal_of(metric: Mapping[str, Any]) -> str:
     """The ideal as it stands in a table, of a metric as plain JSON values."""
     return "as before" if metric["direction"] == "same" else f"{metric['ideal']:g}"

@@ -164,13 +164,13 @@ def table(found: Sequence[Case], *, only: Sequence[str] = ()) -> Table:
     return Table("Runs side by side", ["run", "of", *(path.replace("_", " ") for path in chosen)], rows, note)
 
 
-def axis(found: Sequence[Case], path: str) -> str:
-    """``path``, or the one metric whose place ends in it. Raises ``SurgeryError`` where there is none, or several."""
-    paths = list(dict.fromkeys(path for case in found for path in case.scores))
-    near = [one for one in paths if one == path] or [one for one in paths if one.endswith(path)]
+def axis(places: Iterable[str], path: str) -> str:
+    """``path``, or the one of ``places`` that ends in it. Raises ``SurgeryError`` where there is none, or several."""
+    known = list(dict.fromkeys(places))
+    near = [one for one in known if one == path] or [one for one in known if one.endswith(path)]
     if len(near) != 1:
         raise SurgeryError(
-            f"metric {path!r}: {len(near) or 'none'} of these runs' metrics; expected one of {', '.join(paths)}"
+            f"metric {path!r}: {len(near) or 'none'} of what was measured; expected one of {', '.join(known)}"
         )
     return near[0]
 
