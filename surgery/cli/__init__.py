@@ -1,9 +1,22 @@
 """The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
 
-from surgery.cli import attribute, compare, data, evaluate, files, index, models, score, study
+from surgery.cli import attribute, compare, data, dose, evaluate, files, index, models, score, study
 from surgery.cli.app import app
 
-__all__ = ["app", "attribute", "compare", "data", "evaluate", "files", "index", "main", "models", "score", "study"]
+__all__ = [
+    "app",
+    "attribute",
+    "compare",
+    "data",
+    "dose",
+    "evaluate",
+    "files",
+    "index",
+    "main",
+    "models",
+    "score",
+    "study",
+]
 
 
 def main() -> None:
