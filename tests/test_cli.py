@@ -17,7 +17,7 @@ from surgery.metrics.suite import FOLDER_SUITES
 
 COMMANDS = (
     "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
-    "import", "card",
+    "import", "card", "dose",
 )  # fmt: skip
 QUICK = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]", "--device", "cpu"]
 
@@ -149,7 +149,7 @@ def test_every_suite_is_called_alike() -> None:
         (["run", "lftf", "--set", "lr"], "expected key=value"),
         (["run", "lftf", "--set", "data=", "--model", "CHECKPOINT"], "no prompt set ''"),
         (["run", "lftf", "--model", "CHECKPOINT", "--resume"], "nothing to resume"),
-        (["eval", "CHECKPOINT", "--suite", "genbia"], "expected some of genbias, genhint, perplexity"),
+        (["eval", "CHECKPOINT", "--suite", "genbia"], "expected some of genbias, genhint, locality"),
         (["eval", "CHECKPOINT", "--suite", "crows_pairs"], "--data 'genbias' is no folder"),
         (["eval", "CHECKPOINT", "--suite", "crows_pairs", "--data", ".", "--scorer", "mean"], "expected one of bias-b"),
         (["eval", "nothing.gguf"], "no such GGUF file"),

@@ -54,7 +54,7 @@ def test_what_a_target_means_by_direction() -> None:
     cost = reached(curve([0, 1], [10, 20]), "a.b", 12)
     assert cost.kept and cost.scale == pytest.approx(0.2) and "met by the untouched model, and up to" in str(cost)
     mass = reached(curve([0, 1], [0.5, 0.3], "same", 0.5), "a.b", 0.55)
-    assert mass.kept and mass.scale == mass.low == mass.high == pytest.approx(0.25)  # paired: the draws fall alike
+    assert mass.kept and [mass.low, mass.scale, mass.high] == pytest.approx([0.25] * 3)  # paired: draws fall alike
     # Negative scales are searched too, and the nearest is taken.
     assert reached(curve([-1, 0, 1], [0.2, 1, 1.5]), "a.b", 0.6).scale == pytest.approx(-0.5)
 
