@@ -203,7 +203,7 @@ def _write(
     from surgery.files.atomic import write_json
     from surgery.metrics.suite import plain
     from surgery.runs.dose import changes, picture, tables
-    from surgery.runs.page import page
+    from surgery.runs.report import page
 
     if json_file:
         apart = changes(found, shown)

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from hooks.plots import BLUE, GREY, ORANGE, new_figure
+from hooks.drawing import BLUE, GREY, ORANGE, new_figure
 from surgery.delta import Delta
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Difference, Metric, difference, flat, ideal_of
-from surgery.runs.page import Table, cell
+from surgery.runs.report import Table, cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,4 +258,5 @@ def picture(found: Sequence[Dosed], places: Sequence[str], targets: Sequence[Rea
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(places) :]:
         axes.set_visible(False)
+    figure.set_label(f"{', '.join(places)} at scales {found[0].scale:g} to {found[-1].scale:g} of the delta")
     return figure
