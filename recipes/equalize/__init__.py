@@ -3,21 +3,24 @@
 One training on several terms (``surgery.edits.equalize``): prompts of hundreds of shapes whose next word is equalised,
 and hints, settled subjects, ordinary sentences and a user's own texts, whose distributions stay the untouched model's.
 Measured at three distances: the prompt set's templates, templates that training never saw, other shapes of text.
+
+With ``pairs`` whole sentences are compared instead of words (``recipes.equalize.pairs``): StereoSet's, CrowS-Pairs', or
+those of a file.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from recipes.equalize import dataset
+from recipes.equalize import dataset, pairs
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.report import write_report
-from recipes.equalize.work import Variant, Work, blocks_of, controls_of
+from recipes.equalize.work import Variant, Work, blocks_of, controls_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits.equalize import check_shares
@@ -28,16 +31,31 @@ from surgery.runs import settings as shared
 from surgery.runs import summary
 
 
-class Settings(shared.Training, shared.PromptSet, shared.Neutral, shared.Saving):
+class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
     """This project's own method; the defaults were chosen on development parts of SmolLM2-135M-Instruct."""
 
-    renamed = {"data": "prompt_set", "part": "block_part", "top": "kept_tokens"}
+    renamed = {"part": "block_part", "top": "kept_tokens"}
+    pairs: str = ""
+    """Sentences in pairs instead of words: stereoset or crows_pairs (of the folder data), or a .jsonl of your own."""
+    dose: list[str | int | float] = ["auto"]
+    """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto."""
+    doses: list[float] = [0.0, 0.2, 0.4, 0.6]
+    """The doses among which auto chooses, by straight lines between them."""
+    folds: int = Field(3, ge=2)
+    """Into so many parts of its groups (terms) the training data is cut for that; each dose trains as often."""
+    scorers: list[str] = ["bos", "bias-bench"]
+    """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""
+    test_rows: shared.Limit = 0
+    """At most so many rows of StereoSet and CrowS-Pairs are measured, drawn by the seed; 0 takes all."""
+    hold_unrelated: float = Field(1.0, ge=0)
+    """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
     words: list[str] = []
     """Other words to share the mass among than the prompt set's; any number from two."""
     shares: list[float] = []
     """The share of each word, in the order of the words; equal ones where nothing is said."""
     block: str | int | list[int] = "upper"
-    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, or numbers."""
+    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, numbers,
+    or blocks (all of them and nothing else, which is what pairs train)."""
     block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     method: Literal["dense", "lora"] = "dense"
     rank: shared.Count = 16
@@ -77,7 +95,13 @@ class Settings(shared.Training, shared.PromptSet, shared.Neutral, shared.Saving)
     """both: test professions unseen, and beside them templates and other people unseen, too. pairs: the paper's."""
     split_seed: int = genbias.SEED
     controls: list[str] = ["lftf"]
-    """lftf (the paper's settings), random (as many other blocks), no_hold (the words' term alone)."""
+    """lftf (the paper's settings), random (as many other blocks), no_hold (the first term alone); none for pairs."""
+
+    @classmethod
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
+        changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": []}
+        return changed if values.get("pairs") else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +119,9 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError`` for shares that do not add up to 1, a word of
     several tokens, a text that is both equalised and held; see ``surgery.operation`` for interruptions.
     """
+    pairs.refuse_other_form(settings)
+    if settings.pairs:
+        return pairs.run(model, tokenizer, settings, **where)
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
     shares = check_shares(prompts.words.words, settings.shares or None)
@@ -110,7 +137,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     )
     with operation("equalize", model, settings, **where) as op:
         measuring = Measuring(model, asked, far, words, op.progress)
-        work = Work(op, settings, words, shares, ids, measuring)
+        terms = word_terms(settings, ids, words, shares)
+        work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         before = op.once("before", partial(measuring.scores, "measure before"))

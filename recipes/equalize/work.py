@@ -1,14 +1,13 @@
 """The edit of a run and its controls: what each trains, on which terms, from where."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hooks import anatomy
-from recipes.equalize.measuring import Measuring
 from surgery.edits.block import choose, fine_tune, names_of
 from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words_term
 from surgery.edits.equalize.terms import Term
@@ -23,6 +22,7 @@ from surgery.training import Plan, steps_of
 if TYPE_CHECKING:
     from recipes.equalize import Settings
 
+Measure = Callable[[str, int], dict[str, Any]]  # a label, and the first block that an edit changed
 CONTROLS = ("lftf", "random", "no_hold")
 LFTF = {"lr": 1e-5, "epochs": 2, "batch_size": 32}  # LFTF section 5.1, on the last block
 
@@ -42,10 +42,29 @@ class Variant:
 
 
 def blocks_of(chosen: str | int | list[int], count: int, seed: int) -> tuple[int, ...] | None:
-    """As ``surgery.edits.block.choose``, and ``upper``: from two thirds of the depth to a fifteenth below the end."""
+    """As ``surgery.edits.block.choose``, and ``upper``: from two thirds of the depth to a fifteenth below the end.
+
+    ``blocks`` are all of them, without embeddings, head and last norm.
+    """
+    if chosen == "blocks":
+        return tuple(range(count))
     if chosen == "upper":
         return tuple(range(2 * count // 3, max(2 * count // 3 + 1, count - max(1, count // 15))))
     return choose(chosen, count, seed)
+
+
+def word_terms(
+    settings: "Settings", ids: Mapping[str, Ids], words: Sequence[int], shares: Sequence[float]
+) -> list[Term]:
+    """The terms of the words form: the prompts whose words are equalised, and what is held."""
+    top = settings.kept_tokens
+    found = [words_term(ids["words"], words, shares=shares, emphasis=settings.emphasis, top=top)]
+    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "texts": settings.hold_texts}
+    for name, weight in weights.items():
+        if weight and ids.get(name):
+            at = settings.hold_positions if name == "texts" else "last"
+            found.append(hold_term(name, ids[name], positions=at, weight=weight, words=words, top=top))
+    return found
 
 
 def controls_of(names: Sequence[str]) -> list[str]:
@@ -56,29 +75,19 @@ def controls_of(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """The steps of one run; the edit itself and its controls go through the same ones."""
 
     op: Operation
     settings: "Settings"
-    words: Sequence[int]
-    shares: Sequence[float]
-    ids: Mapping[str, Ids]
-    """The texts of each term; ``own`` are the prompt set's training prompts, which LFTF learns from."""
-    measuring: Measuring
-    prepared: dict[int, Prepared] = field(default_factory=dict)
-
-    def terms(self) -> list[Term]:
-        """The terms of the loss: the prompts whose words are equalised, and what is held."""
-        given, top = self.settings, self.settings.kept_tokens
-        found = [words_term(self.ids["words"], self.words, shares=self.shares, emphasis=given.emphasis, top=top)]
-        weights = {"hints": given.hold_hints, "settled": given.hold_settled, "texts": given.hold_texts}
-        for name, weight in weights.items():
-            if weight and self.ids.get(name):
-                at = given.hold_positions if name == "texts" else "last"
-                found.append(hold_term(name, self.ids[name], positions=at, weight=weight, words=self.words, top=top))
-        return found
+    terms: Sequence[Term]
+    """The terms of the loss: first what is equalised, then what is held."""
+    measure: Measure
+    objective: str = "equalise and hold"
+    own: Ids = ()
+    """The prompt set's training prompts, which LFTF learns from, and its words."""
+    words: Sequence[int] = ()
 
     def control(self, name: str, main: Variant) -> Variant:
         """The edit that stands beside ``main`` for comparison."""
@@ -94,23 +103,26 @@ class Work:
 
     def carry_out(self, variant: Variant, *, keep: bool) -> Outcome:
         """Train a variant and measure it; ``keep`` for the run's own edit."""
-        lora = self._lora(variant)
-        names = [f"{name}.weight" for name in lora.targets] if lora else self._names(variant)
         return self.op.carry_out(
             variant.name,
             partial(self._train, variant),
-            partial(self.measuring.scores, f"measure {variant.name}", variant.start),
-            trains=names,
-            steps=steps_of(self._count(variant), self._plan(variant)),
+            partial(self.measure, f"measure {variant.name}", variant.start),
+            trains=self.trains(variant),
+            steps=steps_of(self._count(variant), self.plan(variant)),
             keep=keep,
             undo="record" if self.settings.keep_checkpoint else "none",
         )
 
+    def trains(self, variant: Variant) -> list[str]:
+        """The parameters that a variant changes."""
+        lora = self._lora(variant)
+        return [f"{name}.weight" for name in lora.targets] if lora else self._names(variant)
+
     def _count(self, variant: Variant) -> int:
-        if variant.name == "lftf":
-            return len(self.ids["own"])
-        terms = self.terms()
-        return sum(term.count for term in terms[: 1 if variant.name == "no_hold" else None])
+        return len(self.own) if variant.name == "lftf" else sum(term.count for term in self._terms(variant))
+
+    def _terms(self, variant: Variant) -> Sequence[Term]:
+        return self.terms[: 1 if variant.name == "no_hold" else None]
 
     def _names(self, variant: Variant) -> list[str]:
         return names_of(self.op.model, variant.blocks, variant.part)
@@ -120,36 +132,40 @@ class Work:
             return None
         return inside(self.op.model, self._names(variant), Lora(self.settings.rank, self.settings.alpha))
 
-    def _plan(self, variant: Variant) -> Plan:
-        given = self.settings
+    def plan(self, variant: Variant) -> Plan:
+        """How a variant is trained."""
         if variant.name == "lftf":
             return Plan(**LFTF)  # type: ignore[arg-type]
-        return given.plan(optimizer=given.optimizer)
+        return self.settings.plan(optimizer=self.settings.optimizer)
 
     def _train(self, variant: Variant, track: Tracking) -> Made:
         if variant.name == "lftf":
             return self._train_lftf(variant, track)
-        terms, model = self.terms(), self.op.model
-        if variant.name == "no_hold":
-            terms = terms[:1]
+        return self.train(variant, self.prepare(variant, self._terms(variant)), track)
+
+    def prepare(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
+        """The targets of the terms, and the stream that enters the first block that the variant trains."""
         with self.op.progress.work(f"targets of {variant.name}", sum(len(term.ids) for term in terms)) as step:
-            given = prepare(model, terms, start=variant.start, step=step)
+            given = prepare(self.op.model, terms, start=variant.start, step=step)
         if given.note:
             self.op.note(f"prefix cache off for {variant.name}: {given.note}")
+        return given
+
+    def train(self, variant: Variant, given: Prepared, track: Tracking) -> Made:
+        """Train a variant on the terms of ``given``."""
         lora = self._lora(variant)
-        plan, seed = self._plan(variant), self.settings.seed
-        trained = equalize(
-            model, terms, plan, blocks=variant.blocks, part=variant.part, lora=lora, seed=seed, given=given, **track
-        )
+        place: Any = {"blocks": variant.blocks, "part": variant.part, "lora": lora, "given": given}
+        plan, seed = self.plan(variant), self.settings.seed
+        trained = equalize(self.op.model, given.terms, plan, seed=seed, **place, **track)
         blocks: Any = "all" if variant.blocks is None else list(variant.blocks)
-        counts = {term.name: term.count for term in terms}
-        edit = Edit.of(trained, blocks=blocks, part=variant.part, objective="equalise and hold", terms=counts)
+        counts = {term.name: term.count for term in given.terms}
+        edit = Edit.of(trained, blocks=blocks, part=variant.part, objective=self.objective, terms=counts)
         return Made(trained.differences, edit, "lora" if lora else "dense")
 
     def _train_lftf(self, variant: Variant, track: Tracking) -> Made:
-        model, ids = self.op.model, self.ids["own"]
+        model, ids = self.op.model, self.own
         prefix = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
-        plan, blocks = self._plan(variant), variant.blocks
+        plan, blocks = self.plan(variant), variant.blocks
         trained = fine_tune(
             model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
         )

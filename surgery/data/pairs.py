@@ -79,8 +79,17 @@ def _own(raw: dict[str, object], where: str) -> Pair:
     return Pair(**fields, where=where)  # type: ignore[arg-type]
 
 
-def folds(pairs: Sequence[Pair], count: int, *, seed: int, least: int = LEAST) -> list[list[int]]:
+TO_CHOOSE = (
+    "to choose its dose by cross-validation, beside any kept back; give its dose yourself, or leave the type out"
+)
+
+
+def folds(
+    pairs: Sequence[Pair], count: int, *, seed: int, least: int = LEAST, purpose: str = TO_CHOOSE
+) -> list[list[int]]:
     """The numbers of the pairs in ``count`` parts with no group in two of them, each bias type dealt out evenly.
+
+    ``purpose`` says in an error what the groups are needed for, and what to do.
 
     Raises ``SurgeryError`` for fewer than 2 parts, and for a bias type with fewer than ``least`` groups.
     """
@@ -95,8 +104,7 @@ def folds(pairs: Sequence[Pair], count: int, *, seed: int, least: int = LEAST) -
         members = groups[name]
         if len(members) < max(least, count):
             raise SurgeryError(
-                f"bias type {name!r}: {len(members)} groups, expected at least {max(least, count)} to choose its dose "
-                f"by cross-validation; give its dose yourself, or leave the type out"
+                f"bias type {name!r}: {len(members)} groups, expected at least {max(least, count)} {purpose}"
             )
         order = sorted(members)
         # The largest groups first, each into the fold that is smallest in this type so far.

@@ -7,7 +7,11 @@ from surgery.data.locality import SETS
 
 Scores = Mapping[str, Any]  # metrics as plain dictionaries, by suite
 # Scores that count signs, with the strength that stands beside each: suite, score, label.
-COUNTED = (("stereoset", "ss", "SS"), ("crows_pairs", "metric", "the CrowS-Pairs score"))
+COUNTED = (
+    ("stereoset", "ss", "SS"),
+    ("crows_pairs", "metric", "the CrowS-Pairs score"),
+    ("pairs", "ss", "SS of the pairs kept back"),
+)
 NAMES = {"things": "inanimate subjects", "plurals": "plurals", "gendered": "nouns with gender by definition"} | {
     "names": "first names", "others": "other pronouns", "text": "pronouns in ordinary text",
 }  # fmt: skip

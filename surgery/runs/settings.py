@@ -210,13 +210,25 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
         listed = key in fields and str(fields[key].annotation).startswith("list[")
         if listed and isinstance(value, str | int | float) and not isinstance(value, bool):
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
-            ready[key] = [int(p) if p.lstrip("-").isdigit() else p for p in pieces]
+            number = _decimal if "float" in str(fields[key].annotation) else _whole
+            ready[key] = [number(piece) for piece in pieces]
         else:
             ready[key] = value
     try:
         return kind(**ready)
     except ValidationError as error:
         raise SurgeryError(f"{where}: " + "; ".join(_fault(kind, fault) for fault in error.errors())) from None
+
+
+def _whole(piece: str) -> int | str:
+    return int(piece) if piece.lstrip("-").isdigit() else piece
+
+
+def _decimal(piece: str) -> float | str:
+    try:
+        return float(piece)
+    except ValueError:
+        return piece
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:

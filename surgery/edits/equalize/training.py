@@ -133,9 +133,9 @@ def _head(model: PreTrainedModel) -> str:
 def losses_of(
     model: PreTrainedModel, module: nn.Module, given: Prepared, chosen: Sequence[tuple[int, int]]
 ) -> Float[Tensor, " chosen"]:
-    """The unweighted loss of each example (term, number), by one pass for those read at their last token and one more.
+    """The unweighted loss of each example (term, number), by a pass for each kind and length of text.
 
-    Apart, short prompts are not padded to the length of texts, and go through the head at one position.
+    Apart, short texts are not padded to the length of long ones, and prompts go through the head at one position.
     """
     found: list[Tensor | None] = [None] * len(chosen)
     for members in _alike(given, chosen):
@@ -163,14 +163,26 @@ def losses_of(
     return torch.stack([value for value in found if value is not None])
 
 
+LONGER = 1.5  # the longest sequence of a pass is at most so many times as long as its shortest example's longest
+
+
 def _alike(given: Prepared, chosen: Sequence[tuple[int, int]]) -> list[dict[int, tuple[int, int]]]:
-    """The examples by place in ``chosen``: those read at their last token only, and the others."""
-    groups: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]] = ({}, {})
+    """The examples by place in ``chosen``: those read at their last token only, and the others, of like length."""
+    last: dict[int, tuple[int, int]] = {}
+    lengths: dict[int, int] = {}
     for place, (term, example) in enumerate(chosen):
         one = given.terms[term]
         rows = range(example * one.size, (example + 1) * one.size)
-        last = all(one.places[row] == (len(one.ids[row]) - 1,) for row in rows)
-        groups[0 if last else 1][place] = (term, example)
+        if all(one.places[row] == (len(one.ids[row]) - 1,) for row in rows):
+            last[place] = (term, example)
+        else:
+            lengths[place] = max(len(one.ids[row]) for row in rows)
+    groups, shortest = [last], 0
+    for place in sorted(lengths, key=lambda place: lengths[place]):
+        if not shortest or lengths[place] > LONGER * shortest:
+            groups.append({})
+            shortest = lengths[place]
+        groups[-1][place] = chosen[place]
     return [group for group in groups if group]
 
 

@@ -1,0 +1,180 @@
+"""The recipe equalize on pairs of sentences: doses given and chosen, what is measured, resuming, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeCheckpoint
+from families import state
+
+import surgery
+from recipes import equalize
+from surgery.edits.equalize import hold_term, prepare
+from surgery.edits.equalize.dose import read_doses
+from surgery.edits.equalize.training import _alike
+from surgery.errors import SurgeryError
+from surgery.runs.folder import Folder
+from surgery.runs.settings import build, parse_set
+
+QUICK: dict[str, Any] = {"lr": 5e-3, "epochs": 6, "batch_size": 32, "dose": [0.0], "hold_texts": 0.0}
+NAMES = ("nurse", "plumber", "teacher", "doctor", "farmer", "lawyer", "engineer", "secretary", "chef", "pilot", "guard")
+NAMES += ("writer", "dancer", "singer", "artist")
+ENDS = (("smiled", "laughed"), ("waited", "slept"), ("called a friend", "took a long break"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", torch.float32)
+    model, tokenizer = surgery.load(path, device="cpu")
+    tokenizer.bos_token = "<pad>"
+    tokenizer.save_pretrained(path)
+    assert model.dtype == torch.float32
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    """45 pairs about 15 people with the same three endings, so that what is learnt of some holds for the others."""
+    found = []
+    for name in NAMES:
+        for more, less in ENDS:
+            sides = {"more": f"The {name} {more} because he was late", "less": f"The {name} {less} because he was late"}
+            unrelated = f"The {name} stopped because it was hot"
+            found.append({**sides, "group": name, "bias_type": "gender", "unrelated": unrelated})
+    return found
+
+
+def written(rows: list[dict[str, str]], path: Path) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def operate(checkpoint: Path, out: Path, resume: bool = False, **settings: Any) -> dict[str, Any]:
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    ready = equalize.Settings(**({"model": str(checkpoint)} | QUICK | settings))
+    before = state(model)
+    found = equalize.run(model, tokenizer, ready, out=out, resume=resume).summary
+    assert state(model) == before
+    return found
+
+
+def score(summary: dict[str, Any], when: str, name: str) -> float:
+    return float(np.mean([summary[when][key][name]["overall"]["value"] for key in ("pairs", "pairs, bias-bench")]))
+
+
+def test_the_margin_falls_and_ss_follows_the_dose(
+    checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, found = written(rows, tmp_path / "own.jsonl"), {}
+    for dose in (0.0, 0.5, -0.5):
+        found[dose] = operate(checkpoint, tmp_path / f"{dose}", pairs=file, dose=[dose])
+        monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))  # the others once, for the time
+    plain = found[0.0]
+    assert json.loads((tmp_path / "0.0" / "run.json").read_text()) == json.loads(json.dumps(plain))
+    assert plain["rows"]["trained"] == 36 and plain["rows"]["kept_back"] == 9
+    assert plain["edit"]["terms"] == {"pairs": 72, "unrelated": 24}  # each with a start token and without
+    assert plain["edit"]["blocks"] == [0, 1, 2, 3]
+    assert score(plain, "after", "margin") < 0.8 * score(plain, "before", "margin")
+    assert score(found[0.5], "after", "ss") < 50 < score(found[-0.5], "after", "ss")
+    assert {"locality", "facts_of_gender", "perplexity", "perplexity_pronouns"} <= set(plain["after"])
+    page = (tmp_path / "0.0" / "report.html").read_text()
+    assert "SS (ideal 50), after" in page and "Dose of gender: 0, as given" in page and "scorer bias-bench" in page
+
+
+def test_a_chosen_dose_has_its_interval_and_resumes(
+    checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four trainings on groups apart, and one on all; cut inside the third, it goes on to the same delta."""
+    settings: dict[str, Any] = {"pairs": written(rows, tmp_path / "own.jsonl"), "dose": ["auto"], "epochs": 2}
+    settings |= {"doses": [0.0, 0.4], "folds": 2}
+    monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))
+    whole = operate(checkpoint, tmp_path / "whole", **settings)
+    chosen = whole["doses"]["gender"]
+    assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
+    assert chosen["low"] <= chosen["dose"] <= chosen["high"] and set(chosen["curve"]) == {"0", "0.4"}
+    trained = {row["edit"] for row in map(json.loads, (tmp_path / "whole" / "log.jsonl").open()) if "edit" in row}
+    assert len(trained) == 5
+    write = Folder.log
+
+    def interrupt(folder: Any, row: dict[str, Any]) -> None:
+        write(folder, row)
+        if row.get("edit") == "dose 0, fold 2 of 2" and row["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.runs.folder.Folder.log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            operate(checkpoint, tmp_path / "cut", **settings)
+    rest = operate(checkpoint, tmp_path / "cut", resume=True, **settings)
+    assert rest["delta"]["sha256"] == whole["delta"]["sha256"] and rest["doses"] == whole["doses"]
+    steps = [row["edit"] for row in map(json.loads, (tmp_path / "cut" / "log.jsonl").open()) if "edit" in row]
+    assert steps.count("dose 0, fold 1 of 2") * 2 == steps.count("dose 0, fold 1 of 2") + steps.count(
+        "dose 0.4, fold 1 of 2"
+    )  # once each
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"words": ["he", "she"]}, r"words: got .* and pairs = .*one at a time"),
+        ({"pairs": "", "data": "genbias"}, "data: got 'genbias', which only pairs of sentences read"),
+        ({"pairs": "other"}, "pairs: got 'other', expected stereoset, crows_pairs or a .jsonl file"),
+        ({"pairs": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"pairs": "stereoset"}, "pairs: stereoset is read from a folder of data sets; name it with data=DIR"),
+        ({"pairs": "crows_pairs", "data": "tests"}, r"crows_pairs_anonymized\.csv: no such file"),
+        ({"dose": ["race=0.1"]}, "dose: got 'race=0.1'; the pairs have the bias types gender"),
+        ({"dose": ["much"]}, "dose: got 'much', expected a number"),
+        ({"dose": [0.1, 0.2]}, "dose: 'of the other types' is given twice"),
+        ({"dose": ["auto"], "doses": [0.1]}, "doses: got .0.1., expected at least 2"),
+        ({"scorers": ["bos", "bos"]}, "scorers: 'bos' is named twice"),
+        ({"controls": ["lftf"]}, "controls: got 'lftf', which learns words"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    given = {"pairs": written(rows, tmp_path / "own.jsonl")} | settings
+    with pytest.raises(SurgeryError, match=message) as said:
+        operate(checkpoint, tmp_path / "run", **given)
+    assert "\n" not in str(said.value) and not list(tmp_path.glob("run*"))
+
+
+def test_rows_that_cannot_be_used_are_named(checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    for bad, settings, message in (
+        ([*rows, {"more": "a b", "less": "a b"}], {}, "row 46: both sides are 'a b'"),
+        (rows[:33], {"dose": ["auto"]}, "'gender': 8 groups, expected at least 10 to choose its dose"),
+        (rows[:9], {}, "'gender': 3 groups, expected at least 5 to keep one of 5 back"),
+    ):
+        with pytest.raises(SurgeryError, match=message):
+            operate(checkpoint, tmp_path / "run", pairs=written(bad, file), **settings)
+    held = tmp_path / "mine.txt"
+    held.write_text(f"The sun is hot.\n{rows[0]['more']}\n")
+    with pytest.raises(SurgeryError, match=r"mine\.txt: also holds a side of .*own\.jsonl"):
+        operate(checkpoint, tmp_path / "run", pairs=written(rows, file), hold_file=str(held), hold_texts=1.0)
+
+
+def test_doses_as_they_are_written() -> None:
+    types = ["gender", "race"]
+    for text, wanted in (
+        ("0.2", {"gender": 0.2, "race": 0.2}),
+        ("auto", {"gender": None, "race": None}),
+        ("gender=0.2,race=1", {"gender": 0.2, "race": 1.0}),
+        ("gender=0.2", {"gender": 0.2, "race": None}),
+        ("1,race=auto", {"gender": 1.0, "race": None}),
+    ):
+        settings = build(equalize.Settings, parse_set([f"dose={text}", "pairs=own.jsonl"]), "--set")
+        assert read_doses(settings.dose, types) == wanted
+        assert settings.block == "blocks" and settings.lr == 1e-4
+    assert build(equalize.Settings, parse_set(["shares=0.6,0.4"]), "--set").shares == [0.6, 0.4]
+
+
+def test_texts_of_like_length_go_through_the_model_together(tiny: Any) -> None:
+    model, _ = tiny
+    texts = [[2] * length for length in (30, 4, 5, 28, 6, 7)]
+    given = prepare(model, [hold_term("texts", texts, positions="all")])
+    groups = _alike(given, [(0, number) for number in range(6)])
+    assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6], [7], [28, 30]]
