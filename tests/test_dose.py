@@ -43,6 +43,10 @@ def test_the_scale_of_a_target_by_hand() -> None:
     late = reached(curve([0, 1], [1.0, 0.45]), "a.b", 0.5)
     assert late.scale == pytest.approx(10 / 11) and late.high is None and "beyond" in str(late)
 
+    # A draw that meets it untouched has its scale at 0: .45 comes to .4 at 1/9, .55 at 1/3, .35 is there.
+    early = reached(curve([0, 1], [0.45, 0.0]), "a.b", 0.4)
+    assert early.low == 0 and early.scale == pytest.approx(1 / 9) and early.high == pytest.approx(1 / 3)
+
 
 def test_what_a_target_means_by_direction() -> None:
     assert reached(curve([0, 1], [0.2, 0.6], "higher", 1.0), "a.b", 0.5).scale == pytest.approx(0.75)
