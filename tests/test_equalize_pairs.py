@@ -157,6 +157,15 @@ def test_rows_that_cannot_be_used_are_named(checkpoint: Path, rows: list[dict[st
         operate(checkpoint, tmp_path / "run", pairs=written(rows, file), hold_file=str(held), hold_texts=1.0)
 
 
+def test_a_tokenizer_without_a_start_token_needs_another_scorer(
+    make_checkpoint: MakeCheckpoint, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    plain = make_checkpoint(tmp_path / "plain", torch.float32)
+    with pytest.raises(SurgeryError, match=r"neither BOS nor EOS, and scorer 'bos'.*use scorer 'no-start'"):
+        operate(plain, tmp_path / "run", pairs=written(rows, tmp_path / "own.jsonl"))
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_doses_as_they_are_written() -> None:
     types = ["gender", "race"]
     for text, wanted in (

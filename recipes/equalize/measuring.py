@@ -51,6 +51,8 @@ class Measuring:
         )
         self.suites |= found.prefixes
         values = plain(found.scores)
+        if not self.far:
+            return values
         far: dict[str, Any] = {}
         with self.progress.work(f"{label}, other shapes", sum(len(rows) for rows, _ in self.far.values())) as step:
             for kind, (rows, ids) in self.far.items():
@@ -59,7 +61,7 @@ class Measuring:
                 self.streams.setdefault(kind, {}).update(seen.prefixes)
                 table = genbias_metric.score(seen.probabilities, rows, data=f"{kind}, professions unseen")
                 far[kind] = {name: plain(scales["all"]) for name, scales in table.items()}
-        return values | ({"distances": far} if far else {})
+        return values | {"distances": far}
 
 
 def distances(

@@ -32,7 +32,8 @@ from surgery.edits.equalize.terms import Term, hold_term
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import start_token
 from surgery.metrics import pairs as pairs_metric
-from surgery.metrics.sentences import check_scorer
+from surgery.metrics import sentences
+from surgery.metrics.sentences import DEFINITIONS, check_scorer
 from surgery.metrics.suite import evaluate_suites, material, plain
 from surgery.operation import Run, Where, control, operation
 from surgery.runs import summary
@@ -98,6 +99,9 @@ def run(
 ) -> Run:
     """As ``recipes.equalize.run``; raises ``SurgeryError`` also for what is wrong with pairs, doses and scorers."""
     given = read(settings)
+    for scorer in settings.scorers:
+        if DEFINITIONS[scorer].start != "none":
+            sentences.start_token(tokenizer, scorer)
     controls = controls_of(settings.controls)
     if "lftf" in controls:
         raise SurgeryError("controls: got 'lftf', which learns words; expected random or no_hold beside pairs")

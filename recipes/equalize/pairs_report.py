@@ -87,6 +87,8 @@ def verdict(summary: Summary) -> list[str]:
             if both[0] and both[1]:
                 parts.append(f"{words} {both[0]['value']:.3f} to {both[1]['value']:.3f}")
         lines.append(f"{label}, scorer {scorer}, overall: {', '.join(parts)}.")
+        if skipped := after[name].get("skipped"):
+            lines.append(f"{label}, scorer {scorer}: {len(skipped)} rows skipped, not scored: {skipped[0]}.")
     lines += [_dose(kind, each) for kind, each in summary["doses"].items()]
     for name, words in (("perplexity", "neutral text"), ("perplexity_pronouns", "text full of pronouns")):
         if was := find(before, (name,)):
