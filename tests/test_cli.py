@@ -51,7 +51,7 @@ def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> Non
     code, stdout, _ = surgery("inspect", run / "delta.safetensors", "--against", checkpoint)
     assert code == 0 and "model.layers.3" in stdout and "same" in stdout
     code, stdout, _ = surgery("inspect", run / "delta.safetensors", "--json")
-    assert json.loads(stdout)["base"] == checkpoint.name
+    assert json.loads(stdout)["base"] == str(checkpoint)
     edited = tmp_path / "edited"
     code, stdout, _ = surgery(
         "apply", run / "delta.safetensors", checkpoint, "--out", edited, "--rounding", "stochastic", "--quiet"
