@@ -101,7 +101,7 @@ def test_the_delta_says_where_it_comes_from(finished: tuple[Path, dict[str, Any]
     assert delta.sha256 == summary["delta"]["sha256"]
     assert delta.metadata["recipe"] == (out / "recipe.toml").read_text()
     assert all(name.startswith("model.layers.3.") for name in delta.tensors)
-    assert delta.metadata["base"] == checkpoint.name
+    assert delta.metadata["base"] == str(checkpoint)
 
 
 def test_the_report_stands_alone(finished: tuple[Path, dict[str, Any]]) -> None:
