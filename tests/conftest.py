@@ -13,6 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
 
+# Rows of the vocabulary that the tiny model is drawn with; words that come later get rows of their own behind them, so
+# that a new word redraws nothing else.
+DRAWN = 1689
+
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,13 +52,16 @@ def make_checkpoint(word_tokenizer: PreTrainedTokenizerFast) -> MakeCheckpoint:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 8,
-            "vocab_size": len(word_tokenizer),
+            "vocab_size": DRAWN,
             "max_position_embeddings": 128,
             "tie_word_embeddings": True,
             "initializer_range": 0.3,
         }
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config))).to(dtype)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        if "vocab_size" not in config:
+            model.resize_token_embeddings(len(word_tokenizer), mean_resizing=False)
+        model = model.to(dtype)
         model.save_pretrained(path)
         word_tokenizer.save_pretrained(path)
         return path
