@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import surgery
 from recipes import equalize
 from recipes.equalize import dataset, measuring
+from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
 from surgery.data import genbias, genhint, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
@@ -130,3 +131,13 @@ def test_the_upper_blocks() -> None:
     assert blocks_of("upper", 18, 0) == tuple(range(12, 17))
     assert blocks_of("upper", 2, 0) == (1,)
     assert blocks_of([1], 4, 0) == (1,)
+
+
+def test_what_an_edit_took_with_it_stands_on_the_page() -> None:
+    metric = {"scorer": "s", "data": "d", "n": 9, "low": 0.0, "high": 1.0, "ideal": 1.0, "direction": "higher"}
+    scores = [{"facts_of_gender": {"right": {"all": metric | {"value": value}}}} for value in (0.75, 0.70)]
+    edit = {"parameters": 5, "blocks": [1], "steps": 2, "terms": {"words": 3}}
+    summary = {"words": ["he", "she"], "edit": edit, "applied": {"changed": 4, "entries": 5}, "controls": {}}
+    lines = verdict(summary | {"before": scores[0], "after": scores[1]})
+    assert any(line.startswith("Warning") and "0.750 to 0.700" in line for line in lines)
+    assert not any(line.startswith("Warning") for line in verdict(summary | {"before": scores[0], "after": scores[0]}))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.runs.caveats import caveats
 from surgery.runs.report import compared, write_page
 from surgery.runs.words_report import COMMANDS, before_after, controls, find
 
@@ -44,6 +45,7 @@ def verdict(summary: Summary) -> list[str]:
         before, after = find(summary["before"], path), find(summary["after"], path)
         if before and after:
             lines.append(f"{name}: {before['value']:.3f} to {after['value']:.3f}{unit}.")
+    lines += caveats(summary["before"], summary["after"])
     for name, each in summary["controls"].items():
         now, was = (find(scores, ("genbias", "mass", "all")) for scores in (each["after"], summary["before"]))
         gap = find(each["after"], ("genbias", "relative_gap", "all"))
