@@ -92,3 +92,9 @@ def test_no_imports_in_a_circle(package: str) -> None:
         assert free, f"these import each other in a circle: {', '.join(sorted(left))}"
         for module in free:
             del left[module]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_file_is_longer_than_a_reader_s_patience(package: str) -> None:
+    long = {file: n for file in (ROOT / package).rglob("*.py") if (n := len(file.read_text().splitlines())) > 300}
+    assert not long, f"over 300 lines: {long}; does each still fit the one sentence at its top?"

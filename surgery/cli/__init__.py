@@ -1,9 +1,10 @@
 """The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
 
-from surgery.cli import attribute, compare, data, dose, evaluate, files, index, models, score, study
+from surgery.cli import adapters, attribute, compare, data, dose, evaluate, files, index, models, score, study
 from surgery.cli.app import app
 
 __all__ = [
+    "adapters",
     "app",
     "attribute",
     "compare",
