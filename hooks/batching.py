@@ -94,7 +94,7 @@ def takes_positions(model: nn.Module) -> bool:
         for positions in (True, False) if accepted else (False,):
             try:
                 quick = _batched(model, rows, left=True, positions=positions)
-            except Exception:
+            except Exception:  # a family may refuse one of the two ways in any manner; then the other is tried
                 continue
             if errs_more(quick, alone, lambda: _alone(model, rows), _dtype(model)) is None:
                 return positions

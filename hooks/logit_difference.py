@@ -239,12 +239,20 @@ def _forward(module: nn.Module, replacement: Callable[..., Tensor], as_tuple: bo
 
     A block that returns a tuple runs, for what it hands on beside the stream (T5: position biases).
     """
-    had, before, own = "forward" in module.__dict__, module.__dict__.get("forward"), module.forward
+    own = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = replacement(*args, **kwargs)
         return (out, *own(*args, **kwargs)[1:]) if as_tuple else out
 
+    with forward_as(module, forward):
+        yield
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this one module runs ``forward``; afterwards what stood there stands there again."""
+    had, before = "forward" in module.__dict__, module.__dict__.get("forward")
     module.forward = forward
     try:
         yield

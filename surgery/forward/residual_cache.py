@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hooks import anatomy
 from hooks import trace_modules as probe
 from hooks.batching import remembered, short_rows, unhooked, why_alone
+from hooks.logit_difference import forward_as
 from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, pad
@@ -182,20 +183,13 @@ def _hand_on(*args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def _forward(module: nn.Module, replacement: Callable[..., Tensor], as_tuple: bool) -> Iterator[None]:
     """Replace ``module.forward`` on this one object, and put back what stood there."""
-    had, before = "forward" in module.__dict__, module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = replacement(*args, **kwargs)
         return (out,) if as_tuple else out
 
-    module.forward = forward
-    try:
+    with forward_as(module, forward):
         yield
-    finally:
-        if had:
-            module.forward = before  # type: ignore[assignment]
-        else:
-            del module.__dict__["forward"]
 
 
 @torch.no_grad()
