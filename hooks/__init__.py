@@ -4,8 +4,9 @@ Names are loaded on first use (PEP 562), so that `import hooks` is quick and loa
 the name of a function here: Python would put the file in the function's place.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hooks.lazy import lazily
 
 if TYPE_CHECKING:
     from hooks import anatomy, plots
@@ -74,9 +75,6 @@ _NAMES = {
     "sensitivity": ("attention_to",),
     "streaming": ("Mean", "stream", "token_batches"),
 }
-_HOME = {name: f"hooks.{module}" for module, names in _NAMES.items() for name in names}
-_MODULES = ("anatomy", "plots")
-
 __all__ = [
     "Ablation",
     "BlockImportance",
@@ -129,14 +127,4 @@ __all__ = [
     "token_influence",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"hooks.{name}")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'hooks' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(__name__, _NAMES, ["anatomy", "plots"])

@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel
 
 import surgery
 from recipes import crawd_classifier
+from recipes.crawd_classifier.settings import WEIGHTS
 from surgery.edits.classifier import (
     METHODS,
-    WEIGHTS,
     Adversary,
     Examples,
     Method,

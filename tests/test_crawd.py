@@ -12,8 +12,9 @@ from families import state
 
 import surgery
 from recipes import crawd
+from recipes.crawd.settings import WEIGHTS
 from surgery.data.texts import Example
-from surgery.edits.debiased_tuning import METHODS, WEIGHTS, Method, tune
+from surgery.edits.debiased_tuning import METHODS, Method, tune
 from surgery.edits.supervised import Lora, encode_rows, evaluate
 from surgery.errors import SurgeryError
 from surgery.metrics import gas

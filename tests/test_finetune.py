@@ -14,6 +14,7 @@ from safetensors import safe_open
 import surgery
 from hooks.errors import Note
 from recipes import finetune
+from recipes.finetune import recipe
 from surgery.data.texts import Columns, Example, examples
 from surgery.edits.supervised import Lora, Row, adapters, encode_rows, evaluate, fine_tune, target_names, token_losses
 from surgery.errors import SurgeryError
@@ -268,7 +269,7 @@ def test_the_held_out_loss_is_that_of_the_saved_child(tiny: Any, checkpoint: Pat
     encoded = encode_rows(tokenizer, examples(file), max_length=128).rows
     assert {row.start for row in encoded} == {4}
     settings = finetune.Settings(file=str(file), held_out=0.5)
-    learnt, held = finetune._divide(encoded, settings)
+    learnt, held = recipe._divide(encoded, settings)
     assert len(learnt) == len(held) == 6
     assert evaluate(child, held).mean() == pytest.approx(summary["after"]["held_out_loss"]["value"], abs=1e-4)
 

@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 import surgery
 from recipes import lftf
+from surgery.data.prompts import load_prompt_set
+from surgery.edits import block
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import from_dict
 from surgery.metrics.suite import material, measure, plain
@@ -74,7 +76,7 @@ def test_after_is_the_checkpoint_as_saved(finished: tuple[Path, dict[str, Any]])
     """Measured again without any cache, on the directory on disk, opened from nothing."""
     out, summary = finished
     model, tokenizer = surgery.load(out / "checkpoint", device="cpu")
-    prompts = lftf._prompt_set(lftf.Settings())
+    prompts = load_prompt_set()
     again = plain(measure(model, material(model, tokenizer, prompts)).scores)
     for path in (("genbias", "relative_gap", "all"), ("genbias", "afgb", "word"), ("genhint", "ub"), ("perplexity",)):
         one, two = again, summary["after"]
@@ -205,7 +207,7 @@ def test_a_training_that_fails_keeps_what_was_measured_before(
         operate(tiny, checkpoint, out, lr=1e30)
     left = {path.name for path in (tmp_path / "x.part").rglob("*.json")}
     assert left == {"ranking.json", "before.json"} and not out.exists()
-    monkeypatch.setattr("recipes.lftf.rank_blocks", lambda *_, **__: pytest.fail("ranked a second time"))
+    monkeypatch.setattr("recipes.lftf.recipe.rank_blocks", lambda *_, **__: pytest.fail("ranked a second time"))
     with pytest.raises(SurgeryError, match="learning rate"):
         settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"lr": 1e30}))
         lftf.run(*tiny, settings, out=out, resume=True)
@@ -224,7 +226,7 @@ def test_a_full_disk_keeps_what_was_finished(
         patch.setattr("surgery.operation.write_json", full)
         with pytest.raises(SurgeryError, match=r"No space left on device.*what was finished is kept"):
             operate(tiny, checkpoint, tmp_path / "x", controls=["first"])
-    for name in ("recipes.lftf.rank_blocks", "surgery.edits.block.train", "surgery.metrics.suite.next_words"):
+    for name in ("recipes.lftf.recipe.rank_blocks", "surgery.edits.block.train", "surgery.metrics.suite.next_words"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done a second time"))
     settings = lftf.Settings(**({"model": str(checkpoint)} | QUICK | {"controls": ["first"]}))
     assert lftf.run(*tiny, settings, out=tmp_path / "x", resume=True).summary == whole
@@ -234,7 +236,7 @@ def test_a_control_that_fails_does_not_repeat_the_edit(
     tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = operate(tiny, checkpoint, tmp_path / "whole", controls=["first", "middle"])
-    train, trained = lftf.edit.fine_tune, []
+    train, trained = block.fine_tune, []
 
     def second_fails(*args: Any, **options: Any) -> Any:
         trained.append(options["blocks"])

@@ -4,103 +4,14 @@ LoRA factors train on chunks of StereoSet's test split (the training source); a 
 terms, cut from that source, decides swaps, the stop and the kept checkpoint; StereoSet's dev file is the test.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from hooks.lazy import lazily
 
-from recipes.bias_unlearn.measuring import measure
-from recipes.bias_unlearn.report import verdict, write_report
-from recipes.bias_unlearn.settings import CHANGES, Settings
-from recipes.bias_unlearn.training import OBJECTIVES, parts, train
-from surgery.edits.unlearning import Dataset, read_dataset, trained_names
-from surgery.errors import SurgeryError
-from surgery.metrics.suite import check_suites
-from surgery.operation import Edit, Outcome, Run, Where, operation
-from surgery.runs import summary
+if TYPE_CHECKING:
+    from recipes.bias_unlearn.recipe import Summary, run
+    from recipes.bias_unlearn.settings import CHANGES, Settings
 
 __all__ = ["CHANGES", "Settings", "Summary", "run"]
 
-TRAIN, TEST = "stereoset/stereoset_train_union.jsonl", "stereoset/stereoset_dev.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary(summary.Summary):
-    """``run.json`` of an unlearning run: also the scores of the development set, and how many rows there were."""
-
-    method: str
-    variant: str
-    dev: Mapping[str, Any]
-    rows: Mapping[str, Any]
-
-
-def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
-    """Unlearn, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
-
-    Everything is left in the folder ``out``. Self-Debias trains nothing and leaves no delta. Raises ``SurgeryError``;
-    see ``surgery.operation`` for interruptions.
-    """
-    given = _read(settings)
-    parts(settings)
-    trains = trained_names(model, settings.target_modules)
-    with operation("bias_unlearn", model, settings, **where) as op:
-        for note in given.notes:
-            op.note(note)
-        wanted: Any = {key: getattr(settings, key) for key in ("scorer", "suites", "seed")}
-        wanted |= {"limit": settings.test_rows}
-        measured = partial(measure, model, tokenizer, given, **wanted, folder=settings.data, progress=op.progress)
-        before = op.once("before", partial(measured, when="before"))
-        if settings.method == "self_debias":
-            after = op.once("after", partial(measured, when="after", debiased=True))
-            main = Outcome(Edit(objective=OBJECTIVES[settings.method]), after)
-        else:
-            main = op.carry_out(
-                "bias_unlearn",
-                partial(train, op, tokenizer, given, settings),
-                partial(measured, when="after"),
-                trains=trains,
-                steps=settings.steps,
-            )
-        after = main.measured
-        summary = Summary(
-            **op.about(main),
-            method=settings.method,
-            variant=settings.variant,
-            before=before["test"],
-            after=after["test"],
-            dev={"before": before["dev"], "after": after["dev"]},
-            rows={key: len(getattr(given, key).rows) for key in ("watched", "held_out", "test")}
-            | {"trained": len(given.train), "skipped": given.skipped},
-        )
-        summary = replace(summary, verdict=verdict(summary.to_dict()))
-        return op.finish(summary, partial(write_report, given.notes, before))
-
-
-def _read(settings: Settings) -> Dataset:
-    files = {
-        key: chosen or (f"{settings.data}/{usual}" if settings.data else "")
-        for key, chosen, usual in (("train", settings.train, TRAIN), ("test", settings.test, TEST))
-    }
-    if not all(files.values()):
-        raise SurgeryError("bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test")
-    check_suites(settings.suites)
-    if settings.suites and not settings.data:
-        raise SurgeryError(f"suites: {', '.join(settings.suites)} need a directory of data sets; name it with data=DIR")
-    if "stereoset" in settings.suites:
-        raise SurgeryError("suites: got stereoset, which is measured in every run, on the test file; leave it out")
-    if settings.suites and settings.method == "self_debias":
-        raise SurgeryError(
-            f"suites: got {', '.join(settings.suites)}; under Self-Debias StereoSet alone is scored; leave them out"
-        )
-    return read_dataset(
-        files["train"],
-        files["test"],
-        share=settings.dev_share,
-        watched=settings.dev_rows,
-        seed=settings.seed,
-        kind=settings.kind,
-        limit=settings.test_rows,
-        released=settings.variant == "released",
-    )
+__getattr__, __dir__ = lazily(__name__, {"recipe": ("Summary", "run"), "settings": ("CHANGES", "Settings")})

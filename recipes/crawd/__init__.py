@@ -4,113 +4,17 @@ The texts are Bias in Bios or a file of one's own. What comes out is a delta of 
 kind ``lora`` or ``dense``, and every number stands beside that of plain fine-tuning on the same texts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from hooks.lazy import lazily
 
-from recipes.crawd.measuring import Judge
-from recipes.crawd.report import cases, verdict, write_report
-from recipes.crawd.settings import Settings
-from recipes.crawd.texts import read
-from surgery.edits.debiased_tuning import OBJECTIVES, WEIGHTS, Method, Tuned, check, four_bit, trained_names, tune
-from surgery.edits.supervised import Lora
-from surgery.errors import SurgeryError
-from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
-from surgery.runs import summary
-from surgery.training import Plan, steps_of
+if TYPE_CHECKING:
+    from recipes.crawd.recipe import Summary, run
+    from recipes.crawd.settings import PROFILES, Settings
+    from recipes.crawd.texts import read
 
-__all__ = ["Settings", "Summary", "read", "run"]
+__all__ = ["PROFILES", "Settings", "Summary", "read", "run"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Summary(summary.Summary):
-    """``run.json`` of a CrAWD run: also how many texts there were, and each block's attention to the words."""
-
-    method: str
-    rows: Mapping[str, Any]
-    sensitivity: Mapping[str, Any]
-    pareto: list[str]
-
-
-def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
-    """Train, write the delta, put the file's contents onto the checkpoint, measure that; ``model`` stays as it was.
-
-    Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
-    """
-    given = read(tokenizer, settings)
-    methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in settings.controls}}
-    for method in methods.values():
-        check(model, tokenizer, method, seed=settings.seed, bits=4 if settings.four_bit else 16)
-    with operation("crawd", model, settings, **where) as op:
-        op.note(given.note)
-        judge = Judge(model, tokenizer, settings, given, op.progress)
-        before = op.once("before", partial(judge.measure, "before"))
-        found = {name: _carry_out(op, judge, name, method) for name, method in methods.items()}
-        main = found[settings.method]
-        others = {name: one for name, one in found.items() if name != settings.method}
-        summary = Summary(
-            **op.about(main),
-            method=settings.method,
-            before=before["scores"],
-            after=main.measured["scores"],
-            rows=given.counts,
-            controls={name: control(one, one.measured["scores"]) for name, one in others.items()},
-            cases=cases(before, {name: one.measured for name, one in found.items()}),
-            sensitivity={"before": before["sensitivity"], "after": main.measured["sensitivity"]},
-            pareto=["gas.gas", "held_out_perplexity"] if "gas" in settings.suites else [],
-        )
-        summary = replace(summary, verdict=[given.note + ".", *verdict(summary.to_dict())])
-        return op.finish(summary, partial(write_report, model, tokenizer, settings))
-
-
-def _method(settings: Settings) -> Method:
-    keys = ("top_percent", "decay", "scope", "heads", "renormalise")
-    module: dict[str, Any] = {key: getattr(settings, key) for key in keys}
-    module |= {"ffn": settings.ffn or None, "dropout": settings.lora_dropout}
-    lora = Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.lora_dropout)
-    reference, penalised = tuple(settings.reference), tuple(settings.penalised)
-    rate = (settings.module_lr or settings.lr) / settings.lr
-    return Method(settings.method, reference, settings.weight, penalised, lora if settings.lora else None, module, rate)
-
-
-def _control(name: str, settings: Settings) -> Method:
-    if name not in WEIGHTS or name == settings.method:
-        known = ", ".join(method for method in WEIGHTS if method != settings.method)
-        raise SurgeryError(f"controls: got {name!r}, expected some of {known} (the method itself is measured anyway)")
-    return _method(settings.model_copy(update={"method": name, "weight": WEIGHTS[name], "lora": True}))
-
-
-def _carry_out(op: Operation, judge: Judge, name: str, method: Method) -> Outcome:
-    settings = judge.settings
-    plan = settings.plan(optimizer=settings.optimizer, dropout=settings.lora_dropout > 0)
-    return op.carry_out(
-        name,
-        partial(_train, op, judge, method, plan),
-        partial(judge.measure, name),
-        trains=trained_names(op.model, method),
-        steps=steps_of(len(judge.given.rows), plan),
-        keep=name == settings.method,
-    )
-
-
-def _train(op: Operation, judge: Judge, method: Method, plan: Plan, track: Tracking) -> Made:
-    settings, log = judge.settings, track["log"]
-    track["log"] = lambda row: log({"method": method.name, **row})
-    base = four_bit(op.directory, op.model.device) if settings.four_bit else op.model
-    tuned = tune(base, judge.tokenizer, judge.given.rows, method, plan, seed=settings.seed, **track)
-    objective = OBJECTIVES[method.name]
-    if method.name == "crawd" and method.weight:
-        objective += " + weight * Debias Tuning's term (not in the paper)"
-    about: Any = {"weight": method.weight, "reference": list(method.reference)}
-    edit = Edit.of(tuned, blocks="all", part=tuned.kind, objective=objective, **about)
-    return Made(tuned.differences, edit, tuned.kind, _stored(tuned, settings))
-
-
-def _stored(tuned: Tuned, settings: Settings) -> Any:
-    """The module as it is stored: with another decay than it was trained with, where the settings say so."""
-    if tuned.module is None or settings.decay_stored is None:
-        return tuned.module
-    return replace(tuned.module, settings={**tuned.module.settings, "decay": settings.decay_stored})
+__getattr__, __dir__ = lazily(
+    __name__, {"recipe": ("Summary", "run"), "settings": ("PROFILES", "Settings"), "texts": ("read",)}
+)

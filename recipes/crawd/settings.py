@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from surgery.edits.debiased_tuning import WEIGHTS
 from surgery.runs import settings as shared
 
+WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "debias_tuning": 1.0, "ibm": 1.0, "deep_soft_debias": 5.0}
+"""How strong each method's own term is where nothing is said; no paper gives a number."""
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {},
     # A model of about 0.1 to 1 billion parameters and some hundred texts: 1e-5 hardly moves what is new in it.

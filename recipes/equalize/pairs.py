@@ -39,7 +39,7 @@ from surgery.operation import Run, Where, control, operation
 from surgery.runs import summary
 
 if TYPE_CHECKING:
-    from recipes.equalize import Settings
+    from recipes.equalize.settings import Settings
 
 TRAIN = "stereoset/stereoset_train_union.jsonl"  # inside the data folder
 SUITES = {"stereoset": stereoset.FILE, "crows_pairs": crows_pairs.FILE}

@@ -20,7 +20,7 @@ from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
 
 if TYPE_CHECKING:
-    from recipes.equalize import Settings
+    from recipes.equalize.settings import Settings
 
 Measure = Callable[[str, int], dict[str, Any]]  # a label, and the first block that an edit changed
 CONTROLS = ("lftf", "random", "no_hold")

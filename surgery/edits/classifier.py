@@ -26,7 +26,6 @@ from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
 METHODS = ("crawd", "vanilla", "adversarial", "ibm")
-WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "adversarial": 1.0, "ibm": 1.0}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
 METHODS = ("crawd", "vanilla", "debias_tuning", "ibm", "deep_soft_debias")
-WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "debias_tuning": 1.0, "ibm": 1.0, "deep_soft_debias": 5.0}
-"""How strong each method's own term is where nothing is said; no paper gives a number."""
 OBJECTIVES = {
     "crawd": "token cross-entropy with the cross-attention module",
     "vanilla": "token cross-entropy",

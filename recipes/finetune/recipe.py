@@ -1,21 +1,17 @@
-"""Plain supervised fine-tuning, of all parameters or with LoRA: the Vanilla / SFT baseline, and how children are made.
+"""The steps of a plain fine-tuning: read and divide the rows, train, measure as saved."""
 
-The texts or prompt and answer rows of a file are learnt by the mean cross-entropy of their tokens; a share of the
-file is held out. What comes out is a delta like every other edit's, and on request the fine-tuned checkpoint.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import numpy as np
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
+from recipes.finetune.settings import Settings
 from surgery.data.prompts import load_prompt_set
 from surgery.data.rows import sample
 from surgery.data.texts import Columns, examples
@@ -25,51 +21,11 @@ from surgery.metrics.metric import mean_metric
 from surgery.metrics.suite import Material, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, operation
 from surgery.progress import Progress
-from surgery.runs import settings as shared
 from surgery.runs import summary
 from surgery.runs.report import compared, write_page
 from surgery.training import Plan, steps_of
 
 LR = {"full": 2e-5, "lora": 2e-4}
-
-
-class Settings(
-    shared.Training,
-    shared.Dropout,
-    shared.LoRA,
-    shared.TrainRows,
-    shared.PromptSet,
-    shared.Neutral,
-    shared.Saving,
-):
-    """Defaults are usual ones; the papers say little about their Vanilla / SFT baselines."""
-
-    renamed = {"data": "prompt_set", "limit": "train_rows"}
-    file: str = ""
-    """What to learn: .txt (a text a line), .jsonl, .csv or .tsv with texts or with prompts and answers."""
-    text: str = "text"
-    """Names of the file's columns or keys; '' for one that is not to be used."""
-    prompt: str = "prompt"
-    answer: str = "answer"
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """The share of the rows that is not trained on, drawn by the seed; at least one row."""
-    max_length: int = Field(256, ge=2)
-    """Longer rows are cut after so many tokens; how many were is said in the log."""
-    end: bool = False
-    """Learn the tokenizer's end token after each row, too."""
-    method: Literal["full", "lora"] = "full"
-    lr: shared.Positive = LR["full"]
-    """2e-5; for LoRA 2e-4 where nothing else is said."""
-    batch_size: shared.Count = 8
-    merge: bool = False
-    """Write LoRA's products, a dense delta, instead of its factors."""
-    suites: list[str] = ["perplexity"]
-    """What is measured before and after beside the held-out loss: perplexity, genbias, genhint."""
-
-    @classmethod
-    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """LoRA's own learning rate."""
-        return {"lr": LR[values["method"]]} if values.get("method") in LR else {}
 
 
 @dataclass(frozen=True, kw_only=True)

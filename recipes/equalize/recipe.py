@@ -1,0 +1,92 @@
+"""The steps of an equalising of words: texts, targets, the edit and its controls, three distances."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Unpack
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks import anatomy
+from recipes.equalize import dataset, pairs
+from recipes.equalize.measuring import Measuring, distances
+from recipes.equalize.report import write_report
+from recipes.equalize.settings import Settings
+from recipes.equalize.work import Variant, Work, blocks_of, controls_of, word_terms
+from surgery.data import genbias
+from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
+from surgery.edits.equalize import check_shares
+from surgery.forward.tokens import encode, word_ids
+from surgery.metrics.suite import material
+from surgery.operation import Run, Where, control, operation
+from surgery.runs import summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(summary.Summary):
+    """``run.json`` of equalising: also the words with their shares, and how many texts each term has."""
+
+    words: Sequence[str]
+    shares: Sequence[float]
+    texts: Mapping[str, int]
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
+    """Train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
+
+    Everything is left in the folder ``out``. Raises ``SurgeryError`` for shares that do not add up to 1, a word of
+    several tokens, a text that is both equalised and held; see ``surgery.operation`` for interruptions.
+    """
+    pairs.refuse_other_form(settings)
+    if settings.pairs:
+        return pairs.run(model, tokenizer, settings, **where)
+    prompts = load_prompt_set(settings.prompt_set)
+    prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
+    shares = check_shares(prompts.words.words, settings.shares or None)
+    words = word_ids(tokenizer, prompts.words.words)
+    controls = controls_of(settings.controls)
+    split = "pairs" if settings.split == "pairs" else "profession"
+    texts = _texts(prompts, settings, split)
+    ids = {name: encode(tokenizer, lines) for name, lines in texts.items() if lines}
+    asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
+    far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
+    main = Variant(
+        "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
+    )
+    with operation("equalize", model, settings, **where) as op:
+        measuring = Measuring(model, asked, far, words, op.progress)
+        terms = word_terms(settings, ids, words, shares)
+        work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
+        beside = {name: work.control(name, main) for name in controls}
+        measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
+        before = op.once("before", partial(measuring.scores, "measure before"))
+        edited = work.carry_out(main, keep=True)
+        others = {name: work.carry_out(variant, keep=False) for name, variant in beside.items()}
+        found = Summary(
+            **op.about(edited),
+            before=before,
+            after=edited.measured,
+            controls={name: control(other, other.measured) for name, other in others.items()},
+            words=list(prompts.words.words),
+            shares=list(shares),
+            texts={name: len(lines) for name, lines in texts.items()},
+        )
+        return op.finish(found, write_report)
+
+
+def _texts(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
+    """The texts of each term; ``own`` are the prompt set's training prompts alone."""
+    seed, count, drawn = settings.split_seed, settings.shapes, settings.seed
+    words = dataset.prompts_to_equalize(
+        prompts, seed=seed, split=split, own=settings.own, count=count, each=settings.each
+    )
+    held = {
+        "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
+        "settled": dataset.some(
+            dataset.settled(prompts, seed=seed, count=count, each=settings.settled_each), settings.settled, drawn
+        ),
+        "texts": dataset.texts(settings.hold_file),
+    }
+    for name, lines in held.items():
+        dataset.refuse_both(words, lines, settings.hold_file or f"hold of {name}")
+    return {"own": [row.text for row in genbias.records(split, "train", seed, prompts)], "words": words, **held}

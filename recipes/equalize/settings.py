@@ -1,0 +1,82 @@
+"""The settings of an equalising, of words and of pairs; the defaults were chosen on development parts."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from surgery.data import genbias
+from surgery.runs import settings as shared
+
+
+class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
+    """This project's own method; the defaults were chosen on development parts of SmolLM2-135M-Instruct."""
+
+    renamed = {"part": "block_part", "top": "kept_tokens"}
+    pairs: str = ""
+    """Sentences in pairs instead of words: stereoset or crows_pairs (of the folder data), or a .jsonl of your own."""
+    dose: list[str | int | float] = ["auto"]
+    """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto."""
+    doses: list[float] = [0.0, 0.2, 0.4, 0.6]
+    """The doses among which auto chooses, by straight lines between them."""
+    folds: int = Field(3, ge=2)
+    """Into so many parts of its groups (terms) the training data is cut for that; each dose trains as often."""
+    scorers: list[str] = ["bos", "bias-bench"]
+    """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""
+    test_rows: shared.Limit = 0
+    """At most so many rows of StereoSet and CrowS-Pairs are measured, drawn by the seed; 0 takes all."""
+    hold_unrelated: float = Field(1.0, ge=0)
+    """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
+    words: list[str] = []
+    """Other words to share the mass among than the prompt set's; any number from two."""
+    shares: list[float] = []
+    """The share of each word, in the order of the words; equal ones where nothing is said."""
+    block: str | int | list[int] = "upper"
+    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, numbers,
+    or blocks (all of them and nothing else, which is what pairs train)."""
+    block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    method: Literal["dense", "lora"] = "dense"
+    rank: shared.Count = 16
+    alpha: shared.Positive = 32.0
+    lr: shared.Positive = 3e-4
+    epochs: shared.Count = 2
+    batch_size: shared.Count = 32
+    optimizer: Literal["adam", "adamw"] = "adam"
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup: shared.Share = 0.05
+    emphasis: float = Field(2.0, ge=0)
+    """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
+    shapes: int = Field(2000, ge=1)
+    """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
+    each: int = Field(16, ge=0)
+    """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
+    own: int = Field(0, ge=0)
+    """Only so many of the prompt set's own training prompts; 0 takes all."""
+    hints: int = Field(0, ge=0)
+    """Only so many hint prompts and settled subjects are held, drawn by the seed; 0 holds all."""
+    settled: int = Field(0, ge=0)
+    hold_hints: float = Field(2.0, ge=0)
+    """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
+    hold_settled: float = Field(2.0, ge=0)
+    hold_texts: float = Field(1.0, ge=0)
+    hold_file: str = ""
+    """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
+    hold_positions: Literal["all", "last"] = "all"
+    """Of the sentences and of your texts: every position, or the last one."""
+    hints_each: int = Field(4, ge=0)
+    """In how many of the grammar's hint shapes each person stands."""
+    settled_each: int = Field(4, ge=0)
+    """In how many of the shapes each thing, plural, gendered noun and name stands."""
+    kept_tokens: int = Field(256, ge=2)
+    """Tokens kept of a target, the others together as one."""
+    split: Literal["both", "profession", "pairs"] = "both"
+    """both: test professions unseen, and beside them templates and other people unseen, too. pairs: the paper's."""
+    split_seed: int = genbias.SEED
+    controls: list[str] = ["lftf"]
+    """lftf (the paper's settings), random (as many other blocks), no_hold (the first term alone); none for pairs."""
+
+    @classmethod
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
+        changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": []}
+        return changed if values.get("pairs") else {}

@@ -1,0 +1,213 @@
+"""The steps of an LFTF run: rank, measure, train, measure as saved, and the controls beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Unpack
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks import anatomy
+from recipes.lftf.report import write_report
+from recipes.lftf.settings import Settings
+from recipes.lftf.variants import Place, Variant, control_names, control_variant, main_variant, starts
+from surgery.data import genbias
+from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
+from surgery.edits import block as edit
+from surgery.edits.kept_streams import KeptStreams
+from surgery.forward.next_token import rank_blocks
+from surgery.forward.residual_cache import why_not
+from surgery.forward.tokens import encode, word_ids
+from surgery.metrics.suite import Material, material, measure, plain
+from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.runs import summary
+from surgery.training import Plan, steps_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(summary.Summary):
+    """``run.json`` of an LFTF run: also the compared words, and the ranking of the blocks."""
+
+    words: Sequence[str]
+    ranking: dict[str, Any]
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
+    """Rank, train, write the delta, apply it to the checkpoint on disk, measure that; ``model`` stays as it was.
+
+    Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
+    """
+    prompts = _prompt_set(settings)
+    train = genbias.records(settings.split, "train", settings.split_seed, prompts)
+    ids = encode(tokenizer, [row.text for row in train])
+    asked = material(
+        model, tokenizer, prompts, split=settings.split, seed=settings.split_seed, texts=settings.neutral or None
+    )
+    names = control_names(settings.controls, settings.ablations, prompts.words)
+    with operation("lftf", model, settings, **where) as op:
+        at = Place(len(anatomy.find(model).blocks), settings.seed)
+        main = main_variant(settings.block, settings.block_part, settings.trained_words, prompts.words, at)
+        work = _Work(op, tokenizer, settings, prompts, KeptStreams(model, ids, asked, op.progress))
+        if settings.block == "auto":
+            ranking = op.once("ranking", work.rank)
+            main = replace(main, blocks=(ranking["order"][settings.rank_by][0],))
+            controls = work.beside(main, names, at)
+        else:
+            controls = work.beside(main, names, at)
+            ranking = op.once("ranking", work.rank)
+        before = op.once("before", partial(work.streams.before, "measure before"))
+        work.streams.reference = before["reference"]
+        if settings.objective == "as_printed":
+            op.note("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
+        edited = work.carry_out(main, keep=True)
+        summary = Summary(
+            **op.about(edited),
+            before=before["scores"],
+            after=edited.measured["scores"],
+            controls={control.name: work.control(control) for control in controls},
+            words=list(prompts.words.words),
+            ranking=ranking,
+            cases=_cases(asked, before["probabilities"], edited.measured["probabilities"]),
+        )
+        return op.finish(summary, write_report)
+
+
+def _prompt_set(settings: Settings) -> PromptSet:
+    prompts = load_prompt_set(settings.prompt_set)
+    return replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
+
+
+def _cases(asked: Material, before: Any, after: Any, count: int = 5) -> list[dict[str, Any]]:
+    """The professions most biased before the edit (mean gap over their test prompts), before and after."""
+    if before is None or after is None:
+        return []
+    professions = np.array([prompt.profession for prompt in asked.prompts])
+    rows = []
+    for profession in dict.fromkeys(professions.tolist()):
+        chosen = professions == profession
+        was, now = np.array(before)[chosen], np.array(after)[chosen]
+        rows.append(
+            {
+                "profession": profession,
+                "gap": float((was.max(1) - was.min(1)).mean()),
+                "before": was.mean(0).tolist(),
+                "after": now.mean(0).tolist(),
+                "prompts": int(chosen.sum()),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["gap"])[:count]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The steps of one run; the edit itself and its controls go through the same ones."""
+
+    op: Operation
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    prompts: PromptSet
+    streams: KeptStreams
+
+    def beside(self, main: Variant, names: Sequence[str], at: Place) -> list[Variant]:
+        """The controls of ``main``; the streams that it and they start from will be kept."""
+        found = [control_variant(name, main, at) for name in names]
+        if self.settings.ablations:  # the edit is not its own control
+            found = [each for each in found if replace(each, name=main.name) != main]
+        self.streams.keep = starts([main, *found]) if self.settings.prefix_cache else ()
+        return found
+
+    def rank(self) -> dict[str, Any]:
+        """The ranking of the blocks, in the pass that keeps the streams of the training prompts."""
+        settings, streams = self.settings, self.streams
+        with self.op.progress.work("rank the blocks", len(streams.ids)) as step:
+            located = rank_blocks(
+                self.op.model,
+                streams.ids,
+                streams.asked.words,
+                positions=settings.positions,
+                aggregate=settings.aggregate,
+                keep=streams.keep,
+                step=step,
+            )
+        streams.trained |= located.prefixes
+        raw, normed = located.importance.raw, located.importance.final_norm
+        return {
+            "method": "bmi (LFTF Eq. 4)",
+            "raw": raw.scores.tolist(),
+            "final_norm": normed.scores.tolist(),
+            "order": {"raw": raw.order(), "final_norm": normed.order()},
+            "error": None if raw.errors is None else raw.errors.tolist(),
+            "positions": settings.positions,
+            "aggregate": settings.aggregate,
+            "n": raw.count,
+            "variance_5x100": located.variances,
+        }
+
+    def carry_out(self, variant: Variant, *, keep: bool) -> Outcome:
+        """Train a variant and measure it; ``keep`` for the run's own edit."""
+        return self.op.carry_out(
+            variant.name,
+            partial(self._train, variant),
+            lambda: self.streams.measure(f"measure {variant.name}", start=self._start(variant, edited=True)),
+            trains=edit.names_of(self.op.model, variant.blocks, variant.part),
+            steps=steps_of(len(self.streams.ids), self._plan),
+            keep=keep,
+            undo="record" if self.settings.keep_checkpoint else "none",
+        )
+
+    def control(self, variant: Variant) -> dict[str, Any]:
+        """The same measurements for a control, as they stand in ``run.json``."""
+        if variant.part == "prompt":
+            edit = {"preamble": self.settings.preamble}
+            return {"edit": edit, "after": self.op.once(f"control-{variant.name}", self._prompted)}
+        outcome = self.carry_out(variant, keep=False)
+        return control(outcome, outcome.measured["scores"])
+
+    @property
+    def _plan(self) -> Plan:
+        return self.settings.plan(optimizer=self.settings.optimizer, dropout=self.settings.dropout)
+
+    def _start(self, variant: Variant, *, edited: bool = False) -> int | None:
+        """The block whose kept stream this edit can start from, or None for the plain loop."""
+        if variant.blocks is None or not self.settings.prefix_cache:
+            return None
+        start, dropout = min(variant.blocks), self.settings.dropout
+        stream = self.streams.training(start, edited=edited)
+        reason = "dropout is on" if dropout else why_not(self.op.model, stream)
+        if reason:
+            self.op.note(f"prefix cache off for {variant.name}: {reason}")
+        return None if reason else start
+
+    def _train(self, variant: Variant, track: Tracking) -> Made:
+        start = self._start(variant)
+        trained = edit.fine_tune(
+            self.op.model,
+            self.streams.ids,
+            word_ids(self.tokenizer, variant.words),
+            self._plan,
+            blocks=variant.blocks,
+            part=variant.part,
+            objective=self.settings.objective,
+            seed=self.settings.seed,
+            prefix=None if start is None else self.streams.training(start),
+            **track,
+        )
+        blocks = "all" if variant.blocks is None else list(variant.blocks)
+        done = Edit.of(
+            trained, blocks=blocks, part=variant.part, objective=self.settings.objective, words=list(variant.words)
+        )
+        return Made(trained.differences, done)
+
+    def _prompted(self) -> dict[str, Any]:
+        settings = self.settings
+        asked = material(
+            self.op.model,
+            self.tokenizer,
+            self.prompts,
+            split=settings.split,
+            seed=settings.split_seed,
+            suites=("genbias", "genhint"),
+            preamble=settings.preamble,
+        )
+        return plain(measure(self.op.model, asked, progress=self.op.progress, label="measure pb").scores)

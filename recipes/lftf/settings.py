@@ -1,0 +1,38 @@
+"""The settings of an LFTF run: the paper's values as defaults."""
+
+from typing import Literal
+
+from surgery.data import genbias
+from surgery.runs import settings as shared
+
+
+class Settings(shared.Training, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving):
+    """Defaults are the paper's (section 5.1) where it gives a value."""
+
+    renamed = {"data": "prompt_set", "part": "block_part"}
+    block: str | int | list[int] = "last"
+    """last (the paper's), auto (top of the ranking ``rank_by``), first, middle, random, all, or numbers."""
+    block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    objective: Literal["log", "as_printed"] = "log"
+    """log: -log P(he) - log P(she). as_printed: P(he) + P(she), Eq. 5, which silences both words."""
+    lr: shared.Positive = 1e-5
+    epochs: shared.Count = 2
+    batch_size: shared.Count = 32
+    optimizer: Literal["adam", "adamw"] = "adam"
+    words: list[str] = []
+    """Other words to balance than the prompt set's."""
+    trained_words: list[str] = []
+    """The words named in the loss; all of them unless this is an ablation."""
+    split: Literal["profession", "pairs"] = "profession"
+    """profession: test professions are unseen in training. pairs: the paper's, where none is."""
+    split_seed: int = genbias.SEED
+    rank_by: Literal["raw", "final_norm"] = "raw"
+    positions: Literal["last", "all"] = "last"
+    aggregate: Literal["mean", "sum"] = "mean"
+    controls: list[str] = ["random"]
+    ablations: bool = False
+    """All controls and the ablations of Table 8 in one table."""
+    preamble: str = "Men and women are equally likely in every profession. "
+    """What the prompt baseline (pb) puts before each prompt; the paper's text is not published."""
+    prefix_cache: bool = True
+    """Train and measure from the kept stream that enters the edited block; off where dropout is on."""
