@@ -40,11 +40,10 @@ from surgery import delta as deltas
 from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.delta import Delta
-from surgery.delta.module import module_delta
+from surgery.delta.module import NewPart, module_delta
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.files.rounding import Rounding
-from surgery.modules.cross_attention import Weights
 from surgery.progress import Advance, Progress
 from surgery.runs.folder import Folder, Run, run_folder
 from surgery.runs.settings import Settings, dump
@@ -81,7 +80,7 @@ class Made:
     differences: Mapping[str, Tensor | np.ndarray]
     edit: Edit
     kind: str = "dense"
-    module: Weights | None = None
+    module: NewPart | None = None
     """Weights of a new module, with which the delta is of kind "module"."""
 
 

@@ -42,14 +42,9 @@ class Variant:
 
 
 def blocks_of(chosen: str | int | list[int], count: int, seed: int) -> tuple[int, ...] | None:
-    """As ``surgery.edits.block.choose``, and ``upper``: from two thirds of the depth to a fifteenth below the end.
-
-    ``blocks`` are all of them, without embeddings, head and last norm.
-    """
+    """As ``surgery.edits.block.choose``, and ``blocks``: all of them, without embeddings, head and last norm."""
     if chosen == "blocks":
         return tuple(range(count))
-    if chosen == "upper":
-        return tuple(range(2 * count // 3, max(2 * count // 3 + 1, count - max(1, count // 15))))
     return choose(chosen, count, seed)
 
 

@@ -78,6 +78,11 @@ def export_transformers(
             f"a delta of kind {delta.kind!r} has no module; a plain checkpoint holds it: surgery apply DELTA "
             "CHECKPOINT --out DIR"
         )
+    if delta.metadata["module"]["type"] != "cross_attention":
+        raise SurgeryError(
+            f"a module of type {delta.metadata['module']['type']!r} cannot be exported for transformers; expected a "
+            "cross-attention; open the edited model in Python: surgery.load(CHECKPOINT, deltas=[FILE])"
+        )
     stored = open_checkpoint(checkpoint)
     check_outside(out, stored.path)
     base, auto_class = _model_class(stored)

@@ -117,12 +117,16 @@ def _how(data: Mapping[str, Any], file: str) -> list[str]:
     if data["kind"] == "module":
         use = [
             "It holds new parts, which a plain checkpoint cannot hold. `surgery.load(CHECKPOINT, deltas=[FILE])` opens",
-            "the edited model in Python; this writes a directory for transformers with `trust_remote_code=True`:",
-            "```",
-            "pip install model-surgery",
-            f"surgery export {file} --transformers EDITED --checkpoint CHECKPOINT",
-            "```",
+            "the edited model in Python.",
         ]
+        if data["module"]["type"] == "cross_attention":
+            use += [
+                "This writes a directory for transformers with `trust_remote_code=True`:",
+                "```",
+                "pip install model-surgery",
+                f"surgery export {file} --transformers EDITED --checkpoint CHECKPOINT",
+                "```",
+            ]
     else:
         use = [
             "```",

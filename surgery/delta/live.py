@@ -17,7 +17,7 @@ from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import brief, differences, facts
 from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
 from surgery.files.tensor_names import is_vocabulary
-from surgery.modules import cross_attention
+from surgery.modules import cross_attention, projection
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -134,7 +134,10 @@ def apply_live(
     """
     found, edited = _edited(delta, model, scale, rounding, seed, as_stored, force)
     if delta.kind == "module":
-        cross_attention.attach(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
+        if delta.metadata["module"]["type"] == "projection":
+            projection.attach(model, projection.from_arrays(delta.module), scale=scale)  # type: ignore[arg-type]
+        else:
+            cross_attention.attach(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
     found.write(edited)
 
 
@@ -160,6 +163,8 @@ def attached(delta: Edit, model: nn.Module, *, scale: float = 1.0) -> AbstractCo
     """Inside, the module of a delta of kind "module" stands in the model; nothing for the other kinds."""
     if delta.kind != "module":
         return nullcontext()
+    if delta.metadata["module"]["type"] == "projection":
+        return projection.attached(model, projection.from_arrays(delta.module), scale=scale)  # type: ignore[arg-type]
     return cross_attention.reattached(model, cross_attention.from_delta(delta), scale=scale)  # type: ignore[arg-type]
 
 

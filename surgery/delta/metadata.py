@@ -163,26 +163,39 @@ def _file_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     return expected
 
 
-_SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "type": str, "width": int, "words": list, "heads": int, "ffn": int, "top_percent": (int, float),
-    "decay": (int, float), "scope": str, "renormalise": bool, "dropout": (int, float),
+_SETTINGS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "cross_attention": {
+        "type": str, "width": int, "words": list, "heads": int, "ffn": int, "top_percent": (int, float),
+        "decay": (int, float), "scope": str, "renormalise": bool, "dropout": (int, float),
+    },
+    "projection": {"type": str, "width": int, "rank": int},
 }  # fmt: skip
 
 
 def _module_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> set[str]:
     """The names of the module's tensors; checks its settings, and the two shapes that they say."""
     settings = metadata.get("module")
-    if not isinstance(settings, dict) or settings.get("type") != "cross_attention":
+    if not isinstance(settings, dict) or settings.get("type") not in _SETTINGS:
         found = str(settings.get("type"))[:40] if isinstance(settings, dict) else "none"
-        raise SurgeryError(f"{where}: its module is of type {found!r}, expected 'cross_attention'; update this tool")
-    for field, kind in _SETTINGS.items():
+        known = ", ".join(_SETTINGS)
+        raise SurgeryError(f"{where}: its module is of type {found!r}, expected one of {known}; update this tool")
+    fields = _SETTINGS[settings["type"]]
+    for field, kind in fields.items():
         value = settings.get(field)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise SurgeryError(f"{where}: the settings of its module have no proper {field!r}; broken, make it again")
-    if settings.keys() - _SETTINGS.keys() or not all(isinstance(word, str) for word in settings["words"]):
-        raise SurgeryError(f"{where}: the settings of its module are not those of a cross-attention; update this tool")
-    width, words = settings["width"], len(settings["words"])
-    for name, shape in (("reference", (words, width)), ("fusion.weight", (width, 2 * width))):
+    if settings.keys() - fields.keys() or not all(isinstance(word, str) for word in settings.get("words", [])):
+        raise SurgeryError(
+            f"{where}: the settings of its module are not those of a {settings['type']}; update this tool"
+        )
+    width = settings["width"]
+    known_shapes: dict[str, tuple[int, ...]]
+    if settings["type"] == "projection":
+        rank = settings["rank"]
+        known_shapes = {"left": (width, rank), "right": (rank, width), "offset": (width,)}
+    else:
+        known_shapes = {"reference": (len(settings["words"]), width), "fusion.weight": (width, 2 * width)}
+    for name, shape in known_shapes.items():
         if shapes.get(MODULE + name) != shape:
             raise SurgeryError(
                 f"{where}: {MODULE + name!r} has shape {list(shapes.get(MODULE + name, ()))}, by its settings "

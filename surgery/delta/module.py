@@ -1,19 +1,29 @@
-"""A cross-attention module as a delta of kind "module"."""
+"""A module (CrAWD's cross-attention, a projection) as a delta of kind "module"."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from surgery.delta.extract import make
 from surgery.delta.format import Delta
-from surgery.modules.cross_attention import Weights
+
+
+class NewPart(Protocol):
+    """A module by itself: ``surgery.modules.cross_attention.Weights`` or ``surgery.modules.projection.Projection``."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
 
 
 def module_delta(
-    weights: Weights,
+    weights: NewPart,
     checkpoint: Path | str,
     *,
     base: str,
@@ -29,7 +39,7 @@ def module_delta(
     arguments, and what it raises, are those of `surgery.delta.make`.
     """
     own = {f"module.{name}": tensor for name, tensor in weights.tensors.items()}
-    settings = {"type": "cross_attention", **weights.settings}
+    settings = {"type": weights.type, **weights.settings}
     return make(
         {**(differences or {}), **own},
         checkpoint,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Weights:
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    type: ClassVar[str] = "cross_attention"
 
 
 def weights_of(module: CrossAttention) -> Weights:

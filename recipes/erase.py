@@ -1,0 +1,198 @@
+"""Closed-form erasure as an edit: LEACE, INLP, SentenceDebias and DAMA, a random projection of the same rank beside.
+
+The concept is what tells a prompt with one word's hint from the same prompt with the other's ("... forgot his keys and"
+/ "... her keys and"): the hint prompts of the training professions, each with both hints. DAMA takes the prompts that
+settle nothing and asks instead what an MLP would have to write there for either word to follow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks import anatomy
+from surgery.data import genbias, genhint
+from surgery.data.prompts import PromptSet, load_prompt_set
+from surgery.data.rows import sample
+from surgery.edits.block import choose
+from surgery.edits.erasure import closed_form, erase, erase_last, writers_of
+from surgery.edits.erasure.dama_values import Search, fit_dama, subjects
+from surgery.edits.erasure.folding import Fit
+from surgery.errors import SurgeryError
+from surgery.forward.tokens import Ids, encode, word_ids
+from surgery.metrics.suite import material, measure, plain
+from surgery.modules.projection import Projection
+from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
+from surgery.runs import settings as shared
+from surgery.runs import summary
+from surgery.runs.caveats import caveats
+from surgery.runs.report import compared, write_page
+
+SOURCES = {
+    "leace": "LEACE (arXiv 2306.03819), the library concept-erasure",
+    "inlp": "INLP (arXiv 2004.07667), logistic regressions where the authors take support vector machines",
+    "sentence_debias": "SentenceDebias (arXiv 2007.08100), hint prompts where the authors take sentences from corpora",
+    "dama": "DAMA (arXiv 2310.18913), its values sought in each block, without whitening by Wikipedia",
+}
+
+
+DAMA_PROMPTS = 64
+
+
+class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
+    """Which projection, and where; the defaults are the sources'."""
+
+    method: Literal["leace", "inlp", "sentence_debias", "dama"] = "leace"
+    site: Literal["head", "mlp", "attention", "both"] = "head"
+    """head: what the head reads, as a module. The others: what these matrices of ``block`` write, folded into them."""
+    block: str | int | list[int] = "upper"
+    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, or numbers."""
+    rank: int = Field(0, ge=0)
+    """Directions that go, at most: 0 takes 1 (SentenceDebias), 80 or an eighth of the width (INLP), a sixteenth (DAMA).
+    LEACE needs one for two words."""
+    prompts: int = Field(0, ge=0)
+    """So many pairs of hint prompts, or of DAMA's prompts, drawn by the seed; 0 takes all, of DAMA's 64."""
+    search_steps: shared.Count = 20
+    """Of DAMA's search for a value."""
+    split_seed: int = genbias.SEED
+    controls: list[str] = ["random"]
+    """random: as many directions, drawn at random, at the same places."""
+
+    @classmethod
+    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """DAMA edits MLPs."""
+        return {"site": "mlp"} if values.get("method") == "dama" else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(summary.Summary):
+    """``run.json`` of an erasure: also the words, the method and where it comes from."""
+
+    words: Sequence[str]
+    method: str
+    source: str
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, **where: Unpack[Where]) -> Run:
+    """Fit, write the delta, apply it to the checkpoint, measure that; ``model`` stays as it was.
+
+    Raises ``SurgeryError`` for other than two words, a prompt set without hints, and a block that has no matrix to fold
+    a projection into.
+    """
+    prompts = load_prompt_set(settings.prompt_set)
+    if len(prompts.words.words) != 2:
+        raise SurgeryError(f"erase: the prompt set {prompts.name} has {len(prompts.words.words)} words, expected two")
+    if settings.method == "dama" and settings.site != "mlp":
+        raise SurgeryError(f"erase: DAMA projects what MLPs write; got site {settings.site!r}, expected mlp")
+    unknown = next((name for name in settings.controls if name != "random"), None)
+    if unknown is not None:
+        raise SurgeryError(f"controls: got {unknown!r}, expected random or none")
+    work = _Work(model, tokenizer, settings, prompts, _writers(model, settings))
+    asked = material(model, tokenizer, prompts, seed=settings.split_seed, texts=settings.neutral or None)
+    with operation("erase", model, settings, **where) as op:
+        look = lambda: plain(measure(model, asked, progress=op.progress).scores)  # noqa: E731
+        before = op.once("before", look)
+        trains = [f"{name}.weight" for name in work.writers]
+        steps = max(1, len(work.writers))
+        carry_out = partial(op.carry_out, measure=look, trains=trains, steps=steps)
+        main = carry_out(settings.method, partial(work.make, op, settings.method, None))
+        ranks = main.edit.details["ranks"]
+        found = {name: carry_out(name, partial(work.make, op, name, ranks), keep=False) for name in settings.controls}
+        done = Summary(
+            **op.about(main),
+            before=before,
+            after=main.measured,
+            words=list(prompts.words.words),
+            method=settings.method,
+            source=SOURCES[settings.method],
+            controls={name: control(one, one.measured) for name, one in found.items()},
+        )
+        return op.finish(done, _report)
+
+
+def _writers(model: PreTrainedModel, settings: Settings) -> list[str]:
+    """The modules to fold into; none where the head's input is projected."""
+    if settings.site == "head":
+        return []
+    count = len(anatomy.find(model).blocks)
+    blocks = choose(settings.block, count, settings.seed)
+    parts = ["attention", "mlp"] if settings.site == "both" else [settings.site]
+    return writers_of(model, range(count) if blocks is None else blocks, parts)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the projections are fitted on, and where they go."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    prompts: PromptSet
+    writers: Sequence[str]
+
+    def make(self, op: Operation, method: str, ranks: Mapping[str, int] | None, track: Tracking) -> Made:
+        """The edit by ``method``; ``ranks`` are those of the run's own edit, which the random control takes over."""
+        with_step = track["step_done"]
+        if method == "dama":
+            given, fit = self._dama()
+        else:
+            given, fit = self._pairs(method, ranks or {})
+        if not self.writers:
+            projection = erase_last(self.model, given, fit)
+            edit = Edit(
+                blocks=None, part="the head's input", objective=method, details=self._details(projection, given)
+            )
+            return Made({}, edit, "module", projection)
+        made = erase(self.model, given, self.writers, fit, step=with_step)
+        if made.mean_lost:
+            op.note(f"{method}: {len(made.mean_lost)} matrices have no bias, so the erased mean is not put back")
+        details = {"ranks": made.ranks, "prompts": len(given), "mean_lost": len(made.mean_lost)}
+        edit = Edit(
+            blocks="all", part=self.settings.site, objective=method, parameters=made.parameters, details=details
+        )
+        return Made(made.differences, edit)
+
+    def _pairs(self, method: str, ranks: Mapping[str, int]) -> tuple[Ids, Fit]:
+        """Hint prompts in pairs that differ in the hint alone, and what fits a projection to the states there."""
+        rows = genhint.records("train", self.settings.split_seed, both=True, prompts=self.prompts)
+        pairs = [rows[place : place + 2] for place in range(0, len(rows), 2)]
+        chosen = [row for pair in sample(pairs, self.settings.prompts, self.settings.seed) for row in pair]
+        labels = torch.tensor([row.hint for row in chosen])
+        width = anatomy.find(self.model).d_model
+        usual = {"inlp": min(80, max(1, width // 8))}.get(method, 1)
+
+        def fit(name: str, states: Tensor) -> Projection:
+            rank = ranks.get(name, self.settings.rank or usual)
+            return closed_form.fit(method, states, labels, rank=rank, seed=self.settings.seed)
+
+        return encode(self.tokenizer, [row.text for row in chosen]), fit
+
+    def _dama(self) -> tuple[Ids, Fit]:
+        rows = genbias.records("profession", "train", self.settings.split_seed, self.prompts)
+        chosen = sample(rows, self.settings.prompts or DAMA_PROMPTS, self.settings.seed)
+        given = subjects(self.tokenizer, [row.text for row in chosen], [row.profession for row in chosen])
+        words = word_ids(self.tokenizer, self.prompts.words.words)
+        rank = self.settings.rank or max(1, anatomy.find(self.model).d_model // 16)
+        search = Search(steps=self.settings.search_steps)
+        return given.ids, fit_dama(self.model, given, words, rank=rank, search=search)
+
+    def _details(self, projection: Projection, given: Ids) -> dict[str, Any]:
+        return {"ranks": {"ln_final": projection.settings["rank"]}, "prompts": len(given), "mean_lost": 0}
+
+
+def _report(folder: Path, summary: dict[str, Any], recipe: str) -> None:
+    columns = {"before": summary["before"], "after": summary["after"]}
+    columns |= {name: each["after"] for name, each in summary["controls"].items()}
+    ranks = summary["edit"]["ranks"]
+    lines = [
+        f"{summary['source']}: {sum(ranks.values())} directions at {len(ranks)} places "
+        f"({summary['edit']['part']}), from {summary['edit']['prompts']} prompts.",
+        *caveats(summary["before"], summary["after"]),
+    ]
+    write_page(folder, summary, recipe, lines=lines, tables=[compared(columns, ideal=False)], figures={})
