@@ -24,7 +24,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
     texts += neutral.sentences()
     found = sorted({piece for text in texts for piece in re.findall(r"\w+|[^\w\s]+", text)} | {"he", "she", "they"})
-    rows = [*locality.records(), *locality.records("train"), *facts_of_gender.records()]
+    rows = [row for part in locality.PARTS for data in (locality, facts_of_gender) for row in data.records(part)]
     later = [*(row.text for row in rows), *neutral.with_pronouns(), *locality.PRONOUNS]
     found += sorted({piece for text in later for piece in re.findall(r"\w+|[^\w\s]+", text)} - set(found))
     vocabulary = {"<pad>": 0, "<unk>": 1} | {word: place for place, word in enumerate(found, 2)}

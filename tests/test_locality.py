@@ -1,5 +1,6 @@
 """Locality and facts of gender: their word lists, and their numbers against values computed by hand."""
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from surgery.data import facts_of_gender, locality
 from surgery.data.prompts import load_prompt_set, professions
+from surgery.errors import SurgeryError
 from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import locality as metric
 from surgery.metrics.locality import Distributions, Reference
@@ -19,12 +21,16 @@ def test_parts_share_nothing_and_no_row_stands_twice() -> None:
     parts = {part: locality.records(part) for part in locality.PARTS}
     texts = {part: [row.text for row in rows] for part, rows in parts.items()}
     assert all(len(set(lines)) == len(lines) for lines in texts.values())
-    assert not set(texts["train"]) & set(texts["test"])
-    nouns = {p: {row.subject for row in rows if row.kind != "others"} for p, rows in parts.items()}
-    assert not nouns["train"] & nouns["test"]
+    facts = {part: facts_of_gender.records(part) for part in locality.PARTS}
+    nouns = {p: {row.subject for row in [*rows, *facts[p]] if row.kind != "others"} for p, rows in parts.items()}
+    for one, other in combinations(locality.PARTS, 2):
+        assert not {row.text for row in [*parts[one], *facts[one]]} & {row.text for row in [*parts[other], *facts[other]]}
+        assert not nouns[one] & nouns[other]
     jobs = {subject.name for subject in professions()}
-    for rows in parts.values():
+    for part, rows in parts.items():
         assert {row.kind for row in rows} == set(locality.SETS)
+        assert {row.kind for row in facts[part]} == set(facts_of_gender.SETS)
+        assert not jobs & {row.subject for row in facts[part]}
         assert {row.right for row in rows} <= set(locality.PRONOUNS)
         assert not jobs & {row.subject for row in rows}, "a profession is what an edit is aimed at"
         assert all(row.text == " ".join(row.text.split()) and "{" not in row.text for row in rows)
@@ -106,10 +112,8 @@ def test_facts_by_hand() -> None:
     assert found["right"]["all"].value == pytest.approx(0.75 * he + 0.25 * (1 - he))
     ties = facts_metric.score(np.full((len(rows), 2), 0.2), rows, words=("he", "she"), data="made")
     assert ties["accuracy"]["all"].value == 0
-    jobs = {subject.name for subject in professions()}
-    assert not jobs & {row.subject for row in rows}
-    held = {row.subject for row in locality.records("train")}
-    assert not held & {row.subject for row in rows}, "what an edit may hold says nothing of the others"
+    with pytest.raises(SurgeryError, match="facts of gender: got 'all', expected one of train, dev, test"):
+        facts_of_gender.records("all")
 
 
 def one(value: float) -> dict[str, Any]:

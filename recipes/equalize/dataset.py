@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.data import genbias, genhint, locality, neutral, shapes
+from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
 from surgery.data.genbias import shuffled
 from surgery.data.prompts import POSSESSIVES, PromptSet
 from surgery.errors import SurgeryError
@@ -46,27 +46,46 @@ def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
 
 
 def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str]:
-    """Things, plurals, gendered nouns, names and other pronouns: the training part of the locality suite.
+    """Subjects whose pronoun is settled: the training parts of locality and of facts of gender, in their own prompts.
 
-    Its subjects, and gendered nouns of the grammar's own, stand in ``each`` of the ``count`` shapes that are equalised
-    for professions, too, so that what differs is the subject alone.
+    Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
+    differs is the subject alone.
     """
     if not of_people(prompts):
         return []
-    rows = locality.records("train")
+    rows = [*locality.records("train"), *facts_of_gender.records("train")]
     fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
     templates = shuffled(fitting, seed)
-    kinds = ("things", "plurals", "gendered", "names")
-    subjects = dict.fromkeys((row.subject, row.kind) for row in rows if row.kind in kinds)
-    subjects |= dict.fromkeys((noun, "gendered") for noun in shapes.gendered())
     found = [row.text for row in rows]
-    for number, (subject, kind) in enumerate(subjects):
-        for turn in range(number * each, number * each + each):
-            template = templates[turn % len(templates)]
-            if kind == "names":
-                template = template.replace("The {subject}", "{subject}").replace("the {subject}", "{subject}")
-            found.append(template.replace("{subject}", subject))
+    turn = 0
+    for subject, kind in dict.fromkeys((row.subject, row.kind) for row in rows if row.kind != "text"):
+        for _ in range(each):
+            # Going round, past the templates that the subject does not fit.
+            places = (place % len(templates) for place in range(turn, turn + len(templates)))
+            place = next((place for place in places if _fits(templates[place], subject, kind)), None)
+            if place is None:
+                break
+            found.append(_settle(templates[place], subject, kind))
+            turn = place + 1
     return list(dict.fromkeys(found))
+
+
+SINGULAR = (" was ", " is ", " has ", " wants ")
+"""Verbs that a plural, I, we, you and they do not take."""
+
+
+def _fits(template: str, subject: str, kind: str) -> bool:
+    if kind in ("plurals", "others") and any(verb in template for verb in SINGULAR):
+        return False
+    return not ("{subject}'s" in template and (kind == "others" or subject.endswith(",")))
+
+
+def _settle(template: str, subject: str, kind: str) -> str:
+    """The template about ``subject``, which takes its article along only where it is a bare noun."""
+    if kind in ("names", "others", "relations", "introduced"):
+        template = template.replace("The {subject}", subject[0].upper() + subject[1:])
+        template = template.replace("the {subject}", subject)
+    return template.replace("{subject}", subject).replace(",,", ",")
 
 
 def texts(file: str | Path) -> list[str]:

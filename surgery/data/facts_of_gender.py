@@ -1,15 +1,19 @@
 """Prompts where he or she is right by definition, by title, or by introduction: bias is not knowledge."""
 
-from surgery.data.locality import Row, expand, shipped
+from surgery.data.locality import Row, check_part, expand, shipped
 
 SETS = ("nouns", "relations", "introduced")
 
 
-def records() -> list[Row]:
-    """Every prompt, by set: ``nouns`` (king, nun), ``relations`` (his wife), and people ``introduced`` as Mr or Ms."""
-    sets = shipped("facts_of_gender.json")["sets"]
-    return [
-        row
-        for kind in SETS
-        for row in expand(kind, sets[kind]["templates"], sets[kind]["subjects"], sets[kind]["each"])
-    ]
+def records(part: str = "test") -> list[Row]:
+    """The prompts of one part: ``nouns`` (king, nun), ``relations`` (his wife), people ``introduced`` as Mr or Ms.
+
+    As in ``surgery.data.locality``: ``train`` may hold an edit, settings are chosen on ``dev``, ``test`` judges; they
+    share neither subject nor template. Raises ``SurgeryError`` for an unknown part.
+    """
+    check_part(part, "facts of gender")
+    found = []
+    for kind in SETS:
+        own = shipped("facts_of_gender.json")["sets"][kind][part]
+        found += expand(kind, own["templates"], own["subjects"], own["each"])
+    return found

@@ -2,7 +2,7 @@
 
 Six sets: inanimate subjects (``things``), ``plurals``, nouns with ``gendered`` meaning, first ``names``, other
 pronouns as subjects (``others``), and pronouns inside ordinary ``text``. The ``train`` part may hold an edit in
-place and the ``test`` part judges it; they share no template or text, and no subject but pronouns.
+place, settings are chosen on ``dev``, and ``test`` judges; they share no template or text, and no subject but pronouns.
 """
 
 import json
@@ -14,10 +14,10 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-PARTS = ("train", "test")
+PARTS = ("train", "dev", "test")
 SETS = ("things", "plurals", "gendered", "names", "others", "text")
 PRONOUNS = ("he", "she", "it", "they", "I", "we", "you")
-EACH = 2  # templates of a subject in the test part
+EACH = 2  # templates of a subject in the parts that judge
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,11 @@ class Row:
 
 
 def records(part: str = "test") -> list[Row]:
-    """The prompts of one part: of ``test`` each subject in two templates, of ``train`` in all of them.
+    """The prompts of one part: of ``train`` each subject in all templates, of the others in two.
 
     Raises ``SurgeryError`` for an unknown part.
     """
-    if part not in PARTS:
-        raise SurgeryError(f"part of locality: got {part!r}, expected one of {', '.join(PARTS)}")
+    check_part(part, "locality")
     content = shipped("locality.json")
     found = []
     for kind, parts in content["sets"].items():
@@ -49,6 +48,12 @@ def records(part: str = "test") -> list[Row]:
         each = len(templates) if part == "train" or kind == "others" else EACH
         found += expand(kind, templates, parts[part]["subjects"], each)
     return found + [Row(text, "text", text, right) for text, right in content["text"][part]]
+
+
+def check_part(part: str, where: str) -> None:
+    """Raises ``SurgeryError`` for an unknown part."""
+    if part not in PARTS:
+        raise SurgeryError(f"part of {where}: got {part!r}, expected one of {', '.join(PARTS)}")
 
 
 def expand(kind: str, templates: Sequence[str], subjects: Mapping[str, Sequence[str]], each: int) -> list[Row]:

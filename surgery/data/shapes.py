@@ -71,11 +71,6 @@ def hint_templates(part: str) -> list[str]:
     return list(_grammar()["hints"][part])
 
 
-def gendered() -> list[str]:
-    """Nouns whose gender is a matter of definition, by which an edit may be held; no judge uses them."""
-    return [noun for nouns in _grammar()["gendered"].values() for noun in nouns]
-
-
 def texts() -> list[str]:
     """Ordinary sentences of our own, most with pronouns, by which an edit may be held; no judge uses them."""
     return list(_grammar()["texts"])

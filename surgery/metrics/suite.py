@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
+from surgery.data.locality import Row
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
@@ -57,6 +58,8 @@ class Material:
     names: dict[str, str]
     compared: tuple[str, ...]
     """The words of ``words``."""
+    settled: dict[str, list[Row]]
+    """The prompts of locality and of facts_of_gender."""
     pronouns: dict[str, int]
     """The tokens of the pronouns that locality and facts_of_gender ask for."""
     skipped: dict[str, str]
@@ -114,21 +117,20 @@ def material(
     hinted = "genhint" in suites and bool(prompts.hint_templates) and bool(prompts.words.hints)
     hints = genhint.records(part, seed, prompts=prompts) if hinted else []
     pronouns, reason = _pronouns(tokenizer, suites)
+    judged = "dev" if part == "dev" else "test"
+    settled = {"locality": locality.records(judged), "facts_of_gender": facts_of_gender.records(judged)}
     chosen: dict[str, list[str]] = {
         "genbias": [preamble + row.text for row in rows],
         "genhint": [preamble + row.text for row in hints],
-        "locality": [row.text for row in locality.records() if pronouns and "locality" in suites],
-        "facts_of_gender": [r.text for r in facts_of_gender.records()]
-        if pronouns and "facts_of_gender" in suites
-        else [],
+        **{name: [row.text for row in rows if pronouns and name in suites] for name, rows in settled.items()},
         "perplexity": list(neutral.sentences(texts)) if "perplexity" in suites else [],
         "perplexity_pronouns": neutral.with_pronouns() if "perplexity" in suites and not texts else [],
     }
     names = {
         "genbias": f"{prompts.name} {part} (split by {split})",
         "genhint": f"{prompts.name} hints {part} (professions of the {part} part)",
-        "locality": "prompts on which nothing should change, test part",
-        "facts_of_gender": "gender by definition, title or introduction",
+        "locality": f"prompts on which nothing should change, {judged} part",
+        "facts_of_gender": f"gender by definition, title or introduction, {judged} part",
         "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
         "perplexity_pronouns": "sentences full of pronouns shipped with the package",
     }
@@ -139,6 +141,7 @@ def material(
         hints=hints,
         names=names,
         compared=tuple(prompts.words.words),
+        settled=settled,
         pronouns=pronouns,
         skipped={suite: reason for suite in PRONOUN_SUITES if reason and suite in suites},
     )
@@ -201,10 +204,10 @@ def _scored(
     if suite == "genhint":
         return genhint_metric.score(found, given.hints, data=data, words=words)
     if suite == "facts_of_gender":
-        return facts_metric.score(found, facts_of_gender.records(), words=given.candidates, data=data)
+        return facts_metric.score(found, given.settled[suite], words=given.candidates, data=data)
     chances, pronouns = found[:, : len(words)], found[:, len(words) :]
     kl = far.kl if far and far.reference else None
-    return locality_metric.score(chances, pronouns, locality.records(), words=words, data=data, kl=kl)
+    return locality_metric.score(chances, pronouns, given.settled[suite], words=words, data=data, kl=kl)
 
 
 def folder_suites() -> dict[str, str]:
