@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from surgery.delta import Delta
+from surgery.delta import Delta, DeltaFile
 from surgery.delta.live import attached, restored, touched
+from surgery.devices import check_room, device_named, dtype_named
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
@@ -32,7 +33,6 @@ from surgery.files.tensor_names import is_leftover
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -66,18 +66,21 @@ def load(
             "and trust_remote_code=True, or give the base checkpoint and the delta"
         )
     check_shards(directory)
-    model, tokenizer = _open(directory, dtype)
-    try:
-        model = nn.Module.to(model, place).eval()
-    except RuntimeError as error:  # out of memory is one, too
-        raise SurgeryError(f"{directory}: does not go onto {place} ({_first_line(error)}); try cpu") from error
+    check_room(directory, dtype, place)
+    model, tokenizer = _open(directory, dtype, place)
+    model.eval()
     for delta in edits:
         delta.apply(model)
     return model, tokenizer
 
 
-def _open(directory: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, as transformers reads them, whose load report was read. Raises ``SurgeryError``."""
+def _open(
+    directory: Path, dtype: str | torch.dtype, place: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, as transformers reads them, whose load report was read. Raises ``SurgeryError``.
+
+    On an accelerator every tensor goes there as it is read, so that no second copy of the weights is made.
+    """
     import transformers
 
     level = transformers.utils.logging.get_verbosity()
@@ -85,6 +88,7 @@ def _open(directory: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, P
     try:
         config = AutoConfig.from_pretrained(directory)
         options: Any = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options |= {} if place.type == "cpu" else {"device_map": {"": place}}
         model, report = cast(Any, model_class(config)).from_pretrained(directory, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except ImportError as error:
@@ -92,6 +96,8 @@ def _open(directory: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, P
             f"{directory}: needs a package that is not installed here ({_first_line(error)}); install it, or give a "
             "checkpoint that does without (unquantised, with the default attention)"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise SurgeryError(f"{directory}: does not go onto {place} ({_first_line(error)}); try cpu") from error
     except Exception as error:  # whatever a damaged or unknown checkpoint makes transformers raise
         raise SurgeryError(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
@@ -179,29 +185,6 @@ def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = Non
     return _from_hub(text)
 
 
-def device_named(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None is the accelerator where there is one. Raises ``SurgeryError`` if it is absent."""
-    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None:
-        return own or torch.device("cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise SurgeryError(f"device: got {str(device)!r}, expected cpu, cuda, cuda:0 or the like") from None
-    count = torch.accelerator.device_count() if own else 0
-    if found.type != "cpu" and (own is None or found.type != own.type or (found.index or 0) >= count):
-        has = f"{count} of type {own.type}" if own else "none, or this torch was built without support for it"
-        raise SurgeryError(f"device: got {str(device)!r}, but the accelerators here are: {has}; leave --device out")
-    return found
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The torch dtype called ``name`` (float32, float16 or bfloat16); raises ``SurgeryError`` otherwise."""
-    if name not in _DTYPES:
-        raise SurgeryError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -272,14 +255,16 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def tensors_of(model: PreTrainedModel, delta: Delta, directory: Path) -> Iterator[None]:
+def tensors_of(model: PreTrainedModel, delta: Delta | DeltaFile, directory: Path) -> Iterator[None]:
     """Inside, the tensors that ``delta`` touches hold what the checkpoint in ``directory`` holds; then they return.
 
     With ``directory`` the result of applying ``delta`` to the checkpoint of ``model``, the model is that saved
     checkpoint inside, rounding included, without a second model in memory. A module of the delta stands in it, too.
     """
     stored = open_checkpoint(directory)
-    with restored(delta, model), attached(delta, model):
+    if isinstance(delta, DeltaFile) and delta.kind == "module":
+        delta = Delta.load(delta.path)
+    with restored(delta, model), attached(delta, model) if isinstance(delta, Delta) else nullcontext():
         found = touched(delta, model)
         read = {name: torch.from_numpy(values(stored, name, 0, math.prod(delta.shapes[name]))) for name in delta.shapes}
         found.write({name: numbers.reshape(delta.shapes[name]) for name, numbers in read.items()})

@@ -25,13 +25,14 @@ delta is written as soon as training ends.
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,6 +44,7 @@ from surgery.delta import Delta
 from surgery.delta.module import NewPart, module_delta
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
+from surgery.files.copying import can_link
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
 from surgery.runs.folder import Folder, Run, run_folder
@@ -63,6 +65,8 @@ class Where(TypedDict, total=False):
     resume: bool
     """Go on with what an earlier call left in ``out`` with ``.part``."""
     progress: Progress | None
+    opened: float
+    """How many seconds opening the model took, if that is to stand among the stages."""
 
 
 class Tracking(TypedDict):
@@ -111,8 +115,12 @@ class Operation:
         self.progress.say(line)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of ``compute()``, computed once in a run however often that is interrupted."""
-        return self.folder.once(name, compute)
+        """The JSON value of ``compute()``, computed once in a run however often that is interrupted.
+
+        Its time counts for the stage called like it, up to a hyphen: "before", "ranking", "dose" of "dose-0-0.2".
+        """
+        with self.folder.stage(name.partition("-")[0]):
+            return self.folder.once(name, compute)
 
     @contextmanager
     def tracking(self, name: str, steps: int) -> Iterator[Tracking]:
@@ -136,11 +144,13 @@ class Operation:
     def apply(self, file: Path, saved: Path, *, undo: Undo = "none") -> Applied:
         """Write the checkpoint with the delta in ``file`` applied to the folder ``saved``, over what stands there.
 
-        Without an undo record: it would hold the changed part of the base again, which stands where it stood.
+        Without an undo record: it would hold the changed part of the base again, which stands where it stood. Where
+        the folder is to be measured and removed, its files that do not change are hard links, if that can be.
         """
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-        seed = self.settings.seed
-        report = disk.apply(file, self.directory, saved, rounding=self.rounding, seed=seed, undo=undo)
+        options: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo}
+        options |= {"link": not self.keep_checkpoint and can_link(self.directory, saved.parent)}
+        report = disk.apply(file, self.directory, saved, **options)
         return Applied(report.rounding, report.entries, report.changed, report.lost)
 
     def carry_out(
@@ -165,25 +175,29 @@ class Operation:
         """
         plain = _plain(name)
         file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{plain}.safetensors")
-        made = self.once(f"trained-{plain}", partial(self._trained, name, train, trains, steps, file))
         saved = partial(self._as_saved, file, measure, undo) if keep else partial(self._in_memory, file, measure)
-        found = self.once(f"measured-{plain}", saved)
-        if not keep:
-            file.unlink(missing_ok=True)
+        with nullcontext() if keep else self.folder.stage("control"):
+            made = self.folder.once(f"trained-{plain}", partial(self._trained, name, train, trains, steps, file))
+            found = self.folder.once(f"measured-{plain}", saved)
+            if not keep:
+                file.unlink(missing_ok=True)
         return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], Applied(**found["applied"]))
 
     def _trained(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
-        deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
-        with self.tracking(name, steps) as track:
+        stage = self.folder.stage
+        with stage("train"), self.tracking(name, steps) as track:
+            deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
             made = train(track)
-        return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}
+        with stage("write"):
+            return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
-        saved, delta = self.folder.path / "checkpoint", Delta.load(file)
+        saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)
         if delta.kind == "module":  # which no plain checkpoint holds
             return self._in_memory(file, measure)
-        applied = self.apply(file, saved, undo=undo)
-        with tensors_of(self.model, delta, saved):
+        with self.folder.stage("apply"):
+            applied = self.apply(file, saved, undo=undo)
+        with self.folder.stage("after"), tensors_of(self.model, delta, saved):
             measured = measure()
         if not self.keep_checkpoint:
             shutil.rmtree(saved)
@@ -191,7 +205,7 @@ class Operation:
 
     def _in_memory(self, file: Path, measure: Callable[[], Any]) -> dict[str, Any]:
         rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
-        with Delta.load(file).applied(self.model, **rounding):
+        with self.folder.stage("after"), Delta.load(file).applied(self.model, **rounding):
             return {"measured": measure(), "applied": {"rounding": self.rounding}}
 
     def about(self, main: Outcome) -> dict[str, Any]:
@@ -201,10 +215,17 @@ class Operation:
 
     def finish(self, summary: Summary, report: Report) -> Run:
         """Write ``run.json`` and the report; leave the ``with`` block with what this returns."""
-        values = summary.to_dict()
+        values = summary.to_dict() | self._cost()
+        with self.folder.stage("report"):
+            report(self.folder.path, values, self.recipe)
+        values |= self._cost()
         write_json(self.folder.path / "run.json", values)
-        report(self.folder.path, values, self.recipe)
         return Run(self.out, values)
+
+    def _cost(self) -> dict[str, Any]:
+        """The seconds of each stage, and on an accelerator the most memory that was taken there."""
+        peak = {} if self.model.device.type == "cpu" else {"peak_bytes": torch.accelerator.max_memory_allocated()}
+        return {"seconds": self.folder.seconds(), **peak}
 
 
 @contextmanager
@@ -217,6 +238,7 @@ def operation(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    opened: float = 0.0,
 ) -> Iterator[Operation]:
     """Inside, the recipe ``name`` works in the folder of its run, which gets its name ``out`` at the end.
 
@@ -229,6 +251,8 @@ def operation(
     text = dump(name, settings)
     saving = {key: getattr(settings, key) for key in ("rounding", "keep_checkpoint") if hasattr(settings, key)}
     with run_folder(out, text, resume=resume) as folder:
+        if opened:
+            folder.log({"stage": "open", "seconds": round(opened, 3)})
         yield Operation(name, model, settings, directory, out, folder, progress or Progress(quiet=True), text, **saving)
 
 

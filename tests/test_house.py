@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("surgery", "errors", "progress"),
     ("files",),
-    ("modules",),
+    ("modules", "devices"),
     ("delta",),
     ("apply",),
     ("checkpoints", "data", "forward", "training"),
@@ -21,7 +21,7 @@ FLOORS = (
     ("attribution", "locate"),
     ("runs",),
     ("operation", "study"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 FORBIDDEN = {"hooks": {"surgery", "recipes"}, "surgery": {"recipes"}, "recipes": {"recipes"}}
 

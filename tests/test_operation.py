@@ -1,5 +1,6 @@
 """The one way to carry out an edit: what is kept, what is refused before the first step, and one process at a time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def adds(value: float, model: Any) -> Any:
 
 def test_a_control_is_measured_as_it_would_be_saved(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
     before = state(tiny[0])
-    found = carry_out(tiny, checkpoint, tmp_path / "run", adds(0.3, tiny[0])).summary
+    found = carry_out(tiny, checkpoint, tmp_path / "run", adds(0.3, tiny[0]), opened=1.5).summary
     assert state(tiny[0]) == before
     assert found["after"] == found["controls"]["other"]["after"] != found["before"]
     stored = torch.tensor(found["after"]["row"])
@@ -60,6 +61,29 @@ def test_a_control_is_measured_as_it_would_be_saved(tiny: Any, checkpoint: Path,
     assert found["edit"] == found["controls"]["other"]["edit"] == wanted
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"delta.safetensors", "log.jsonl", "recipe.toml", "run.json"}
+    # The time of each stage, the control's own steps in one; the log holds what run.json adds up.
+    assert list(found["seconds"]) == ["open", "before", "train", "write", "apply", "after", "control", "report"]
+    assert found["seconds"]["open"] == 1.5 and all(seconds >= 0 for seconds in found["seconds"].values())
+    assert found == json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_a_checkpoint_that_goes_again_is_linked_where_that_can_be(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = surgery.apply.apply
+
+    def apply(*given: Any, **options: Any) -> Any:
+        asked.append(options["link"])
+        return real(*given, **options)
+
+    monkeypatch.setattr("surgery.apply.apply", apply)
+    one = carry_out(tiny, checkpoint, tmp_path / "linked", adds(0.3, tiny[0])).summary
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+        two = carry_out(tiny, checkpoint, tmp_path / "copied", adds(0.3, tiny[0])).summary
+    assert asked == [True, False] and one["after"] == two["after"] and one["delta"] == two["delta"]
+    assert not list(checkpoint.glob("*.link"))
 
 
 def test_a_delta_that_is_made_is_kept_and_what_is_half_written_goes(

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,9 +143,11 @@ def run(
     from surgery.runs.folder import check_free
 
     check_free(folder, resume=resume)
+    began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
+    where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
     try:
-        finished = module.run(opened, tokenizer, ready, out=folder, resume=resume, progress=Progress(quiet))
+        finished = module.run(opened, tokenizer, ready, **where)
     except KeyboardInterrupt:
         again = f"surgery run {folder}.part/recipe.toml --out {folder} --resume"
         print(

@@ -179,6 +179,10 @@ class DeltaFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return base_shapes(self.metadata)
 
+    @property
+    def kind(self) -> str:
+        return str(self.metadata["kind"])
+
     @cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256()

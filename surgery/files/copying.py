@@ -81,6 +81,18 @@ class Copier:
             self._rest.result()
 
 
+def can_link(source: Path, out: Path) -> bool:
+    """Whether the files of `source` can be hard-linked into `out`: one is, for a moment (other disk, not allowed)."""
+    file = next(path for path in source.iterdir() if path.is_file())
+    probe = out / f".{file.name}.{os.getpid()}.link"
+    try:
+        os.link(os.path.realpath(file), probe)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
+
+
 def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
     """Content, mode and times: by reference where the file system can, else inside the kernel, else read and write."""
     fd_in = os.open(source, os.O_RDONLY | os.O_CLOEXEC)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,36 @@ class Folder:
     """The folder of a run that is being written."""
 
     path: Path
+    under_way: list[str] = field(default_factory=list)
+    """The stage whose time is being taken."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``, with the time in seconds since the epoch."""
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Inside, the time is that of ``name`` in the log; a stage within another belongs to the outer one."""
+        if self.under_way:
+            yield
+            return
+        self.under_way.append(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.under_way.clear()
+            self.log({"stage": name, "seconds": round(time.monotonic() - began, 3)})
+
+    def seconds(self) -> dict[str, float]:
+        """The time of each stage in the order of their beginnings, over all sittings of a run that was continued."""
+        found: dict[str, float] = {}
+        for line in (self.path / "log.jsonl").read_text("utf-8").splitlines():
+            row = json.loads(line)
+            if "stage" in row:
+                found[row["stage"]] = round(found.get(row["stage"], 0.0) + row["seconds"], 3)
+        return found
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of ``compute()``; a continued run takes it from the folder instead."""

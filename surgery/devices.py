@@ -1,0 +1,59 @@
+"""Where a model goes: the device and the dtype of a name, and whether the weights have room there."""
+
+from pathlib import Path
+
+import torch
+
+from surgery.errors import SurgeryError
+from surgery.files.safetensors_io import read_header
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def device_named(device: str | torch.device | None) -> torch.device:
+    """The device of that name with its number; None is the accelerator where there is one, else the CPU.
+
+    Without a number it is this process's own. Raises ``SurgeryError`` if it is absent.
+    """
+    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or own or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise SurgeryError(f"device: got {str(device)!r}, expected cpu, cuda, cuda:0 or the like") from None
+    count = torch.accelerator.device_count() if own else 0
+    if found.type != "cpu" and (own is None or found.type != own.type or (found.index or 0) >= count):
+        has = f"{count} of type {own.type}" if own else "none, or this torch was built without support for it"
+        raise SurgeryError(f"device: got {str(device)!r}, but the accelerators here are: {has}; leave --device out")
+    if own is None or found.type != own.type or found.index is not None:
+        return found
+    return torch.device(own.type, torch.accelerator.current_device_index())
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype called ``name`` (float32, float16 or bfloat16); raises ``SurgeryError`` otherwise."""
+    if name not in _DTYPES:
+        raise SurgeryError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def check_room(directory: Path, dtype: str | torch.dtype, place: torch.device) -> None:
+    """Raises ``SurgeryError`` where the weights alone are larger than what is free on an accelerator."""
+    free = free_memory(place)
+    if free is None or not any(directory.glob("*.safetensors")):
+        return
+    entries = [entry for file in directory.glob("*.safetensors") for entry in read_header(file).tensors.values()]
+    count = sum(entry.elements for entry in entries)
+    own = sum(entry.end - entry.begin for entry in entries)
+    needed = own if isinstance(dtype, str) else count * dtype.itemsize
+    if needed > free:
+        raise SurgeryError(
+            f"{directory}: {count:,} numbers in {str(dtype).removeprefix('torch.')} are {needed / 1e9:.1f} GB, and "
+            f"{place} has {free / 1e9:.1f} GB free; expected all of them to fit there: take a 16-bit dtype, a larger "
+            "device, or --device cpu"
+        )
+
+
+def free_memory(place: torch.device) -> int | None:
+    """The bytes that are free on an accelerator; None for the CPU, and where a backend does not say."""
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
