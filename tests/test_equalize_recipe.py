@@ -13,12 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
 from recipes import equalize
-from recipes.equalize import dataset, measuring
+from recipes.equalize import dataset, measuring, work
 from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
 from surgery.data import genbias, genhint, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.errors import SurgeryError
+from surgery.forward.precision import matrix_products
+from surgery.metrics.suite import material
+from surgery.progress import Progress
+from surgery.runs.words_report import verdict as printed
 
 QUICK = {"lr": 3e-3, "epochs": 1, "batch_size": 128, "each": 2, "shapes": 100, "controls": []}
 QUICK |= {"hints": 100, "settled": 300, "block": [2, 3]}
@@ -69,6 +73,44 @@ def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "unseen templates" in page
     assert "Beside it, lftf" in page
+    assert any(line.startswith("Beside it, lftf") for line in printed(summary)), "the terminal says what the page says"
+    assert "kl" not in summary["before"]["locality"]["things"]
+    assert summary["after"]["locality"]["things"]["kl"]["value"] > 0
+
+
+def test_only_streams_of_the_untouched_model_are_kept(checkpoint: Path) -> None:
+    """An edit may begin at block 0; what stands beside it is measured on the streams from before all the same."""
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    asked = material(model, tokenizer, load_prompt_set(), suites=["genhint", "locality"])
+    by = measuring.Measuring(model, asked, {}, asked.words, Progress(quiet=True), keep=[3])
+    before = by.before()
+    kept = by.suites[3]["genhint"].flat.clone()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+    after = by.scores("after", 0)
+    assert torch.equal(by.suites[3]["genhint"].flat, kept)
+    assert after["locality"]["things"]["kl"]["value"] > 0
+    by.take_up(json.loads(json.dumps(before)))  # as an interrupted run does
+    assert by.scores("again", 0)["locality"]["things"]["kl"] == after["locality"]["things"]["kl"]
+
+
+def test_products_are_rounded_while_training_and_not_while_measuring(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {}
+    for module, name in ((work, "prepare"), (work, "equalize"), (measuring, "measure")):
+
+        def watched(*args: Any, name: str = name, call: Any = getattr(module, name), **more: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return call(*args, **more)
+
+        monkeypatch.setattr(module, name, watched)
+    summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, split="pairs", matmul="medium")
+    assert seen == {"prepare": {"medium"}, "equalize": {"medium"}, "measure": {"highest"}}
+    assert summary["edit"]["matmul"] == "medium"
+    with pytest.raises(ValueError), matrix_products("medium"):
+        raise ValueError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Three distances from what was trained on: the set's own templates, unseen ones, and other shapes of text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import Ids, encode
 from surgery.metrics import genbias as genbias_metric
+from surgery.metrics.locality import Reference
 from surgery.metrics.suite import Material, measure, plain
 from surgery.progress import Progress
 
@@ -24,7 +25,11 @@ EACH = {"unseen templates": 3, **dict.fromkeys(shapes.OTHERS, 1)}
 
 @dataclass
 class Measuring:
-    """The suites, and prompts further and further from the training ones; streams before an edit are kept."""
+    """The suites, and prompts further and further from the training ones; streams before an edit are kept.
+
+    The first measurement is of the untouched model: its streams are kept, and its distributions, to which the later
+    ones have their KL.
+    """
 
     model: PreTrainedModel
     asked: Material
@@ -34,21 +39,33 @@ class Measuring:
     keep: Sequence[int] = ()
     streams: dict[str, dict[int, ResidualCache]] = field(default_factory=dict)
     suites: dict[int, dict[str, ResidualCache]] = field(default_factory=dict)
+    reference: Reference | None = None
+    untouched: bool = True
+    """Whether the untouched model is still to be measured."""
+
+    def before(self) -> dict[str, Any]:
+        """The scores of the untouched model, and what a run that goes on later needs of it (``take_up``)."""
+        scores = self.scores("measure before")
+        return {"scores": scores, "reference": self.reference.to_dict() if self.reference else None}
+
+    def take_up(self, before: Mapping[str, Any]) -> None:
+        """Go on behind ``before``, measured now or by an interrupted run."""
+        self.untouched = False
+        self.reference = Reference.of(before["reference"]) if before["reference"] else None
 
     def scores(self, label: str, start: int = 0) -> dict[str, Any]:
-        """Every score as plain values; from the kept streams entering block ``start`` where there are any.
-
-        Streams are kept by the measurement without a start, which is that of the model before any edit.
-        """
-        keep = () if start else self.keep
+        """Every score as plain values; from the kept streams entering block ``start`` where there are any."""
+        keep = self.keep if self.untouched else ()
         found = measure(
             self.model,
             self.asked,
             keep=keep,
             prefixes=self.suites.get(start),
+            reference=self.reference,
             progress=self.progress,
             label=label,
         )
+        self.untouched, self.reference = False, found.reference
         self.suites |= found.prefixes
         values = plain(found.scores)
         if not self.far:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks import anatomy
 from recipes.equalize import dataset, pairs
 from recipes.equalize.measuring import Measuring, distances
-from recipes.equalize.report import write_report
+from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings
 from recipes.equalize.work import Variant, Work, blocks_of, controls_of, word_terms
 from surgery.data import genbias
@@ -59,19 +58,20 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
-        before = op.once("before", partial(measuring.scores, "measure before"))
+        before = op.once("before", measuring.before)
+        measuring.take_up(before)
         edited = work.carry_out(main, keep=True)
         others = {name: work.carry_out(variant, keep=False) for name, variant in beside.items()}
         found = Summary(
             **op.about(edited),
-            before=before,
+            before=before["scores"],
             after=edited.measured,
             controls={name: control(other, other.measured) for name, other in others.items()},
             words=list(prompts.words.words),
             shares=list(shares),
             texts={name: len(lines) for name, lines in texts.items()},
         )
-        return op.finish(found, write_report)
+        return op.finish(replace(found, verdict=verdict(found.to_dict())), write_report)
 
 
 def _texts(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:

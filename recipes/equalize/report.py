@@ -22,7 +22,7 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         folder,
         summary,
         recipe,
-        lines=verdict(summary),
+        lines=summary["verdict"],
         tables=[compared(columns, ideal=False)],
         figures=figures,
         commands=COMMANDS,

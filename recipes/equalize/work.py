@@ -15,6 +15,7 @@ from surgery.edits.equalize.training import inside
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words
+from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
@@ -140,7 +141,8 @@ class Work:
 
     def prepare(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         """The targets of the terms, and the stream that enters the first block that the variant trains."""
-        with self.op.progress.work(f"targets of {variant.name}", sum(len(term.ids) for term in terms)) as step:
+        count = sum(len(term.ids) for term in terms)
+        with self.op.progress.work(f"targets of {variant.name}", count) as step, matrix_products(self.settings.matmul):
             given = prepare(self.op.model, terms, start=variant.start, step=step)
         if given.note:
             self.op.note(f"prefix cache off for {variant.name}: {given.note}")
@@ -151,18 +153,22 @@ class Work:
         lora = self._lora(variant)
         place: Any = {"blocks": variant.blocks, "part": variant.part, "lora": lora, "given": given}
         plan, seed = self.plan(variant), self.settings.seed
-        trained = equalize(self.op.model, given.terms, plan, seed=seed, **place, **track)
+        with matrix_products(self.settings.matmul):
+            trained = equalize(self.op.model, given.terms, plan, seed=seed, **place, **track)
         blocks: Any = "all" if variant.blocks is None else list(variant.blocks)
         counts = {term.name: term.count for term in given.terms}
-        edit = Edit.of(trained, blocks=blocks, part=variant.part, objective=self.objective, terms=counts)
+        about: Any = {"part": variant.part, "objective": self.objective, "matmul": self.settings.matmul}
+        edit = Edit.of(trained, blocks=blocks, terms=counts, **about)
         return Made(trained.differences, edit, "lora" if lora else "dense")
 
     def _train_lftf(self, variant: Variant, track: Tracking) -> Made:
         model, ids = self.op.model, self.own
-        prefix = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
         plan, blocks = self.plan(variant), variant.blocks
-        trained = fine_tune(
-            model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
-        )
-        edit = Edit.of(trained, blocks=list(blocks or ()), part="all", objective="log", lr=plan.lr)
+        with matrix_products(self.settings.matmul):
+            prefix = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
+            trained = fine_tune(
+                model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
+            )
+        about: Any = {"objective": "log", "lr": plan.lr, "matmul": self.settings.matmul}
+        edit = Edit.of(trained, blocks=list(blocks or ()), part="all", **about)
         return Made(trained.differences, edit)
