@@ -7,6 +7,7 @@ import deltakit as kit
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from surgery import SurgeryError
 from surgery.apply.gguf import RECORD, apply_gguf
@@ -29,7 +30,7 @@ def permuted(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
-def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignment=None, **keys):
+def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignment=None, experts=None, **keys):
     """What llama.cpp's converter would write of a llama with 4 heads and 2 key heads; vectors stay F32."""
     writer = gguf.GGUFWriter(path, arch)
     if alignment:
@@ -52,6 +53,10 @@ def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignme
             target = f"blk.{layer}.{NAMES[part]}"
         raw = gguf.GGMLQuantizationType.F32 if matrix.ndim == 1 else gguf.GGMLQuantizationType[kind]
         writer.add_tensor(f"{target}.weight", gguf.quantize(matrix, raw), raw_dtype=raw)
+    if experts is not None:
+        raw = gguf.GGMLQuantizationType[kind]
+        stored = gguf.quantize(experts.float().numpy(), raw)
+        writer.add_tensor("blk.1.ffn_gate_exps.weight", stored, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -221,3 +226,47 @@ def test_undo_refuses_what_was_changed_since(tmp_path, base):
     with pytest.raises(SurgeryError, match=f"no m.gguf{RECORD} lies beside it"):
         undo_gguf(source, tmp_path / "back.gguf")
     assert not (tmp_path / "back.gguf").exists()
+
+
+def test_a_file_that_holds_the_delta_is_refused_without_force(tmp_path, base):
+    folder, tensors = base
+    delta, source = kit.edit(folder, (GATE,)), write(tmp_path / "m.gguf", tensors)
+    apply_gguf(delta, source, tmp_path / "e.gguf")
+    with pytest.raises(SurgeryError, match="holds this delta already"):
+        apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "twice.gguf")
+    assert not (tmp_path / "twice.gguf").exists()
+    apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "minus.gguf", scale=-1.0)
+    apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "forced.gguf", force=True)
+    apply_gguf(kit.edit(folder, (GATE,), seed=9), tmp_path / "e.gguf", tmp_path / "other.gguf")
+
+
+def test_deltas_of_single_experts_go_into_the_tensor_that_holds_all(tmp_path):
+    size = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
+    own = {name.format(n): torch.randn(96, 64, generator=torch.Generator().manual_seed(n)) * 0.05 for n in range(4)}
+    tensors = {k: v for k, v in kit.weights(**SIZE).items() if ".mlp." not in k}
+    base = kit.save(tmp_path / "base", tensors | own, **SIZE, **size, model_type="mixtral")
+    path = write(tmp_path / "m.gguf", tensors, experts=torch.stack(list(own.values())), expert_count=4)
+    delta = kit.edit(base, (name.format(1), name.format(3)), size=0.002)
+    for kind in (None, "Q8_0"):
+        out = tmp_path / f"{kind}.gguf"
+        report = apply_gguf(delta, path, out, touched_type=kind)
+        (change,) = report.tensors
+        assert (
+            change.name == "blk.1.ffn_gate_exps.weight" and change.after == (kind or "Q4_1") and change.distance < 0.2
+        )
+        before, after = read(path)[change.name], read(out)[change.name]
+        step = np.ptp(before) / 15 if kind is None else 0.01
+        for expert in range(4):
+            moved = after[expert] - before[expert]
+            wanted = delta.read(name.format(expert), 0, 96 * 64) if expert in (1, 3) else np.zeros(1)
+            assert np.abs(moved.mean() - wanted.mean()) < 0.002 and np.abs(moved).max() <= step + 0.01
+            assert kind is not None or moved.any() == (expert in (1, 3))
+        undo_gguf(out, tmp_path / f"{kind}-back.gguf")
+        assert filecmp.cmp(path, tmp_path / f"{kind}-back.gguf", shallow=False)
+    more = write(tmp_path / "few.gguf", tensors, experts=torch.stack(list(own.values())[:3]))
+    with pytest.raises(SurgeryError, match=r"holds 3 experts, so there is no .*experts\.3\.w1"):
+        apply_gguf(delta, more, tmp_path / "no.gguf")
+    swapped = write(tmp_path / "swapped.gguf", tensors, experts=torch.stack(list(own.values())[::-1]))
+    with pytest.raises(SurgeryError, match="these are other weights"):
+        apply_gguf(delta, swapped, tmp_path / "no.gguf")

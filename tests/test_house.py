@@ -20,7 +20,7 @@ FLOORS = (
     ("edits",),
     ("attribution", "locate"),
     ("runs",),
-    ("operation", "study"),
+    ("operation", "study", "survive"),
     ("cli", "__main__"),
 )
 FORBIDDEN = {"hooks": {"surgery", "recipes"}, "surgery": {"recipes"}, "recipes": {"recipes"}}

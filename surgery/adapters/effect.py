@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.checkpoints import load
 from surgery.data import genbias
+from surgery.data.prompts import load_prompt_set
 from surgery.delta.format import Delta
+from surgery.errors import SurgeryError
 from surgery.forward.batching import Ids
-from surgery.forward.tokens import encode
+from surgery.forward.tokens import encode, word_ids
 
 DRAWS = 2000  # of the bootstrap
 
@@ -20,7 +23,11 @@ DRAWS = 2000  # of the bootstrap
 @dataclass(frozen=True)
 class Effect:
     """kept: 1 - KL(edit || adapter) / KL(edit || base), ideal 1, with its 95 % bootstrap interval over professions;
-    KL in nats of the next token after `prompts` prompts of genbias' development part."""
+    KL in nats of the next token after `prompts` prompts of genbias' development part.
+
+    gap_kept: the adapter's part of the edit's reduction of the mean relative gap between he and she after the same
+    prompts, with its interval; None where the tokenizer splits the words, or the edit's reduction may be 0.
+    """
 
     kept: float
     low: float
@@ -28,6 +35,9 @@ class Effect:
     edit: float
     lost: float
     prompts: int
+    gap_kept: tuple[float, float, float] | None
+    gaps: tuple[float, float, float] | None
+    """The mean relative gap of the base, of the edit and of the adapter."""
 
 
 def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts: int = 96) -> Effect:
@@ -43,21 +53,44 @@ def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts
     adapted = _next(PeftModel.from_pretrained(model, str(adapter)).eval(), ids)
     size, lost = _divergence(edited, before), _divergence(edited, adapted)
     names = sorted({row.profession for row in rows})
-    sums = np.array([
-        [values[[row.profession == name for row in rows]].sum() for name in names] for values in (size, lost)
-    ])  # fmt: skip
     drawn = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
-    kept = 1 - sums[1][drawn].sum(axis=1) / sums[0][drawn].sum(axis=1)
-    low, high = np.quantile(kept, [0.025, 0.975])
-    share = 1 - float(lost.sum() / size.sum())
-    return Effect(share, float(low), float(high), float(size.mean()), float(lost.mean()), len(rows))
+
+    def sums(values: Float[np.ndarray, " prompts"]) -> Float[np.ndarray, " 1+draws"]:
+        """The sum over all professions, and over each draw of them."""
+        each = np.array([values[[row.profession == name for row in rows]].sum() for name in names])
+        return np.concatenate([[each.sum()], each[drawn].sum(axis=1)])
+
+    kept = 1 - sums(lost) / sums(size)
+    low, high = np.quantile(kept[1:], [0.025, 0.975])
+    gap_kept = gaps = None
+    try:
+        words = word_ids(tokenizer, load_prompt_set("genbias").words.words)
+    except SurgeryError:  # a tokenizer that splits the words
+        words = []
+    if words:
+        three = [_gaps(log, words) for log in (before, edited, adapted)]
+        gaps = (float(three[0].mean()), float(three[1].mean()), float(three[2].mean()))
+        whole, part = sums(three[0] - three[1]), sums(three[0] - three[2])
+        if np.quantile(whole[1:], 0.025) > 0:
+            ends = np.quantile(part[1:] / whole[1:], [0.025, 0.975])
+            gap_kept = (float(part[0] / whole[0]), float(ends[0]), float(ends[1]))
+    edit, missing = float(size.mean()), float(lost.mean())
+    return Effect(float(kept[0]), float(low), float(high), edit, missing, len(rows), gap_kept, gaps)
 
 
 def _next(model: nn.Module, ids: Ids) -> list[Tensor]:
+    """Log-probabilities of the next token after each prompt; without a cache, which some families cannot fill."""
     with torch.no_grad():
-        return [torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0, -1].float(), -1) for row in ids]
+        found = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in ids]
+    return [torch.log_softmax(logits.float(), -1) for logits in found]
 
 
 def _divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> np.ndarray:
     """KL(left || right) of each prompt, nats, fp32 [prompts]."""
     return np.array([float((a.exp() * (a - b)).sum()) for a, b in zip(left, right, strict=True)])
+
+
+def _gaps(logs: Sequence[Tensor], words: Sequence[int]) -> Float[np.ndarray, " prompts"]:
+    """(largest - smallest) / sum of the words' probabilities after each prompt (``surgery.metrics.genbias``)."""
+    found = torch.stack([log[list(words)].exp() for log in logs]).double().numpy()
+    return (found.max(axis=1) - found.min(axis=1)) / np.maximum(found.sum(axis=1), 1e-30)

@@ -12,13 +12,15 @@ import numpy as np
 
 from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
 from surgery.apply.record import RecordWriter, next_record_name, refuse_held
+from surgery.apply.requantise import rewrite_layer
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.delta.metadata import rounding_of
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_outside, publish, temporary
-from surgery.files.checkpoint_files import chunks, open_checkpoint
+from surgery.files.checkpoint_files import CheckpointFiles, chunks
 from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
+from surgery.files.quantised_rows import open_target
 from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import read_exactly
 
@@ -111,7 +113,7 @@ def apply(
     if isinstance(delta, Path | str):
         delta = open_delta(delta)
     how, drawn = rounding_of(delta.metadata, rounding, seed)
-    stored = open_checkpoint(checkpoint)
+    stored = open_target(checkpoint)
     check_outside(out, stored.path)
     try:
         if not force:
@@ -127,7 +129,7 @@ def apply(
             with Copier(stored.path, part, links, total, progress) as copier:
                 copier.copy(edited)
                 copier.start([name for name in stored.files if name not in edited])
-                changes = _rewrite(delta, plan, part, scale, how, drawn, writer)
+                changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
             if writer:
                 writer.finish()
             names = [*stored.files, *([record] if record else [])]
@@ -165,11 +167,13 @@ def _at(error: OSError) -> str:
 def _rewrite(
     delta: Differences,
     plan: Plan,
+    stored: CheckpointFiles,
     folder: Path,
     scale: float,
     rounding: str,
     seed: int,
     writer: RecordWriter | None,
+    codes: str,
 ) -> list[TensorChange]:
     changes = []
     with ThreadPoolExecutor(1) as helper:
@@ -177,6 +181,13 @@ def _rewrite(
             path = folder / edit.file
             fd = open_writable(path)
             try:
+                if edit.layer is not None:
+                    if writer:
+                        writer.begin(edit)
+                    done = rewrite_layer(delta, edit, stored, fd, path, (scale, codes, seed), writer)
+                    name, size = edit.layer.name, edit.layer.elements
+                    changes.append(TensorChange(name, edit.file, edit.layer.kind, size, *done, edit.distance))
+                    continue
                 changes.append(_rewrite_tensor(delta, edit, fd, path, scale, rounding, seed, writer, helper))
             finally:
                 os.close(fd)

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.apply.gguf_plan import Target, make_plan
 from surgery.apply.plan import Edit, Tied
-from surgery.apply.record import RecordWriter
+from surgery.apply.record import KEY, RecordWriter
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
@@ -18,7 +18,7 @@ from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.copying import OnBytes, copy_range, sync_file, write_exactly
 from surgery.files.gguf import GgufFile, open_gguf, quantise, read_rows, row_groups
 from surgery.files.rounding import ROUNDINGS, random16
-from surgery.files.safetensors_io import Entry, open_regular
+from surgery.files.safetensors_io import Entry, open_regular, parse_json, read_header
 
 RECORD = ".undo.surgery"  # behind the edited file's name
 
@@ -90,6 +90,8 @@ def apply_gguf(
     if isinstance(delta, Path | str):
         delta = open_delta(delta)
     file = open_gguf(path)
+    if not force:
+        _refuse_held(path, delta.sha256, scale)
     record = out.with_name(out.name + RECORD) if undo == "record" else None
     for destination in (out, *([record] if record else [])):
         check_destination(destination)
@@ -125,6 +127,20 @@ def apply_gguf(
         undo=record,
         notes=plan.notes,
     )
+
+
+def _refuse_held(path: Path, sha256: str, scale: float) -> None:
+    """Raises: SurgeryError when the record beside the file says that the delta was added, in ``scale``'s direction."""
+    record = path.with_name(path.name + RECORD)
+    if not record.is_file():
+        return
+    content = parse_json(read_header(record).metadata.get(KEY, "null").encode("utf-8", "surrogatepass"), str(record))
+    settings = content.get("settings", {}) if isinstance(content, dict) else {}
+    if settings.get("delta") == sha256 and float(settings.get("scale", 1.0)) * scale > 0:
+        raise SurgeryError(
+            f"{path}: holds this delta already (with scale {settings['scale']:g}, says {record.name}); give the file "
+            "as it was (surgery undo), or repeat with --force to add it once more"
+        )
 
 
 def _layout(file: GgufFile, sizes: dict[str, int]) -> dict[str, int]:

@@ -4,27 +4,19 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from surgery.apply.gguf_names import EXPERT, check_architecture, names_in_file
 from surgery.apply.plan import Tied
 from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
-from surgery.files.architecture import differences, is_embedding, is_head
 from surgery.files.gguf import SUBSTITUTE, WRITABLE, GgufFile, GgufTensor, read_rows, row_groups
 from surgery.files.rounding import refuse_not_finite
 from surgery.files.safetensors_io import open_regular, read_exactly
-from surgery.files.tensor_names import is_vocabulary
-
-# model_type of a config.json where the GGUF architecture is not the same word without _ and -
-_ARCHITECTURES = {
-    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "phi": "phi2", "gpt_bigcode": "starcoder",
-    "gemma3n_text": "gemma3n", "qwen3_5_text": "qwen35", "llama4_text": "llama4", "cohere": "commandr",
-}  # fmt: skip
-_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", "model."))
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,8 @@ class Target:
     kind: str
     sha256: str
     distance: float
+    experts: tuple[int, ...] = ()
+    """Of a tensor that holds all experts of a layer: whose each of `sources` is."""
 
     @property
     def bytes(self) -> int:
@@ -46,6 +40,8 @@ class Target:
     def difference(self, delta: Differences) -> Callable[[int, int], np.ndarray]:
         """(start, stop) -> the differences fp32 [stop - start, columns] of those rows as the file orders them."""
         rows, columns = self.tensor.rows, self.tensor.shape[-1]
+        if self.experts:
+            return lambda start, stop: _of_experts(delta, self, start, stop)
 
         def read(start: int, stop: int) -> np.ndarray:
             parts = [delta.read(name, start * columns, stop * columns) for name in self.sources]
@@ -56,6 +52,18 @@ class Target:
         whole = read(0, rows)
         whole = whole.reshape(columns, rows).T if self.layout == "transposed" else whole[self.order]
         return lambda start, stop: whole[start:stop]
+
+
+def _of_experts(delta: Differences, target: Target, start: int, stop: int) -> np.ndarray:
+    """The differences of some rows of a tensor [experts, rows, columns], counted through all experts."""
+    size, columns = target.tensor.shape[-2:]
+    found = np.zeros((stop - start, columns), np.float32)
+    for expert, name in zip(target.experts, target.sources, strict=True):
+        first, last = max(start, expert * size), min(stop, (expert + 1) * size)
+        if first < last:
+            at = [(row - expert * size) * columns for row in (first, last)]
+            found[first - start : last - start] = delta.read(name, *at).reshape(-1, columns)
+    return found
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ def make_plan(
         raise SurgeryError(f"{file.path}: this delta is of kind 'module' (new parts), which a GGUF file cannot hold")
     if touched_type is not None and touched_type not in WRITABLE:
         raise SurgeryError(f"touched type {touched_type!r}: expected one of {', '.join(WRITABLE)}")
-    _check_architecture(delta, file)
-    names = _names(delta, file, tied)
+    check_architecture(delta, file)
+    names = names_in_file(delta, file, tied)
     for name, shape in delta.shapes.items():
         for start in range(0, math.prod(shape), 2**20):
             refuse_not_finite(delta.read(name, start, min(start + 2**20, math.prod(shape))), name, "the delta")
@@ -106,6 +114,9 @@ def make_plan(
                 notes.append(_swap_note(tensor, kind, chosen=touched_type is not None))
             if type_bytes(kind, tensor.shape) != tensor.end - tensor.begin:
                 _refuse_odd_padding(file, fd, tensor)
+            if ".experts." in sources[0] and len(tensor.shape) == 3:
+                targets.append(_merged_experts(delta, file, fd, tensor, sources, kind))
+                continue
             layout, order, sha, gap = _find_layout(delta, file, fd, tensor, sources[0])
             targets.append(Target(tensor, sources, layout, order, kind, sha, gap))
     finally:
@@ -115,6 +126,30 @@ def make_plan(
     sketch.refuse_unrelated(distances, shapes, str(file.path), force)
     farthest, gap = sketch.judged(distances, shapes)
     return GgufPlan(tuple(targets), farthest, gap, sketch.verdict(gap), tuple(notes))
+
+
+def _merged_experts(
+    delta: Differences, file: GgufFile, fd: int, tensor: GgufTensor, sources: tuple[str, ...], kind: str
+) -> Target:
+    """The target for deltas of single experts, which the file holds in one tensor [experts, rows, columns]."""
+    numbers = tuple(int(EXPERT.search(name)[1]) for name in sources)  # type: ignore[index]
+    size = (tensor.end - tensor.begin) // tensor.shape[0]
+    gaps = []
+    for number, name in zip(numbers, sources, strict=True):
+        if number >= tensor.shape[0]:
+            raise SurgeryError(f"{file.path}: {tensor.name!r} holds {tensor.shape[0]} experts, so there is no {name!r}")
+        begin = tensor.begin + number * size
+        part = replace(tensor, shape=tensor.shape[1:], begin=begin, end=begin + size)
+        layout, _, _, gap = _find_layout(delta, file, fd, part, name)
+        if layout != "plain":
+            raise SurgeryError(f"{file.path}: {tensor.name!r} lays out its experts in another order than {name!r}")
+        gaps.append(gap)
+    digest = hashlib.sha256()
+    for start, stop in row_groups(tensor):
+        raw, values = read_rows(file, fd, tensor, start, stop)
+        digest.update(raw)
+        refuse_not_finite(values, tensor.name, str(file.path))
+    return Target(tensor, sources, "plain", None, kind, digest.hexdigest(), max(gaps), numbers)
 
 
 def _refuse_odd_padding(file: GgufFile, fd: int, tensor: GgufTensor) -> None:
@@ -129,64 +164,6 @@ def _swap_note(tensor: GgufTensor, kind: str, *, chosen: bool) -> str:
     cost = type_bytes(kind, tensor.shape) - (tensor.end - tensor.begin)
     why = "" if chosen else f", since the gguf library cannot write {tensor.type}"
     return f"{tensor.name}: {tensor.type} becomes {kind}{why} ({cost:+,} bytes)"
-
-
-def _check_architecture(delta: Differences, file: GgufFile) -> None:
-    base = delta.metadata["architecture"]
-    model = str(base.get("model_type", ""))
-    wanted = _ARCHITECTURES.get(model, model.replace("_", "").replace("-", ""))
-    if wanted != file.architecture.replace("_", "").replace("-", ""):
-        raise SurgeryError(
-            f"{file.path}: holds a {file.architecture!r} model, the delta's base is {model!r}; it cannot fit"
-        )
-    odd = differences(base, file.facts)
-    theta, rope = file.keys.get(f"{file.architecture}.rope.freq_base"), base.get("rope") or {}
-    stated = rope.get("rope_theta") if isinstance(rope, dict) else None
-    if isinstance(theta, int | float) and isinstance(stated, int | float) and abs(theta - stated) > 1e-5 * abs(stated):
-        odd.append(f"rope theta: the delta's base has {stated}, the target {theta}")
-    if odd:
-        raise SurgeryError(f"{file.path}: another architecture than the delta's base ({'; '.join(odd)}); it cannot fit")
-
-
-def _names(delta: Differences, file: GgufFile, tied: Tied | None) -> dict[str, tuple[str, ...]]:
-    """{tensor of the file: the delta's tensors to add}, by the gguf library's tables."""
-    from gguf.constants import MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
-
-    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
-    if arch is None:
-        raise SurgeryError(f"{file.path}: architecture {file.architecture!r} is unknown to the gguf library; update it")
-    table = get_tensor_name_map(arch, int(file.facts.get("layers", 0)))
-    base_tied, here_tied = bool(delta.metadata["architecture"].get("tied")), bool(file.facts["tied"])
-    found: dict[str, tuple[str, ...]] = {}
-    for name in delta.shapes:
-        if is_vocabulary(name) and base_tied != here_tied:
-            for target in _untied(file, name, base_tied, tied):
-                found[target] = (*found.get(target, ()), name)
-            continue
-        spelled = [name] + [new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old)]
-        mapped = filter(None, (table.get_name(text, (".weight", ".bias")) for text in spelled))
-        wanted = "token_embd.weight" if is_vocabulary(name) and here_tied else next(mapped, "")
-        if wanted not in file.tensors:
-            what = f"{wanted!r}, which {name!r} is there" if wanted else f"a place for {name!r} in the library's table"
-            experts = " (experts lie in one tensor there)" if ".experts." in name else ""
-            raise SurgeryError(f"{file.path}: holds no {what}{experts}; apply the delta before converting to GGUF")
-        found[wanted] = (*found.get(wanted, ()), name)
-    return found
-
-
-def _untied(file: GgufFile, name: str, base_tied: bool, tied: Tied | None) -> list[str]:
-    if tied is None:
-        one, two = ("the delta's base", "the file") if base_tied else ("the file", "the delta's base")
-        raise SurgeryError(
-            f"{file.path}: embedding and head are one tensor in {one} and two in {two} ({name}); say which with --tied "
-            "embed, head or both"
-        )
-    if base_tied:
-        wanted = {"embed": ["token_embd.weight"], "head": ["output.weight"]}
-        return wanted.get(tied, ["token_embd.weight", "output.weight"])
-    test = {"embed": is_embedding, "head": is_head}.get(tied, is_vocabulary)
-    return ["token_embd.weight"] if test(name) else []
 
 
 def _kind(tensor: GgufTensor, chosen: str | None, file: GgufFile) -> str:

@@ -11,7 +11,7 @@ from surgery.apply.plan import Tied, Vocabulary, check_architecture, make_plan
 from surgery.delta.describe import TensorView, describe
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
-from surgery.files.checkpoint_files import open_checkpoint
+from surgery.files.quantised_rows import open_target
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def inspect(
     refusal: str | None = None
     notes: tuple[str, ...] = ()
     if against is not None:
-        stored = open_checkpoint(against)
+        stored = open_target(against)
         try:
             if not delta.shapes:  # a module alone fits all weights of its architecture
                 check_architecture(delta, stored)

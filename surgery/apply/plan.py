@@ -12,8 +12,11 @@ from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import brief, differences, is_embedding, is_head, tokenizer_fingerprint
-from surgery.files.checkpoint_files import CheckpointFiles, measure, require_float
-from surgery.files.rounding import STORED, refuse_not_finite
+from surgery.files.checkpoint_files import CheckpointFiles, Measured, measure, require_float
+from surgery.files.quantised import Layer
+from surgery.files.quantised_layouts import TWO_WAYS
+from surgery.files.quantised_rows import measure_layer
+from surgery.files.rounding import refuse_not_finite
 from surgery.files.safetensors_io import Entry
 from surgery.files.tensor_names import common_prefix, is_vocabulary, same_tensors, translate
 
@@ -32,10 +35,7 @@ class Edit:
     elements: int  # the first so many of the tensor; all of them but for an extended vocabulary
     sha256: str  # of those elements' bytes as they were when they were checked
     distance: float  # from the delta's base; see surgery/files/weight_fingerprint.py
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * STORED[self.entry.dtype].itemsize
+    layer: Layer | None = None  # where the target holds the codes of a quantised matrix
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,23 @@ def make_plan(
     edits, moved = [], []
     for target, sources in targets.items():
         base = delta.metadata["tensors"][sources[0]]
-        found = measure(stored, target, sizes[target], known=base["sha256"])
+        layer = stored.layers.get(target)
+        found: Measured | None
+        if layer is not None:
+            found = measure_layer(stored, layer)
+        else:
+            found = measure(stored, target, sizes[target], known=base["sha256"])
         gap = 0.0
         if found is not None:
             gap = sketch.distance(found.sketch, found.norm, unpack_sketch(base["sketch"]), base["norm"])
             moved.append((sources[0], found.sketch - unpack_sketch(base["sketch"])))
         sha = base["sha256"] if found is None else found.sha256
-        entry = stored.entry(target)
-        edits.append(Edit(target, stored.places[target], entry, sources, sizes[target], sha, gap))
+        name = stored.matrices[target]
+        entry = stored.entry(name)
+        count = entry.elements if layer else sizes[target]
+        edits.append(Edit(name, stored.places[name], entry, sources, count, sha, gap, layer))
     distances = {edit.target: edit.distance for edit in edits}
-    shapes = {edit.target: edit.entry.shape for edit in edits}
+    shapes = {edit.target: edit.layer.shape if edit.layer else edit.entry.shape for edit in edits}
     if judge:
         sketch.refuse_unrelated(distances, shapes, where, force)
     if judge and not force and scale > 0 and len(moved) == len(targets) and _holds(delta, moved):
@@ -141,7 +148,7 @@ def _targets(
     """{stored tensor: the delta's tensors to add to it}."""
     base_tied = bool(delta.metadata["architecture"].get("tied", False))
     target_tied = stored.tied_by(bool(delta.metadata.get("unsaid", {}).get("tied", False)))
-    known = stored.places
+    known = stored.matrices
     names = {name: translate(name, rename) if rename else name for name in delta.shapes}
     same = same_tensors(names.values(), known)
     targets: dict[str, tuple[str, ...]] = {}
@@ -178,7 +185,7 @@ def _untie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> d
             "say which to change with --tied embed, head or both"
         )
     wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
-    chosen = [other for other in stored.places if is_vocabulary(other) and any(test(other) for test in wanted)]
+    chosen = [other for other in stored.matrices if is_vocabulary(other) and any(test(other) for test in wanted)]
     if len(chosen) != len(wanted):
         raise SurgeryError(
             f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}"
@@ -196,11 +203,11 @@ def _tie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> dic
     sources = tuple(sorted(name for name in matrices if any(test(name) for test in wanted)))
     if not sources:
         raise SurgeryError(f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}")
-    return {other: sources for other in stored.places if is_vocabulary(other)}
+    return {other: sources for other in stored.matrices if is_vocabulary(other)}
 
 
 def _no_such_names(stored: CheckpointFiles, lost: list[str], names: list[str]) -> SurgeryError:
-    known = stored.places
+    known = stored.matrices
     change = common_prefix([name for name in names if not is_vocabulary(name) or name in lost], known)
     if change is not None and change != ("", ""):
         return SurgeryError(
@@ -221,7 +228,7 @@ def _no_such_names(stored: CheckpointFiles, lost: list[str], names: list[str]) -
     quantised = [name for name in known if name.startswith(lost[0].removesuffix("weight")) and name != lost[0]]
     if quantised:
         return SurgeryError(
-            f"{stored.path}: has no {lost[0]!r} but {quantised[0]!r}; a quantised layer cannot take a difference"
+            f"{stored.path}: has no {lost[0]!r} but {quantised[0]!r}, quantised in a way that is not known; {TWO_WAYS}"
         )
     return SurgeryError(
         f"{stored.path}: has no {lost[0]!r} ({len(lost)} of {len(names)} tensors are missing) and no single change "
@@ -232,6 +239,13 @@ def _no_such_names(stored: CheckpointFiles, lost: list[str], names: list[str]) -
 def _elements(
     delta: Differences, stored: CheckpointFiles, target: str, sources: tuple[str, ...], vocabulary: Vocabulary
 ) -> int:
+    layer = stored.layers.get(target)
+    if layer is not None:
+        if any(delta.shapes[name] != layer.shape for name in sources):
+            raise SurgeryError(
+                f"{stored.path}: {target!r} is {list(layer.shape)}, the delta's base {list(delta.shapes[sources[0]])}"
+            )
+        return layer.elements
     entry, where = stored.entry(target), stored.path / stored.places[target]
     require_float(entry.dtype, target, where)
     for name in sources:

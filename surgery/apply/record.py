@@ -23,7 +23,7 @@ from surgery import __version__
 from surgery.apply.plan import Edit
 from surgery.errors import SurgeryError
 from surgery.files.checkpoint_files import CheckpointFiles
-from surgery.files.rounding import STORED
+from surgery.files.rounding import WORDS
 from surgery.files.safetensors_io import (
     Entry,
     Header,
@@ -161,7 +161,7 @@ def read_record(stored: CheckpointFiles, name: str) -> Record:
         if not isinstance(entry, dict) or any(field not in entry for field in fields):
             raise SurgeryError(f"{path}: the undo record of {tensor[:80]!r} is incomplete; it is broken")
         place = stored.entry(tensor) if tensor in stored.places else None
-        if place is None or place.dtype != entry["dtype"] or place.dtype not in STORED:
+        if place is None or place.dtype != entry["dtype"] or place.dtype not in WORDS:
             raise SurgeryError(f"{stored.path}: {tensor[:80]!r} is gone or has another dtype; undo is impossible")
         elements = entry["elements"]
         if type(elements) is not int or not 0 < elements <= place.elements:

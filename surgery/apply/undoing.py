@@ -12,9 +12,10 @@ import numpy as np
 from surgery.apply.record import Blob, Record, read_record, record_name, records, unshuffle
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_outside, publish, temporary
-from surgery.files.checkpoint_files import CheckpointFiles, chunks, open_checkpoint
+from surgery.files.checkpoint_files import CheckpointFiles, chunks
 from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
-from surgery.files.rounding import STORED
+from surgery.files.quantised_rows import open_target
+from surgery.files.rounding import WORDS
 from surgery.files.safetensors_io import open_regular, read_exactly
 
 
@@ -38,14 +39,14 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = 
             that a "reference" record points to is gone or changed; then nothing was created.
     """
     out = Path(out)
-    stored = open_checkpoint(checkpoint)
+    stored = open_target(checkpoint)
     check_outside(out, stored.path)
     numbers = records(stored)
     if not numbers:
         raise SurgeryError(f"{stored.path}: holds no undo.surgery; it was not edited, or with --undo none")
     name = record_name(numbers[-1])
     record = read_record(stored, name)
-    original = open_checkpoint(record.source) if record.source else None
+    original = open_target(record.source) if record.source else None
     for tensor, entry in record.tensors.items():
         place = stored.entry(tensor)
         if _hash(stored, tensor, entry["elements"]) != entry["after"]:
@@ -77,7 +78,7 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = 
 
 def _hash(stored: CheckpointFiles, tensor: str, elements: int) -> str:
     entry, path = stored.entry(tensor), stored.path / stored.places[tensor]
-    size = STORED[entry.dtype].itemsize
+    size = WORDS[entry.dtype].itemsize
     digest = hashlib.sha256()
     fd = open_regular(path)
     try:
@@ -93,7 +94,7 @@ def _restore(
 ) -> None:
     """Put the original bytes of one tensor into its fresh copy below `folder`, and check them by their hash."""
     entry, file = stored.entry(tensor), stored.places[tensor]
-    elements, kind = record.tensors[tensor]["elements"], STORED[entry.dtype]
+    elements, kind = record.tensors[tensor]["elements"], WORDS[entry.dtype]
     blob = Blob(record.path, record.header.tensors[tensor]) if original is None else None
     before = hashlib.sha256()
     fd = open_writable(folder / file)

@@ -1,6 +1,6 @@
 """The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
 
-from surgery.cli import adapters, attribute, compare, data, dose, evaluate, files, index, models, score, study
+from surgery.cli import adapters, attribute, compare, data, dose, evaluate, files, index, models, score, study, survive
 from surgery.cli.app import app
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "models",
     "score",
     "study",
+    "survive",
 ]
 
 

@@ -85,6 +85,13 @@ def export(
         f"effect kept, through peft: {kept.kept:.1%} [{kept.low:.1%}, {kept.high:.1%}] of the edit's KL of the next "
         f"token ({kept.edit:.4f} nats, of which {kept.lost:.4f} are missing; {kept.prompts} dev prompts of genbias)"
     )
+    if kept.gap_kept and kept.gaps:
+        share, low, high = kept.gap_kept
+        base, edit, adapter = kept.gaps
+        print(
+            f"gap reduction kept: {share:.1%} [{low:.1%}, {high:.1%}] (relative gap {base:.3f} untouched, {edit:.3f} "
+            f"with the edit, {adapter:.3f} with the adapter, same prompts)"
+        )
 
 
 @command(name="import", epilog=examples("surgery import ./adapter ./checkpoint --out adapter.safetensors"))

@@ -86,7 +86,7 @@ def dose(
     judges.check("--folder")
     edit, progress = Delta.load(delta), Progress(quiet)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
-    how: Any = {"as_stored": _as_stored(edit, local(checkpoint), progress), "force": force}
+    how: Any = {"as_stored": as_stored(edit, local(checkpoint), progress), "force": force}
     with edit.applied(model, scale=max(steps, key=abs), **how):
         pass  # all checks, before the first measurement
     reference = judges.reference(model, tokenizer, progress=progress)
@@ -121,7 +121,7 @@ def _steps(scales: list[float], apply_at: float | None, force: bool) -> list[flo
     return sorted({*scales, apply_at})
 
 
-def _as_stored(delta: "Delta", checkpoint: Path, progress: "Progress") -> bool:
+def as_stored(delta: "Delta", checkpoint: Path, progress: "Progress") -> bool:
     """Whether sums round to the dtype of the delta's base, as ``surgery apply`` rounds to the checkpoint's own."""
     from surgery.files.checkpoint_files import open_checkpoint
 

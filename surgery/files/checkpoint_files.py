@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.files.architecture import facts, read_json
-from surgery.files.rounding import STORED, refuse_not_finite, widen
+from surgery.files.quantised import Layer
+from surgery.files.quantised_layouts import quantisation
+from surgery.files.rounding import STORED, WORDS, refuse_not_finite, widen
 from surgery.files.safetensors_io import Entry, Header, open_regular, read_exactly, read_header
 from surgery.files.tensor_names import is_vocabulary
 from surgery.files.weight_fingerprint import Sketcher
@@ -36,6 +38,25 @@ class CheckpointFiles:
     files: tuple[str, ...]
     shards: dict[str, Header]
     places: dict[str, str]
+    layers: dict[str, Layer] = field(default_factory=dict)
+    """Quantised matrices, where the checkpoint was opened for them."""
+
+    @cached_property
+    def matrices(self) -> dict[str, str]:
+        """{name as a model has it: the stored tensor that an edit of it changes}; scales and the like are left out."""
+        hidden = (
+            {
+                name
+                for layer in self.layers.values()
+                for name in self.places
+                if name.startswith((layer.name, layer.scale))
+            }
+            if self.layers
+            else set()
+        )
+        return {name: name for name in self.places if name not in hidden} | {
+            name: layer.codes for name, layer in self.layers.items()
+        }
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -57,8 +78,10 @@ class CheckpointFiles:
         )
 
 
-def open_checkpoint(path: Path | str) -> CheckpointFiles:
+def open_checkpoint(path: Path | str, *, quantised_too: bool = False) -> CheckpointFiles:
     """Read every header of the checkpoint directory `path`; reads no weights.
+
+    With `quantised_too` a quantised checkpoint is not refused; `surgery.files.quantised_rows` finds its matrices.
 
     Raises:
         SurgeryError: not a directory of safetensors weights; quantised; a broken file; a tensor in two
@@ -73,7 +96,8 @@ def open_checkpoint(path: Path | str) -> CheckpointFiles:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise SurgeryError(f"{path / 'config.json'}: not a JSON object; the file is broken")
-    _refuse_quantised(path, config)
+    if not quantised_too:
+        _refuse_quantised(path, config)
     names = _shard_names(path, files)
     shards: dict[str, Header] = {}
     places: dict[str, str] = {}
@@ -125,15 +149,10 @@ def list_files(path: Path, prefix: str = "") -> list[str]:
 
 
 def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        quantised = part.get("quantization_config") or part.get("compression_config")
-        if quantised:
-            method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else "unnamed"
-            raise SurgeryError(
-                f"{path}: quantised weights ({str(method)[:40]}) cannot take a difference; "
-                "apply it to the unquantised checkpoint and quantise the result"
-            )
+    found = quantisation(config)
+    if found is not None:
+        method = str(found.get("quant_method", "unnamed"))[:40]
+        raise SurgeryError(f"{path}: holds weights quantised by {method}; expected a checkpoint that is not quantised")
 
 
 def _shard_names(path: Path, files: tuple[str, ...]) -> list[str]:
@@ -188,7 +207,7 @@ class Measured:
 def chunks(entry: Entry, elements: int | None = None) -> Iterator[tuple[int, int]]:
     """The element ranges (start, stop) of the first `elements` of a tensor, CHUNK_BYTES of stored bytes each."""
     total = entry.elements if elements is None else elements
-    step = CHUNK_BYTES // STORED[entry.dtype].itemsize
+    step = CHUNK_BYTES // WORDS[entry.dtype].itemsize
     for start in range(0, total, step):
         yield start, min(start + step, total)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
+from surgery.files.q4_k import quantise_q4_k
 from surgery.files.safetensors_io import check_name, open_regular, read_exactly
 
 MAX_HEADER_BYTES = 512 * 2**20
@@ -259,6 +260,8 @@ def quantise(values: np.ndarray, kind: str, draw: np.ndarray | None = None) -> n
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize
 
+    if kind == "Q4_K":
+        return quantise_q4_k(values)
     if draw is not None and kind in _CODES:
         values = _on_codes(values.reshape(-1, 32), kind, draw.reshape(-1, 32)).reshape(values.shape)
     stored = np.ascontiguousarray(quantize(values, GGMLQuantizationType[kind]))

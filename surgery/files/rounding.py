@@ -18,6 +18,8 @@ Rounding = Literal["nearest", "stochastic", "auto"]
 ROUNDINGS = ("nearest", "stochastic", "auto")
 # The dtypes an edit can be written to, as numpy sees their bytes.
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+# As whole words, whatever they mean: these, and what holds the codes of quantised matrices.
+WORDS = STORED | {"F8_E4M3": np.dtype("u1"), "I8": np.dtype("u1"), "U8": np.dtype("u1"), "I32": np.dtype("<u4")}
 
 
 def hash64(counter: np.ndarray) -> np.ndarray:

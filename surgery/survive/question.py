@@ -1,0 +1,144 @@
+"""What an edit changed, as one number of a model: the gap between words, or the margin between pairs of sentences."""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.batching import context_limit
+from surgery.data import genbias, pairs
+from surgery.data.prompts import PromptSet, load_prompt_set
+from surgery.data.texts import Example
+from surgery.errors import SurgeryError
+from surgery.forward.next_token import next_words
+from surgery.forward.tokens import encode, word_ids
+from surgery.metrics import genbias as genbias_metric
+from surgery.metrics.metric import Metric, mean_metric
+from surgery.metrics.sentences import check_scorer, per_token, sentence_tokens
+
+Model = PreTrainedModel
+Tokenizer = PreTrainedTokenizerBase
+RELEARNT = 50
+SHOTS = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a model, the same rows each time.
+
+    ``measure(preamble)`` gives the number with ``preamble`` before every text. ``relative``: an effect is a part of
+    what the number was (a gap), not a difference (a margin, which may be near 0 untouched). ``biased()`` are examples
+    that teach the bias again, and ``shots()`` sentences that show it, both of the model as it is at the call.
+    """
+
+    kind: str
+    relative: bool
+    measure: Callable[[str], Metric]
+    biased: Callable[[], Sequence[Example]]
+    shots: Callable[[], Sequence[str]]
+
+
+def words_question(
+    model: Model, tokenizer: Tokenizer, prompts: PromptSet, *, part: str = "test", limit: int = 0
+) -> Question:
+    """The relative gap between the words of ``prompts`` on its ``part``; subjects unseen. ``limit`` prompts, or all."""
+    rows = genbias.records("profession", part, prompts=prompts)
+    rows = rows[: limit or None]
+    train = genbias.records("profession", "train", prompts=prompts)[:RELEARNT]
+    words, most = word_ids(tokenizer, prompts.words.words), context_limit(model)
+
+    def measure(preamble: str) -> Metric:
+        ids = encode(tokenizer, [preamble + row.text for row in rows], limit=most)
+        found = next_words(model, ids, words).probabilities
+        data = f"{prompts.name} {part}"
+        return genbias_metric.score(found, rows, data=data, words=prompts.words.words)["relative_gap"]["all"]
+
+    def preferred() -> list[tuple[str, str]]:
+        found = next_words(model, encode(tokenizer, [row.text for row in train], limit=most), words).probabilities
+        return [
+            (row.text, " " + prompts.words.words[n])
+            for row, n in zip(train, found.argmax(axis=1).tolist(), strict=True)
+        ]
+
+    def shots() -> list[str]:
+        return [f"{text}{word} did." for text, word in preferred()[:SHOTS]]
+
+    return Question("words", True, measure, lambda: [Example(*row) for row in preferred()], shots)
+
+
+def pairs_question(
+    model: Model, tokenizer: Tokenizer, file: str | Path, *, scorer: str = "bias-bench", limit: int = 0
+) -> Question:
+    """The mean margin of the pairs in ``file``: log-probability a token of the stereotype minus that of the other.
+
+    Groups are dealt in two by a seed: sentences of a fifth of them are learnt again, the others are measured.
+    """
+    check_scorer(scorer)
+    data = pairs.load(file)
+    groups = genbias.shuffled(sorted({row.group for row in data.rows}), genbias.SEED)
+    kept_back = set(groups[: max(1, len(groups) // 5)])
+    rows = [row for row in data.rows if row.group not in kept_back][: limit or None]
+    learnt = [row.more for row in data.rows if row.group in kept_back][:RELEARNT]
+    if not rows or not learnt:
+        raise SurgeryError(f"{file}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again")
+    sides = [text for row in rows for text in (row.more, row.less)]
+    name = f"{data.name}, {len(rows)} pairs"
+
+    def measure(preamble: str) -> Metric:
+        contexts = [preamble.strip()] * len(sides) if preamble else None
+        means = per_token(sentence_tokens(model, tokenizer, sides, scorer=scorer, contexts=contexts))
+        return mean_metric(
+            means[::2] - means[1::2],
+            groups=np.array([row.group for row in rows]),
+            scorer=f"mean margin per token (nats), {scorer}",
+            data=name,
+            ideal=0.0,
+            direction="nearer",
+        )
+
+    return Question("pairs", False, measure, lambda: [Example("", text) for text in learnt], lambda: learnt[:SHOTS])
+
+
+def question_of(
+    metadata: Mapping[str, Any],
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    kind: str = "auto",
+    file: str | Path = "",
+    prompts: str = "",
+    limit: Mapping[str, int] | None = None,
+    scorer: str = "bias-bench",
+) -> Question:
+    """What the recipe in a delta's ``metadata`` edited; ``kind`` words or pairs says it instead.
+
+    ``limit``: how many rows by kind; all where nothing is said.
+
+    Raises ``SurgeryError`` for another kind, and for pairs without their ``file``.
+    """
+    if kind not in ("auto", "words", "pairs"):
+        raise SurgeryError(f"measure: got {kind!r}, expected auto, words or pairs")
+    recipe = _recipe(str(metadata.get("recipe", "")))
+    about_pairs = recipe.get("recipe") == "bias_unlearn" or bool(recipe.get("pairs"))
+    limit = limit or {}
+    chosen = ("pairs" if about_pairs else "words") if kind == "auto" else kind
+    if chosen == "pairs":
+        if not file:
+            raise SurgeryError(
+                "this edit is one of pairs of sentences; name a file of pairs that it did not learn with --pairs FILE "
+                "(StereoSet's .json, CrowS-Pairs' .csv, or .jsonl with more and less), or --measure words"
+            )
+        return pairs_question(model, tokenizer, file, scorer=scorer, limit=limit.get("pairs", 0))
+    named = prompts or str(recipe.get("prompt_set", "genbias"))
+    return words_question(model, tokenizer, load_prompt_set(named), limit=limit.get("words", 0))
+
+
+def _recipe(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError:  # a foreign delta's own words
+        return {}
