@@ -48,11 +48,24 @@ from surgery.files.copying import can_link
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
 from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.paired import differences, without_samples
 from surgery.runs.settings import Settings, dump
-from surgery.runs.summary import Applied, Edit, Outcome, Summary, control
+from surgery.runs.summary import Applied, Edit, Outcome, OwnPart, Summary, control
 from surgery.training import Log
 
-__all__ = ["Edit", "Made", "Operation", "Outcome", "Run", "Summary", "Tracking", "Where", "control", "operation"]
+__all__ = [
+    "Edit",
+    "Made",
+    "Operation",
+    "Outcome",
+    "OwnPart",
+    "Run",
+    "Summary",
+    "Tracking",
+    "Where",
+    "control",
+    "operation",
+]
 
 
 class Where(TypedDict, total=False):
@@ -214,8 +227,12 @@ class Operation:
         return named | {"edit": main.edit, "delta": main.delta, "applied": main.applied}
 
     def finish(self, summary: Summary, report: Report) -> Run:
-        """Write ``run.json`` and the report; leave the ``with`` block with what this returns."""
-        values = summary.to_dict() | self._cost()
+        """Write ``run.json``, with the paired differences, and the report; leave the ``with`` block with the result.
+
+        Scores that ``measure`` gave with their bootstrap samples (``plain(..., samples=True)``) are paired.
+        """
+        values = summary.to_dict()
+        values = without_samples(values | {"differences": differences(values)}) | self._cost()
         with self.folder.stage("report"):
             report(self.folder.path, values, self.recipe)
         values |= self._cost()

@@ -5,11 +5,10 @@ It runs through Accelerate: alone in a notebook, data parallel under ``accelerat
 
 import math
 import os
-import pickle
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.errors import SurgeryError
+from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved, total
+from surgery.training_state import TrainingState
 
-SAVE_EVERY = 20.0  # seconds between saved states, more where saving is slow; this changes no result
-
-# Losses of the examples ``rows``, computed by calling ``module`` (the model, or a distributed wrapper around it).
-Losses = Callable[[nn.Module, Sequence[int]], Float[Tensor, " rows"]]
 Log = Callable[[dict[str, Any]], None]
 # Called after each step with the number of steps done and the optimizer; True ends the training there. For the steps
 # that a continued run takes up it is called again, with None, so that what it decided then can be decided again.
@@ -103,16 +100,19 @@ def train(
     step_done: Callable[[int], None] | None = None,
     after: After | None = None,
     rates: Mapping[str, float] | None = None,
-) -> list[float]:
-    """Minimise the mean loss over ``count`` examples; returns the loss of each step (before its update).
+    asked: Losses | None = None,
+) -> tuple[list[float], Moved]:
+    """Minimise the mean loss over ``count`` examples: the loss of each step (before its update), and how far it moved.
 
-    ``rates`` multiply the plan's learning rate for the parameters that they name.
+    That is asked of the first examples before and after (``surgery.objective``), by ``asked`` where ``losses`` change
+    between the steps. ``rates`` multiply the plan's learning rate for the parameters that they name.
     ``after`` may evaluate the model between steps, and ends the training when it returns True.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
     every 20 seconds and taken up from there, to the same result; the file is removed at the end.
 
-    Raises ``SurgeryError`` at the first loss or gradient that is not finite, with the step and the learning rate.
+    Raises ``SurgeryError`` for an objective without a gradient, and at the first loss or parameter that is not finite,
+    with the step and the learning rate.
     """
     if plan.schedule not in ("constant", "linear"):
         raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
@@ -120,15 +120,19 @@ def train(
     # The flag chooses how processes progress; alone it would only forbid a later training on another device.
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(cpu=together and device.type == "cpu", device_placement=False)
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    first = _first(count, plan, seed)
+    with _deterministic(device):
+        before = ask(model, parameters, asked or losses, first, half=half)
+    check_gradient(before, len(parameters))
     model.train(plan.dropout)
     # Alone there is nothing to prepare, and preparing would leave a mark on the user's model.
     module = accelerator.prepare_model(model, device_placement=False) if accelerator.num_processes > 1 else model
     optimizer = _optimizer(parameters, plan, rates or {}, device)
-    kept = _State(state, parameters, optimizer, plan, seed) if state is not None else None
+    kept = TrainingState(state, parameters, optimizer, plan, seed) if state is not None else None
     done = kept.take_up() if kept else []
     steps = steps_of(count, plan)
     ended = [after(step + 1, None) for step in range(len(done))] if after else []
-    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     try:
         with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
             for step, rows in enumerate(_portions(count, plan, seed)):
@@ -158,11 +162,14 @@ def train(
                 if kept and accelerator.is_main_process:
                     kept.save_when_due(done)
         _check_finite(parameters, plan, len(done))
+        optimizer.zero_grad()
+        with _deterministic(device):
+            after_all = ask(model, parameters, asked or losses, first, half=half)
     finally:
         accelerator.free_memory()
     if kept and accelerator.is_main_process:
         kept.file.unlink(missing_ok=True)
-    return done
+    return done, moved(before, after_all)
 
 
 def _optimizer(
@@ -188,7 +195,7 @@ def _shared_loss(accelerator: Accelerator, losses: Losses, module: nn.Module, ro
     with accelerator.split_between_processes(rows) as mine:
         # A process without a row of the last small batch still takes part, with weight 0.
         weight = len(mine) * accelerator.num_processes / len(rows)
-        return losses(module, mine or rows[:1]).float().mean() * weight
+        return total(losses(module, mine or rows[:1])).float().mean() * weight
 
 
 def steps_of(count: int, plan: Plan) -> int:
@@ -202,6 +209,16 @@ def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
         order = torch.randperm(count, generator=generator).tolist() if plan.shuffle else list(range(count))
         for start in range(0, count, plan.batch_size):
             yield order[start : start + plan.batch_size]
+
+
+def _first(count: int, plan: Plan, seed: int) -> list[list[int]]:
+    """The first batches that a training takes up, until they hold ``ASKED`` examples or the first epoch ends."""
+    found: list[list[int]] = []
+    for rows in islice(_portions(count, plan, seed), math.ceil(count / plan.batch_size)):
+        if sum(map(len, found)) >= ASKED:
+            break
+        found.append(rows)
+    return found
 
 
 def _check_loss(value: float, plan: Plan, step: int) -> None:
@@ -232,60 +249,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-
-
-class _State:
-    """The file that keeps a training between its steps, so that another process can go on with it."""
-
-    def __init__(
-        self,
-        file: Path,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        plan: Plan,
-        seed: int,
-    ) -> None:
-        self.file, self._parameters, self._optimizer = file, parameters, optimizer
-        self._mark = f"{plan} {seed} {[(name, tuple(p.shape)) for name, p in parameters.items()]}"
-        self._saved = time.monotonic()
-
-    def take_up(self) -> list[float]:
-        """Put back what the file holds, where there is one; returns the losses of the steps that it has behind it."""
-        if not self.file.is_file():
-            return []
-        try:
-            kept = torch.load(self.file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise SurgeryError(
-                f"{self.file}: the saved state cannot be read ({error}); remove it to start again"
-            ) from None
-        if kept["of"] != self._mark:
-            raise SurgeryError(
-                f"{self.file}: saved by a run with other settings; expected the same plan, seed and parameters; "
-                "remove the .part folder or use the recipe.toml in it"
-            )
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(kept["parameters"][name])
-        self._optimizer.load_state_dict(kept["optimizer"])
-        return list(kept["losses"])
-
-    def save_when_due(self, done: list[float]) -> None:
-        """Write the file anew where the last writing is long enough ago."""
-        began = time.monotonic()
-        if began - self._saved <= SAVE_EVERY:
-            return
-        part = self.file.with_name(self.file.name + ".part")
-        torch.save(
-            {
-                "of": self._mark,
-                "parameters": {name: p.detach() for name, p in self._parameters.items()},
-                "optimizer": self._optimizer.state_dict(),
-                "losses": done,
-            },
-            part,
-        )
-        os.replace(part, self.file)
-        self._saved = time.monotonic()
-        if self._saved - began > 1.0:  # a large state: at most a twentieth of the time goes into saving it
-            self._saved += 19 * (self._saved - began)

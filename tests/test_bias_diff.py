@@ -199,7 +199,7 @@ def test_retraining_starts_from_the_original_without_the_selected_texts(
 def test_an_interrupted_run_continues_to_the_same_result(
     exact: Any, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
     more = {"mitigation": "multi", "controls": [], "select_by": "contrast"}
     once = run(exact, files, tmp_path / "once", **more)
     before, write = state(exact[0]), Folder.log

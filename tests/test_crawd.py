@@ -247,7 +247,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = learn(tiny, checkpoint, data, tmp_path / "whole", suites=[])
-    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
     write = Folder.log
 
     def interrupt(folder: Any, row: dict[str, Any]) -> None:

@@ -310,7 +310,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     tiny: Any, checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = learn(tiny, checkpoint, file, tmp_path / "whole", method="lora")
-    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
     write, before = Folder.log, state(tiny[0])
 
     def interrupt(folder: Any, row: dict[str, Any]) -> None:

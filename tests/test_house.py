@@ -14,7 +14,7 @@ FLOORS = (
     ("modules", "devices"),
     ("delta",),
     ("apply",),
-    ("checkpoints", "data", "forward", "training"),
+    ("checkpoints", "data", "forward", "objective", "training", "training_state"),
     ("adapters",),
     ("metrics",),
     ("edits",),

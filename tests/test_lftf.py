@@ -154,7 +154,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
     tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = operate(tiny, checkpoint, tmp_path / "whole", epochs=2)
-    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
     write, taken = Folder.log, []
 
     def interrupt(folder: Any, row: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ def test_parts_share_nothing_and_no_row_stands_twice() -> None:
     facts = {part: facts_of_gender.records(part) for part in locality.PARTS}
     nouns = {p: {row.subject for row in [*rows, *facts[p]] if row.kind != "others"} for p, rows in parts.items()}
     for one, other in combinations(locality.PARTS, 2):
-        assert not {row.text for row in [*parts[one], *facts[one]]} & {row.text for row in [*parts[other], *facts[other]]}
+        assert not {row.text for row in [*parts[one], *facts[one]]} & {
+            row.text for row in [*parts[other], *facts[other]]
+        }
         assert not nouns[one] & nouns[other]
     jobs = {subject.name for subject in professions()}
     for part, rows in parts.items():

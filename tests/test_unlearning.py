@@ -481,7 +481,7 @@ def test_an_interrupted_training_goes_on_to_the_same_result(
     model: Any = build("llama")
     scores = [45.0, 53.0, 58.0]
     whole = learn(model, scores=scores)
-    monkeypatch.setattr("surgery.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
 
     def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == killed:

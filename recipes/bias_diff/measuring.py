@@ -56,7 +56,7 @@ def measure(
         name = neutral or "neutral sentences shipped with the package"
         scores["perplexity"] = perplexity.score(sums, counts, data=name)
         scores |= evaluate_suites(model, tokenizer, suites, data, limit=limit, seed=seed, progress=progress)
-    return {"scores": _metrics_only(plain(scores)), "pairs": logs}
+    return {"scores": _metrics_only(plain(scores, samples=True)), "pairs": logs}
 
 
 def _pairs(

@@ -39,7 +39,7 @@ def measure(
     found: dict[str, Any] = {}
     for part, triples in (("dev", given.held_out), ("test", given.test)):
         with progress.work(f"StereoSet {part} {when}", 3 * len(triples.rows)) as step:
-            found[part] = {"stereoset": plain(judge(model, tokenizer, triples, scorer=scorer, step=step))}
+            found[part] = {"stereoset": plain(judge(model, tokenizer, triples, scorer=scorer, step=step), samples=True)}
     for line in skipped_rows(found):
         progress.say(line)
     if suites:

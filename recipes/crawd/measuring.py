@@ -47,7 +47,7 @@ class Judge:
             prompts = sample(gas.prompts(settings.data), SHOWN, settings.seed)
             texts = gas.generate(model, tokenizer, prompts, replace(self._sampling, samples=1))
         return {
-            "scores": plain(scores),
+            "scores": plain(scores, samples=True),
             "texts": [list(pair) for pair in zip(prompts, texts, strict=True)],
             "sensitivity": self._sensitivity(when),
         }

@@ -199,4 +199,4 @@ class _Work:
                     ideal=1.0,
                     direction="higher",
                 )
-        return plain(found)
+        return plain(found, samples=True)

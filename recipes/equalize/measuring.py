@@ -67,7 +67,7 @@ class Measuring:
         )
         self.untouched, self.reference = False, found.reference
         self.suites |= found.prefixes
-        values = plain(found.scores)
+        values = plain(found.scores, samples=True)
         if not self.far:
             return values
         far: dict[str, Any] = {}

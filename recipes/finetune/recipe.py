@@ -131,4 +131,4 @@ def _measure(
             direction="lower",
         )
     scores = measure(model, asked, progress=progress, label=f"measure {when}").scores
-    return {"held_out_loss": loss.to_dict(), **plain(scores)}
+    return {"held_out_loss": loss.to_dict(samples=True), **plain(scores, samples=True)}

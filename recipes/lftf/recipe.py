@@ -210,4 +210,4 @@ class _Work:
             suites=("genbias", "genhint"),
             preamble=settings.preamble,
         )
-        return plain(measure(self.op.model, asked, progress=self.op.progress, label="measure pb").scores)
+        return plain(measure(self.op.model, asked, progress=self.op.progress, label="measure pb").scores, samples=True)

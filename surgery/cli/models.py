@@ -131,6 +131,7 @@ def run(
         _help(ctx, recipe, asked=show_help)
         return
     from surgery.progress import Progress
+    from surgery.runs.mechanism import said
     from surgery.runs.settings import build
     from surgery.runs.words_report import verdict
 
@@ -155,7 +156,7 @@ def run(
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
-    for line in verdict(finished.summary):
+    for line in [*verdict(finished.summary), *said(finished.summary)]:
         print(line)
     print(finished.folder / "report.html")
 

@@ -19,6 +19,7 @@ from hooks import anatomy
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, pad
 from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.objective import Moved
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
@@ -31,6 +32,8 @@ class Trained:
 
     differences: dict[str, Tensor]
     losses: list[float]
+    moved: Moved | None = None
+    """How far the training moved its objective."""
 
     @property
     def parameters(self) -> int:
@@ -176,11 +179,11 @@ def fine_tune(
             with shortcut(model, start=prefix.block, call=module) as run:
                 return word_loss(run(batch), words, objective)
 
-        losses_of_steps = train(
+        losses_of_steps, far = train(
             model, parameters, losses, len(ids), plan, seed=seed, state=state, log=log, step_done=step_done
         )
         with torch.no_grad():
             differences = {
                 name: (parameter.detach() - base[name].float()).cpu() for name, parameter in parameters.items()
             }
-    return Trained(differences, losses_of_steps)
+    return Trained(differences, losses_of_steps, far)

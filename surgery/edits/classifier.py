@@ -22,6 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for
 from surgery.forward.evaluation import evaluating
 from surgery.modules import cross_attention
+from surgery.objective import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
@@ -56,6 +57,8 @@ class Fitted:
     module: cross_attention.Weights | None
     losses: list[float]
     parameters: int
+    moved: Moved | None = None
+    """How far the training moved its objective."""
 
 
 class _Reverse(torch.autograd.Function):
@@ -175,7 +178,7 @@ def fit(
             return loss if penalty is None else loss + method.weight * penalty(inputs)
 
         parameters = stack.enter_context(trainable(judged, [name for name, _ in judged.named_parameters()]))
-        done = train(
+        done, far = train(
             judged, parameters, losses, len(examples.ids), plan, seed=seed, state=state, log=log, step_done=step_done
         )
         model.eval()
@@ -184,7 +187,7 @@ def fit(
             named = {name.removeprefix("model."): parameter for name, parameter in parameters.items()}
             differences = {name: (named[name].detach() - was.float()).cpu() for name, was in base.items()}
         count = sum(parameter.numel() for name, parameter in parameters.items() if name.startswith("model."))
-    return Fitted(differences, weights, done, count)
+    return Fitted(differences, weights, done, count, far)
 
 
 def predict(

@@ -17,6 +17,7 @@ from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch,
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
+from surgery.objective import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
@@ -67,6 +68,8 @@ class Tuned:
     module: cross_attention.Weights | None
     losses: list[float]
     parameters: int
+    moved: Moved | None = None
+    """How far the training moved its objective."""
 
 
 def tune(
@@ -93,21 +96,23 @@ def tune(
     with _prepared(model, tokenizer, method, seed) as (term, layers, module, pairs):
         names = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("cross_attention.")]
 
-        def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor:
+        def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor | dict[str, Tensor]:
             batch, target_mask = target_batch(rows, chosen, device)
             logits = called(**batch.inputs(), use_cache=False).logits
             plain = token_losses(logits, batch.ids, target_mask)
-            return plain if term is None else plain + method.weight * term(logits, batch, target_mask)
+            if term is None:
+                return plain
+            return {"cross-entropy": plain, method.name: method.weight * term(logits, batch, target_mask)}
 
         rates = {name: method.module_rate for name in names if name.startswith("cross_attention.")}
         options: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "rates": rates}
         with trainable(model, names) as parameters:
-            done = train(model, parameters, losses, len(rows), plan, **options)
+            done, far = train(model, parameters, losses, len(rows), plan, **options)
             model.eval()  # the reference states are taken without dropout
             weights = cross_attention.weights_of(module) if module is not None else None
             count = sum(parameter.numel() for parameter in parameters.values())
             found = factors(layers)
-        tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count)
+        tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)
     return _softened(model, tuned, pairs, method, seed) if pairs else tuned
 
 

@@ -78,7 +78,7 @@ def forget(
     )
     order = _order(len(selected), len(kept), plan.epochs, seed)
 
-    def losses(module: nn.Module, places: Sequence[int]) -> Tensor:
+    def losses(module: nn.Module, places: Sequence[int]) -> Tensor | dict[str, Tensor]:
         pairs = [order[place] for place in places]
         forgotten = [first for first, _ in pairs]
         if how.kind != "multi":
@@ -91,7 +91,8 @@ def forget(
         forgetting = _forgetting(logs[:half], scored[:half], reference[forgotten].to(logs.device), how)
         retention = -logs[half:].sum(1)
         # Eq. 8 sums over the tokens of y; the mean per token weighs a long text as much as a short one.
-        return forgetting + how.retain * (retention if how.form == "printed" else retention / scored[half:].sum(1))
+        retention = retention if how.form == "printed" else retention / scored[half:].sum(1)
+        return {"forget": forgetting, "retain": how.retain * retention}
 
     once = replace(plan, epochs=1, shuffle=False)
     return fit(model, losses, len(order), once, seed=seed, lora=lora, state=state, log=log, step_done=step_done)

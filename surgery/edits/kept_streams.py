@@ -66,4 +66,4 @@ class KeptStreams:
 
 def _values(found: Measured) -> dict[str, Any]:
     chances = None if found.probabilities is None else found.probabilities.tolist()
-    return {"scores": plain(found.scores), "probabilities": chances}
+    return {"scores": plain(found.scores, samples=True), "probabilities": chances}

@@ -26,8 +26,9 @@ from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.tokens import answered
+from surgery.objective import Losses, Moved
 from surgery.progress import Advance
-from surgery.training import After, Log, Losses, Plan, train, trainable
+from surgery.training import After, Log, Plan, train, trainable
 
 
 @dataclass(frozen=True)
@@ -176,32 +177,33 @@ def fit(
     log: Log | None = None,
     step_done: Advance | None = None,
     after: After | None = None,
+    asked: Losses | None = None,
 ) -> Trained:
     """Minimise any ``losses`` of ``count`` examples over all parameters, those ``names``, or the factors of ``lora``.
 
     The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
     as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns]. The model is left as it was.
+    ``asked`` are the losses by which the objective is asked before and after, where ``losses`` change between steps.
 
     Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
     """
 
-    def run(parameters: dict[str, nn.Parameter]) -> list[float]:
-        return train(
-            model, parameters, losses, count, plan, seed=seed, state=state, log=log, step_done=step_done, after=after
-        )
+    def run(parameters: dict[str, nn.Parameter]) -> tuple[list[float], Moved]:
+        how: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "after": after, "asked": asked}
+        return train(model, parameters, losses, count, plan, **how)
 
     with ExitStack() as stack:
         if lora is not None:
             layers = stack.enter_context(adapters(model, lora, seed))
             beside = [name for name, _ in model.named_parameters() if ".lora_" in name]
             done = run(stack.enter_context(trainable(model, beside)))
-            return Trained(factors(layers), done)
+            return Trained(factors(layers), *done)
         wanted = None if names is None else set(names)
         base = {name: p.detach() for name, p in model.named_parameters() if wanted is None or name in wanted}
         parameters = stack.enter_context(trainable(model, list(base)))
         done = run(parameters)
         with torch.no_grad():
-            return Trained({name: (p.detach() - base[name].float()).cpu() for name, p in parameters.items()}, done)
+            return Trained({name: (p.detach() - base[name].float()).cpu() for name, p in parameters.items()}, *done)
 
 
 @contextmanager

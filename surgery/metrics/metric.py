@@ -1,5 +1,6 @@
 """The one shape of a measured number, and its 95 % bootstrap interval."""
 
+import base64
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -33,9 +34,12 @@ class Metric:
     samples: Float[np.ndarray, " resamples"] | None = field(default=None, repr=False, compare=False)
     """The bootstrap's values, for differences (``difference``); they do not go into JSON."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
+    def to_dict(self, *, samples: bool = False) -> dict[str, Any]:
+        """Plain JSON values; with ``samples`` also those, in 32 bits, so that what is read again can be paired."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
+        if samples and self.samples is not None:
+            found["samples"] = base64.b64encode(self.samples.astype("<f4").tobytes()).decode()
+        return found
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
@@ -196,4 +200,6 @@ def ideal_of(metric: Mapping[str, Any]) -> str:
 
 def from_dict(fields: dict[str, Any]) -> Metric:
     """The ``Metric`` that ``Metric.to_dict`` wrote."""
-    return replace(Metric(0, 0, 0, 0, "", "", 0, ""), **fields)
+    kept = fields.get("samples")
+    samples = None if kept is None else np.frombuffer(base64.b64decode(kept), "<f4").astype(np.float64)
+    return replace(Metric(0, 0, 0, 0, "", "", 0, ""), **{**fields, "samples": samples})

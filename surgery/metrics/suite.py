@@ -255,8 +255,8 @@ def evaluate_suites(
     return scores
 
 
-def plain(scores: Any) -> Any:
-    """The same scores with each ``Metric`` as a dictionary, for JSON."""
+def plain(scores: Any, *, samples: bool = False) -> Any:
+    """The same scores with each ``Metric`` as a dictionary, for JSON; with ``samples`` so that they can be paired."""
     if isinstance(scores, Mapping):
-        return {key: plain(value) for key, value in scores.items()}
-    return scores.to_dict() if isinstance(scores, Metric) else scores
+        return {key: plain(value, samples=samples) for key, value in scores.items()}
+    return scores.to_dict(samples=samples) if isinstance(scores, Metric) else scores

@@ -17,6 +17,7 @@ import jinja2
 
 from surgery import __version__
 from surgery.metrics.metric import ideal_of
+from surgery.runs.mechanism import said
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,6 +79,24 @@ def compared(
     )
 
 
+def beside(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """The edit minus each case of ``surgery.runs.paired.differences``: a row a metric, a column a case."""
+    paths = list(dict.fromkeys(path for pairs in differences.values() for path in pairs))
+
+    def shown(pair: Mapping[str, Any] | None) -> str:
+        return f"{pair['value']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}] {pair['verdict']}" if pair else ""
+
+    rows = [
+        [path.replace(".", " ").replace("_", " "), *(shown(pairs.get(path)) for pairs in differences.values())]
+        for path in paths
+    ]
+    note = (
+        "The edit's value minus that of the other, over the same rows drawn together, with its 95 % bootstrap "
+        "interval. Of many intervals some miss 0 by chance."
+    )
+    return Table("The edit minus what stands beside it, paired", ["metric", *differences], rows, note)
+
+
 def edited(edit: Mapping[str, Any]) -> str:
     """Which blocks an edit changed, and which part of them, in words; ``edit`` as it stands in ``run.json``."""
     blocks, part = edit.get("blocks"), edit.get("part", "all")
@@ -137,15 +156,18 @@ def write_page(
     figures: Mapping[str, "Figure"],
     commands: Sequence[str] = AGAIN,
 ) -> None:
-    """Write ``report.html`` of a run, and ``plots/NAME.png`` for each of ``figures``, into its folder."""
+    """Write ``report.html`` of a run, and ``plots/NAME.png`` for each of ``figures``, into its folder.
+
+    To ``lines`` and ``tables`` comes what every run says: ``surgery.runs.mechanism.said``, and the paired differences.
+    """
     name, method = summary["recipe"], summary.get("method")
     title = f"{name}{f' ({method})' if method not in (None, name) else ''} on {summary['model']}"
     save(
         folder / "report.html",
         *page(
             title=title,
-            lines=lines,
-            tables=tables,
+            lines=[*lines, *said(summary)],
+            tables=[*tables, *([beside(pairs)] if (pairs := summary.get("differences")) else [])],
             figures=figures,
             summary=summary,
             recipe=recipe,

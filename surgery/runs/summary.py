@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from surgery.objective import Moved
+
 Scores = Mapping[str, Any]  # metrics as plain dictionaries, by suite
 
 
@@ -15,6 +17,9 @@ class Training(Protocol):
 
     @property
     def losses(self) -> list[float]: ...
+
+    @property
+    def moved(self) -> Moved | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,8 @@ class Edit:
     steps: int | None = None
     loss_first: float | None = None
     loss_last: float | None = None
+    moved: Mapping[str, Any] | None = None
+    """How far the training moved its objective, on the same examples (``surgery.objective.Moved``)."""
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -35,7 +42,8 @@ class Edit:
         """With the number of parameters, the steps and the losses of ``trained``; unknown keywords are details."""
         losses = trained.losses
         counted = {"parameters": trained.parameters, "steps": len(losses)}
-        return cls.from_dict(counted | {"loss_first": losses[0], "loss_last": losses[-1]} | known)
+        far = {"moved": trained.moved.to_dict()} if trained.moved else {}
+        return cls.from_dict(counted | {"loss_first": losses[0], "loss_last": losses[-1]} | far | known)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Edit":
@@ -78,6 +86,18 @@ class Outcome:
     applied: Applied | None = None
 
 
+@dataclass(frozen=True)
+class OwnPart:
+    """What makes a method the method, the control in which that is switched off, and the numbers that tell."""
+
+    part: str
+    """Such as "the cross-attention module"."""
+    without: str
+    """The control's name."""
+    metrics: Sequence[str]
+    """Such as "gas.gas"."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """``run.json``; a recipe adds its own fields in a subclass."""
@@ -89,18 +109,20 @@ class Summary:
     after: Scores
     edit: Edit
     delta: Mapping[str, Any] | None = None
-    """As of an ``Outcome``; this, ``applied`` and ``verdict`` are left out where there is none."""
+    """As of an ``Outcome``; this, ``applied``, ``own_part`` and ``verdict`` are left out where there is none."""
     applied: Applied | None = None
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
     verdict: Sequence[str] | None = None
+    own_part: OwnPart | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the file."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         found |= {"edit": self.edit.to_dict(), "cases": list(self.cases)}
         found |= {"applied": self.applied.to_dict()} if self.applied else {}
-        left_out = [key for key in ("delta", "applied", "verdict") if found[key] is None]
+        found |= {"own_part": vars(self.own_part)} if self.own_part else {}
+        left_out = [key for key in ("delta", "applied", "verdict", "own_part") if found[key] is None]
         return {key: value for key, value in found.items() if key not in left_out}
 
 

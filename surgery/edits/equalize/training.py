@@ -212,8 +212,10 @@ def equalize(
     examples = chosen.examples()
     weights = torch.tensor([chosen.terms[term].weight for term, _ in examples], device=model.device)
 
-    def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
-        return losses_of(model, module, chosen, [examples[row] for row in rows]) * weights[list(rows)]
+    def losses(module: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
+        each = losses_of(model, module, chosen, [examples[row] for row in rows]) * weights[list(rows)]
+        owner = torch.tensor([examples[row][0] for row in rows], device=each.device)
+        return {term.name: each * (owner == number) for number, term in enumerate(chosen.terms)}
 
     return fit(
         model,

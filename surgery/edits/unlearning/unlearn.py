@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,13 +155,14 @@ def unlearn(
     watch = _Watch(control, chunks, evaluate, steps, state, log)
     factors = equations.batch_weights(chunks.sizes, objective.weights)
 
-    def losses(module: nn.Module, places: Sequence[int]) -> Tensor:
-        now = watch.now
+    def losses(module: nn.Module, places: Sequence[int], at_first: bool = False) -> dict[str, Tensor]:
+        now = Decision() if at_first else watch.now
         items = chunks.items(places[0] // chunks.size, swapped=now.swapped, active=now.active)
         mine = [items[place % chunks.size] for place in places]
         each, ratio = batch_losses(model, module, mine, rows, kept, objective)
         watch.seen(mine, each.detach(), ratio)
-        return each * each.new_tensor([factors[item.role] for item in mine])
+        weighted = each * each.new_tensor([factors[item.role] for item in mine])
+        return {role: weighted * each.new_tensor([float(item.role == role) for item in mine]) for role in chunks.sizes}
 
     trained = fit(
         model,
@@ -173,6 +175,7 @@ def unlearn(
         log=watch.written,
         step_done=step_done,
         after=watch.after,
+        asked=partial(losses, at_first=True),
     )
     return Unlearned(trained, len(rows), watch.kept, watch.reason, watch.record)
 
