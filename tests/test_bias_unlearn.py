@@ -157,11 +157,17 @@ def test_dpo_trains_beside_the_divergence(tiny: Any, checkpoint: Path, data: Pat
     assert summary["edit"]["chunk"] == {"prefer": 5, "unrelated": 4}
 
 
-@pytest.mark.parametrize("method", ["cda", "sft", "dpo", "ga"])
+@pytest.mark.parametrize("method", ["cda", "sft", "stereotypes", "dpo", "ga"])
 def test_baselines_are_settings(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, method: str) -> None:
     summary = learn(tiny, checkpoint, data, tmp_path / "run", method=method, steps=4)
     assert summary["method"] == method and summary["edit"]["steps"] == 4
-    expected = {"cda": {"retain": 10}, "sft": {"both": 10}, "dpo": {"prefer": 5}, "ga": {"forget": 4}}
+    expected = {
+        "cda": {"retain": 10},
+        "sft": {"both": 10},
+        "stereotypes": {"learn": 10},
+        "dpo": {"prefer": 5},
+        "ga": {"forget": 4},
+    }
     assert summary["edit"]["chunk"] == expected[method]
 
 

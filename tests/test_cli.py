@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import recipes
 from surgery.cli import app
-from surgery.metrics.suite import FOLDER_SUITES
+from surgery.metrics.suite import FOLDER_SUITES, WRITTEN_SUITES
 
 COMMANDS = (
     "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
@@ -134,7 +134,7 @@ def test_list_says_what_is_ready() -> None:
 
 
 def test_every_suite_is_called_alike() -> None:
-    for name in FOLDER_SUITES:
+    for name in {**FOLDER_SUITES, **WRITTEN_SUITES}:
         parameters = inspect.signature(import_module(f"surgery.metrics.{name}").evaluate).parameters
         assert list(parameters)[:3] == ["model", "tokenizer", "folder"]
         assert {"limit", "seed", "step"} <= {key for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}

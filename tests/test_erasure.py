@@ -10,12 +10,14 @@ from torch import Tensor
 
 import surgery
 from recipes import erase as recipe
+from surgery.data.prompts import load_prompt_set
 from surgery.delta import Delta
 from surgery.edits.erasure import erase, fit, writers_of
 from surgery.edits.erasure.closed_form import dama, inlp, leace, random, sentence_debias
 from surgery.edits.erasure.dama_values import Search, Subjects, subjects, values
 from surgery.edits.erasure.folding import written
 from surgery.errors import SurgeryError
+from surgery.metrics.suite import material, measure
 from surgery.modules import projection as modules
 
 
@@ -182,13 +184,13 @@ def test_the_recipe_writes_what_was_measured(settings: Any, tiny: Any, checkpoin
     delta = Delta.load(tmp_path / "run" / "delta.safetensors")
     assert delta.kind == ("module" if settings["method"] == "leace" else "dense")
     model, tokenizer = surgery.load(checkpoint, deltas=[tmp_path / "run" / "delta.safetensors"])
-    asked = recipe.material(model, tokenizer, recipe.load_prompt_set("genbias"), suites=["genbias"])
-    again = recipe.measure(model, asked).scores["genbias"]["afgb"]["all"].value
+    asked = material(model, tokenizer, load_prompt_set("genbias"), suites=["genbias"])
+    again = measure(model, asked).scores["genbias"]["afgb"]["all"].value
     assert again == pytest.approx(gaps[1], rel=2e-2)
     if settings["method"] == "leace":
         assert found["controls"]["random"]["edit"]["ranks"] == found["edit"]["ranks"]
         with delta.applied(tiny[0], scale=0.0):
-            same = recipe.measure(tiny[0], asked).scores["genbias"]["afgb"]["all"].value
+            same = measure(tiny[0], asked).scores["genbias"]["afgb"]["all"].value
         assert same == pytest.approx(gaps[0], rel=1e-6)
     assert state(tiny[0]) == before
 

@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.study import Method, Study, read
 from surgery.study.cells import Cell, Judged
-from surgery.study.judging import keep, kept
+from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.verdict import objections, recommend, removed, rows
 
 FILE = """
@@ -80,7 +80,7 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
     "change, message",
     [
         (("seeds = [0, 1]", "sedes = [0]"), "did you mean 'seeds'"),
-        (('recipe = "lftf"\n', ""), "expected exactly one of recipe, delta and preamble"),
+        (('recipe = "lftf"\n', ""), "expected exactly one of recipe, delta, preamble"),
         (('name = "back"', 'name = "lftf"'), "'lftf' is named twice"),
         (('"perplexity"]', '"bbq"]'), "is no folder"),
         (('"perplexity"]', '"bqq"]'), "expected some of"),
@@ -145,11 +145,16 @@ def test_the_edit_to_ship_removes_most_and_spoils_nothing() -> None:
 
 def test_judgements_are_taken_again_only_for_the_same_judges(tmp_path: Path) -> None:
     scores = {"a": metric([1.0, 2.0, 4.0])}
-    keep(tmp_path, Study(), scores)
-    found = kept(tmp_path, Study())
+    judges, missing = check(Study())
+    assert "stereoset" in missing and "no data folder" in missing["stereoset"]
+    assert "free_text" in judges.suites and "stereoset" not in judges.suites
+    keep(tmp_path, Study(), judges, scores, {"texts": []})
+    found = kept(tmp_path, Study(), judges)
     assert found == scores and found is not None
     assert found["a"].samples is not None and (found["a"].samples == scores["a"].samples).all()
-    assert kept(tmp_path, Study(limit=3)) is None and kept(tmp_path / "nowhere", Study()) is None
+    limited = Study(limit=3)
+    assert kept(tmp_path, limited, check(limited)[0]) is None and kept(tmp_path / "nowhere", Study(), judges) is None
+    assert details_of(tmp_path) == {"texts": []} and details_of(tmp_path / "nowhere") == {}
 
 
 def test_a_study_file_without_methods(tmp_path: Path) -> None:

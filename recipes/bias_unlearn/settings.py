@@ -34,10 +34,18 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "dev_rows": 40,
         "test_rows": 400,
     },
-    # Fine-tuning on anti-stereotypes; on both sides alike; preferring one to the other: no other part of Eq. 4 unless
-    # weight_kl asks for it.
+    # Fine-tuning on anti-stereotypes; on both sides alike; on stereotypes, to be subtracted; preferring one to the
+    # other: no other part of Eq. 4 unless weight_kl asks for it.
     ("method", "cda"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
     ("method", "sft"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "stereotypes"): {
+        "swap": False,
+        "retain_by": "token",
+        "weight_kl": 0.0,
+        "adversarial": 0.0,
+        "early_stop": False,
+        "keep": "last",
+    },
     ("method", "dpo"): {"swap": False, "weight_kl": 0.0},
     ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
 }
@@ -54,8 +62,9 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """Which rows of the test file: intrasentence (what bias-bench and the paper score), intersentence or all."""
     profile: Literal["paper", "small", "quick"] = "paper"
     """small: for models of about 0.1 billion parameters; quick: fewer steps and rows, for two CPU cores."""
-    method: Literal["bias_unlearn", "cda", "sft", "dpo", "ga", "self_debias"] = "bias_unlearn"
-    """Or a baseline: CDA (anti-stereotypes only), SFT (both sides), DPO, gradient ascent, Self-Debias (no edit)."""
+    method: Literal["bias_unlearn", "cda", "sft", "stereotypes", "dpo", "ga", "self_debias"] = "bias_unlearn"
+    """Or a baseline: CDA (anti-stereotypes only), SFT (both sides), the stereotypes (a task vector, to be subtracted),
+    DPO, gradient ascent, Self-Debias (no edit)."""
     variant: Literal["paper", "released"] = "paper"
     """released: as the authors' code: one sigmoid a batch, one type after another, selection on the test file."""
     forget_batch: int = Field(4, ge=1)

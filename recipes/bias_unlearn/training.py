@@ -27,6 +27,7 @@ OBJECTIVES = {
     "bias_unlearn": "forget stereotypes (NPO), retain anti-stereotypes, keep unrelated sentences (KL), Eq. 4",
     "cda": "cross-entropy of anti-stereotypes",
     "sft": "cross-entropy of stereotypes and anti-stereotypes alike",
+    "stereotypes": "cross-entropy of stereotypes: a task vector to subtract (scale -1)",
     "dpo": "DPO of anti-stereotypes over stereotypes",
     "ga": "gradient ascent on stereotypes",
     "self_debias": "Self-Debias (Schick et al. 2021): no edit, the next-token distribution is changed",
@@ -116,7 +117,8 @@ def _plan(settings: Settings, size: int) -> Plan:
 def parts(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
     """How many places of a batch each role has, and its weight; raises ``SurgeryError`` where all weights are 0."""
     both = settings.forget_batch + settings.retain_batch
-    alone = {"cda": ("retain", both), "sft": ("both", both), "dpo": ("prefer", both // 2)}  # a pair is two sentences
+    alone = {"cda": ("retain", both), "sft": ("both", both), "stereotypes": ("learn", both)}
+    alone["dpo"] = ("prefer", both // 2)  # a pair is two sentences
     weights = {"forget": settings.weight_forget, "retain": settings.weight_retain}
     sizes = {"forget": settings.forget_batch, "retain": settings.retain_batch}
     if settings.method in alone:

@@ -79,6 +79,11 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """lftf (the paper's settings), random (as many other blocks), no_hold (the first term alone); none for pairs."""
 
     @classmethod
+    def reads_data(cls, values: Mapping[str, Any]) -> bool:
+        """Only pairs of sentences do."""
+        return bool(values.get("pairs"))
+
+    @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
         changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": []}

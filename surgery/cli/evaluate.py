@@ -29,7 +29,10 @@ def evaluate(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", help="A suite; default: those that need no data folder. See surgery list."),
+        typer.Option(
+            "--suite",
+            help="A suite; default: those that need no data folder, with --against all.",
+        ),
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="Prompt set (genbias, race, or a .toml / .json file), or the data folder.")
@@ -54,33 +57,34 @@ def evaluate(
     """Measure a checkpoint by the chosen suites: every number with its scorer, its data and its interval.
 
     With --against the same rows are measured on a second one; what got worse stands first, and the intervals of the
-    differences are widened so that all of them hold together.
+    differences are widened so that all of them hold together. Without --suite that is the ledger: every axis in a quick
+    form, those whose data is not in --data left out by name.
     """
     from surgery.files.atomic import write_json
-    from surgery.metrics.judges import Judges
+    from surgery.metrics.judges import Judges, ledger
     from surgery.metrics.metric import differences, ideal_of
     from surgery.metrics.suite import SUITES, plain
     from surgery.progress import Progress
     from surgery.runs.report import leaves
 
     tasks = tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip())
-    judges = Judges(
-        suites=tuple(dict.fromkeys(suite or ([] if tasks else SUITES))),
-        prompts="genbias" if suite and set(suite) - set(SUITES) else data,
-        folder=data,
-        split=split,
-        part=part,
-        texts=texts,
-        scorer=scorer,
-        limit=limit,
-        seed=seed,
-        tasks=tasks,
-    )
+    progress = Progress(quiet)
+    asked: dict[str, Any] = {"split": split, "part": part, "texts": texts, "scorer": scorer, "limit": limit}
+    asked |= {"seed": seed, "tasks": tasks}
+    if against is not None and not suite and not tasks:
+        folder = data if Path(data).is_dir() else ""
+        judges, missing = ledger(folder, prompts="genbias" if folder else data, **asked)
+        for name, reason in missing.items():
+            progress.say(f"without the judge {name}: {reason}")
+    else:
+        prompts = "genbias" if suite and set(suite) - set(SUITES) else data
+        names = tuple(dict.fromkeys(suite or ([] if tasks else SUITES)))
+        judges = Judges(suites=names, prompts=prompts, folder=data, **asked)
     judges.check("--data")
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
         opened = open_model(spec, quiet, device=device, deltas=deltas)
-        return judges.judge(*opened, progress=Progress(quiet))
+        return judges.judge(*opened, progress=progress)
 
     reference = measured_on(against, []) if against is not None else None
     measured = measured_on(model, delta or [])

@@ -165,7 +165,7 @@ def run(
 def list_(debug: Debug = False) -> None:
     """Show the recipes, metrics and data sets, and which of them are ready here."""
     from surgery.data.prompts import SHIPPED
-    from surgery.metrics.suite import SUITES, folder_suites
+    from surgery.metrics.suite import SUITES, WRITTEN_SUITES, folder_suites
 
     try:
         from surgery.files.converted import demo_gguf
@@ -175,7 +175,7 @@ def list_(debug: Debug = False) -> None:
         demo = str(error)
     for title, rows in (
         ("recipes", {name: _first_comment(_recipes()[name]) for name in sorted(_recipes())}),
-        ("metrics", dict.fromkeys(SUITES, "ready")),
+        ("metrics", dict.fromkeys(SUITES, "ready") | WRITTEN_SUITES),
         ("metrics that need --data FOLDER", folder_suites()),
         ("data sets", dict.fromkeys(SHIPPED, "ready") | {"neutral": "ready"}),
         ("models", {"demo": demo}),

@@ -46,9 +46,11 @@ def study(
         module, values, _ = chosen_recipe(method.recipe, None, [], None)
         modules[method.name] = module
         fields = module.Settings.model_fields
-        shared = {"dtype": asked.dtype, "data": asked.folder, "prompt_set": asked.data}
-        given = {key: value for key, value in shared.items() if key in fields and value}
         changed = by_new_names(module.Settings, method.settings, f"{file}, method {method.name}")
+        shared = {"dtype": asked.dtype, "prompt_set": asked.data}
+        if "data" in fields and module.Settings.reads_data(values | changed):
+            shared["data"] = asked.folder
+        given = {key: value for key, value in shared.items() if key in fields and value}
         for model in asked.models:
             for seed in asked.seeds:
                 own = {**values, **given, **changed, "model": model, "seed": seed}

@@ -1,7 +1,7 @@
 """The judges of a model: which suites measure it, and on what; what is compared is asked the same rows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
 from surgery.metrics import lm_eval
+from surgery.metrics.ledger import LEDGER, ROWS, absent
 from surgery.metrics.locality import Reference
 from surgery.metrics.sentences import check_scorer
-from surgery.metrics.suite import SUITES, check_suites, evaluate_suites, material, measure
+from surgery.metrics.suite import FOLDER_SUITES, SUITES, check_suites, evaluate_suites, material, measure
 from surgery.progress import Progress
 
 
@@ -33,6 +34,8 @@ class Judges:
     """Of stereoset and crows_pairs."""
     limit: int = 0
     """So many rows of each file of the data folder, drawn by ``seed``; 0 for all."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """The same by suite, instead of ``limit``."""
     seed: int = 0
     tasks: tuple[str, ...] = ()
     """Of lm-eval."""
@@ -44,7 +47,7 @@ class Judges:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """The suites that read the data folder."""
+        """The suites that read the data folder, or have the model write."""
         return tuple(name for name in self.suites if name not in SUITES)
 
     def check(self, where: str) -> None:
@@ -53,10 +56,13 @@ class Judges:
         check_scorer(self.scorer)
         if self.tasks:
             lm_eval.check_installed()
-        if self.others and not (self.folder and Path(self.folder).is_dir()):
+        wanted = [name for name in self.others if name in FOLDER_SUITES]
+        if wanted and not (self.folder and Path(self.folder).is_dir()):
             raise SurgeryError(
-                f"suite {self.others[0]}: {where} {str(self.folder)!r} is no folder; give the one that holds its files"
+                f"suite {wanted[0]}: {where} {str(self.folder)!r} is no folder; give the one that holds its files"
             )
+        if missing := absent(wanted, self.folder):
+            raise SurgeryError("; ".join(f"suite {name}: {reason}" for name, reason in missing.items()))
         load_prompt_set(self.prompts)
 
     def reference(
@@ -75,11 +81,14 @@ class Judges:
         *,
         preamble: str = "",
         reference: Reference | None = None,
+        details: dict[str, Any] | None = None,
         progress: Progress,
     ) -> dict[str, Any]:
         """Every number of ``model`` as it is now, by suite, as ``Metric`` objects, which can be paired.
 
-        ``preamble`` is put before prompts; ``reference`` gives locality its KL. Raises ``SurgeryError``.
+        ``preamble`` is put before prompts; ``reference`` gives locality its KL. ``details`` is filled with what the
+        model wrote ("texts", see ``surgery.metrics.free_text``) and asked ("prompts": the text, its subject, and
+        the probability of each word). Raises ``SurgeryError``.
         """
         scores: dict[str, Any] = {}
         if self.shipped:
@@ -93,8 +102,16 @@ class Judges:
                 suites=self.shipped,
                 preamble=preamble,
             )
-            scores |= measure(model, given, reference=reference, progress=progress).scores
-        options: Mapping[str, Any] = {name: {"scorer": self.scorer} for name in ("stereoset", "crows_pairs")}
+            found = measure(model, given, reference=reference, progress=progress)
+            scores |= found.scores
+            if details is not None and found.probabilities is not None:
+                asked = zip(given.prompts, found.probabilities.tolist(), strict=True)
+                details["prompts"] = [[row.text, row.profession, *chances] for row, chances in asked]
+                details["words"] = list(given.compared)
+        options: dict[str, Any] = {name: {"scorer": self.scorer} for name in ("stereoset", "crows_pairs")}
+        options["free_text"] = {"preamble": preamble, "details": details}
+        for name, count in self.rows.items():
+            options[name] = options.get(name, {}) | {"limit": count}
         rows: Any = {"limit": self.limit, "seed": self.seed}
         scores |= evaluate_suites(
             model, tokenizer, self.others, self.folder, **rows, progress=progress, options=options
@@ -102,3 +119,14 @@ class Judges:
         if self.tasks:
             scores["lm_eval"] = lm_eval.evaluate(model, tokenizer, list(self.tasks), **rows)
         return scores
+
+
+def ledger(folder: str | Path, *, suites: Sequence[str] = LEDGER, **asked: Any) -> tuple[Judges, dict[str, str]]:
+    """The judges of every axis in their quick form, and which were left out since their data is not in ``folder``.
+
+    ``asked`` are further fields of ``Judges``; its ``rows`` and ``limit`` go before the quick form's.
+    """
+    missing = absent(suites, folder)
+    rows = asked.pop("rows", None) or ({} if asked.get("limit") else ROWS)
+    kept = tuple(name for name in suites if name not in missing)
+    return Judges(suites=kept, folder=folder, rows=rows, **asked), missing

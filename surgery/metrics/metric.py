@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from surgery.errors import SurgeryError
 
 RESAMPLES = 2000
+TAIL = 5  # draws beyond a quantile, of fewer of which it is not known
 CHUNK = 4_000_000  # resampled entries held at once
 
 
@@ -147,9 +149,12 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
     told = (before.scorer, before.data, before.n) == (after.scorer, after.data, after.n)
     if not told or before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
         return None
-    low, high = np.quantile(after.samples - before.samples, [0.025 / axes, 1 - 0.025 / axes])
-    value = after.value - before.value
+    drawn, value = after.samples - before.samples, after.value - before.value
+    low, high = np.quantile(drawn, [0.025 / axes, 1 - 0.025 / axes])
     low, high = min(float(low), value), max(float(high), value)
+    if drawn.size * 0.025 < TAIL * axes:  # so far out lie a few draws or none: there the normal tail is wider
+        reach = NormalDist().inv_cdf(1 - 0.025 / axes) * float(drawn.std())
+        low, high = min(low, value - reach), max(high, value + reach)
     better = _better(before, after)
     verdict = "within noise" if low <= 0 <= high or better == 0 else "better" if better > 0 else "worse"
     return Difference(value, low, high, after.n, after.scorer, after.data, verdict)

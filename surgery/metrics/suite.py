@@ -42,7 +42,10 @@ FOLDER_SUITES = {
     "cloze": "T-REx facts as cloze questions",
     "gas": "GAS: gendered words in continuations",
     "bios": "Bias in Bios: gaps between genders by profession",
+    "wikitext": "perplexity of Wikipedia's sentences",
 }
+# Suites of the same signature that read texts of the package, and no folder.
+WRITTEN_SUITES = {"free_text": "what the model writes: who is he or she by profession, agency, competence, warmth"}
 Scores = dict[str, Any]
 Prefixes = Mapping[str, ResidualCache]
 
@@ -217,7 +220,7 @@ def folder_suites() -> dict[str, str]:
 
 def check_suites(names: Sequence[str]) -> None:
     """Raises ``SurgeryError`` for a name that is no suite on a data folder."""
-    known = folder_suites()
+    known = folder_suites() | WRITTEN_SUITES
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         raise SurgeryError(f"suite: got {unknown!r}, expected some of {', '.join([*SUITES, *known])}")
@@ -247,7 +250,10 @@ def evaluate_suites(
         module = import_module(f"surgery.metrics.{name}")
         with progress.work(f"measure {name}", None) as step:
             scores[name] = module.evaluate(
-                model, tokenizer, Path(folder), limit=limit, seed=seed, step=step, **(options or {}).get(name, {})
+                model,
+                tokenizer,
+                Path(folder),
+                **{"limit": limit, "seed": seed, "step": step, **(options or {}).get(name, {})},
             )
         skipped = scores[name].get("skipped", [])
         if skipped:

@@ -26,20 +26,42 @@ AGAIN = ("surgery run recipe.toml --out again         # the same again, byte for
 
 
 @dataclass(frozen=True)
-class Table:
-    """A section of the page: its caption, the head of each column and the cells as text, and what is said below.
+class Bar:
+    """A cell that shows a number between -1 and 1 as a bar from the middle; it sorts by the number."""
 
-    Without a head it has no table, and its picture and note stand alone.
+    value: float
+    hint: str = ""
+
+    @property
+    def left(self) -> float:
+        """Where the bar begins, in percent of the cell."""
+        return 50 + 50 * max(-1.0, min(0.0, self.value))
+
+    @property
+    def width(self) -> float:
+        """How long it is, in percent of the cell."""
+        return 50 * min(1.0, abs(self.value))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A section of the page: its caption, the head of each column and the cells, and what is said below.
+
+    Without a head it has no table, and its picture and note stand alone. A click on a head sorts by that column.
     """
 
     caption: str
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Bar]]
     note: str = ""
     picture: str = ""
     """The name of the figure that stands above the table; figures that no table names stand at the top of the page."""
     hints: Sequence[str] = ()
     """What is shown when a row is pointed at, one for each row."""
+    folded: bool = False
+    """Shown when its caption is clicked."""
+    texts: bool = False
+    """Its cells are sentences, which wrap."""
 
 
 def leaves(scores: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

@@ -114,6 +114,11 @@ class DataFolder(Settings):
     data: str = ""
     """The directory of data sets."""
 
+    @classmethod
+    def reads_data(cls, values: Mapping[str, Any]) -> bool:
+        """Whether a run with these values reads the directory, so that a study hands it on."""
+        return True
+
 
 class Suites(DataFolder):
     """What is measured before and after on files of ``data``."""

@@ -5,14 +5,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.errors import HookError
 from surgery.checkpoints import load
 from surgery.delta import Delta
+from surgery.edits.cafie import counterfactual
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
+from surgery.metrics.judges import Judges
 from surgery.progress import Progress
 from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
@@ -45,7 +48,9 @@ def carry_out(
     study is at work (unless ``share``).
     """
     progress = progress or Progress(quiet=True)
-    check(study)
+    judges, missing = check(study)
+    for name, reason in missing.items():
+        progress.say(f"without the judge {name}: {reason}")
     out.mkdir(parents=True, exist_ok=True)
     judged: list[Judged] = []
     elsewhere: list[str] = []
@@ -56,7 +61,7 @@ def carry_out(
             label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
             try:
                 with _held(cell.folder / "cell.lock", shared=False):
-                    judged.append(_one(cell, study, run, opened, device, progress, label))
+                    judged.append(_one(cell, study, judges, run, opened, device, progress, label))
             except BlockedError:
                 elsewhere.append(label)
                 progress.say(f"{label}: another process has it")
@@ -65,12 +70,13 @@ def carry_out(
                 f"{out}: other processes are at work on {len(elsewhere)} of {len(every)} cells ({elsewhere[0]}); "
                 "the last one to finish writes the page, or run the command again"
             )
-        return write_report(out, study, judged)
+        return write_report(out, study, judged, missing)
 
 
 def _one(
     cell: Cell,
     study: Study,
+    judges: Judges,
     run: RunRecipe,
     opened: dict[str, Opened],
     device: str | None,
@@ -78,7 +84,7 @@ def _one(
     label: str,
 ) -> Judged:
     """The cell's numbers, from disk if they are there."""
-    known = kept(cell.folder, study)
+    known = kept(cell.folder, study, judges)
     if known is not None:
         progress.say(f"{label}: judged before")
         return Judged(cell, known)
@@ -89,15 +95,15 @@ def _one(
     model, tokenizer = opened[cell.model]
     try:
         with _edited(cell, opened[cell.model], run):
-            preamble = cell.method.preamble if cell.method else ""
-            scores = judge(model, tokenizer, study, preamble=preamble, progress=progress)
+            details: dict[str, Any] = {}
+            scores = judge(model, tokenizer, judges, cell.method, details=details, progress=progress)
     except (SurgeryError, HookError) as error:
         reason = " ".join(str(error).split())
         progress.say(f"{label}: refused: {reason}")
         write_json(cell.folder / "refused.json", {"reason": reason})
         return Judged(cell, {}, reason)
     (cell.folder / "refused.json").unlink(missing_ok=True)
-    keep(cell.folder, study, scores)
+    keep(cell.folder, study, judges, scores, details)
     return Judged(cell, scores)
 
 
@@ -107,6 +113,12 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[None]:
     method = cell.method
     if method is None or method.preamble:
         yield
+        return
+    if method.absent:
+        raise SurgeryError(method.absent)
+    if method.decoding:
+        with counterfactual(*opened):
+            yield
         return
     file = Path(method.delta)
     if method.recipe:

@@ -1,6 +1,7 @@
 """One list of judges for every cell of a study, on the same rows, kept on disk with the draws that pair them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,56 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data.prompts import load_prompt_set
 from surgery.files.atomic import write_json
-from surgery.metrics.judges import Judges
+from surgery.metrics.judges import Judges, ledger
 from surgery.metrics.metric import flat, from_dict
-from surgery.metrics.suite import SUITES, plain
+from surgery.metrics.suite import plain
 from surgery.progress import Progress
 from surgery.study.cells import Flat
-from surgery.study.settings import PROMPT_SUITES, Study
+from surgery.study.settings import PROMPT_SUITES, WRITING_SUITES, Method, Study
 
 
-def check(study: Study) -> None:
-    """Name at the start what would be missing after an hour. Raises ``SurgeryError``."""
-    _asked(study, _suites(study)).check("folder =")
+def check(study: Study) -> tuple[Judges, dict[str, str]]:
+    """The study's judges, and those of the ledger that are left out with the reason, where the study names none.
+
+    Raises ``SurgeryError`` for named judges whose data is not there, which would be missing after an hour.
+    """
+    asked: dict[str, Any] = {"prompts": study.data, "scorer": study.scorer, "limit": study.limit}
+    if not study.suites:
+        return ledger(study.folder, **asked)
+    judges = Judges(suites=tuple(dict.fromkeys(study.suites)), folder=study.folder, rows=study.rows, **asked)
+    judges.check("folder =")
+    return judges, {}
 
 
 def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, study: Study, *, preamble: str, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    judges: Judges,
+    method: Method | None,
+    *,
+    details: dict[str, Any],
+    progress: Progress,
 ) -> Flat:
-    """Every number of the study's suites for ``model`` as it is now; a ``preamble`` stands before prompts only."""
-    names = [name for name in _suites(study) if not preamble or name in PROMPT_SUITES]
-    return flat(_asked(study, names).judge(model, tokenizer, preamble=preamble, progress=progress))
+    """Every number of the judges for ``model`` as it is now, of those that fit the method.
+
+    A preamble stands before prompts only; another way to decode changes no text that is written. ``details`` is filled
+    with what the page shows of it (``Judges.judge``).
+    """
+    preamble = method.preamble if method else ""
+    suites = [name for name in judges.suites if not preamble or name in PROMPT_SUITES]
+    if method and method.decoding:
+        suites = [name for name in suites if name not in WRITING_SUITES]
+    asked = replace(judges, suites=tuple(suites))
+    return flat(asked.judge(model, tokenizer, preamble=preamble, details=details, progress=progress))
 
 
-def kept(folder: Path, study: Study) -> Flat | None:
+def kept(folder: Path, study: Study, judges: Judges) -> Flat | None:
     """What ``keep`` wrote for the same judges, or None."""
     try:
         known = json.loads((folder / "judged.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    if known["judges"] != json.loads(json.dumps(_judges(study))):
+    if known["judges"] != json.loads(json.dumps(_identity(study, judges))):
         return None
     with np.load(folder / "judged.npz") as draws:
         return {
@@ -45,32 +68,35 @@ def kept(folder: Path, study: Study) -> Flat | None:
         }
 
 
-def keep(folder: Path, study: Study, scores: Flat) -> None:
-    """Write the numbers, and beside them the bootstrap's draws, by which two cells are paired."""
+def keep(folder: Path, study: Study, judges: Judges, scores: Flat, details: Mapping[str, Any]) -> None:
+    """Write the numbers, beside them the bootstrap's draws, by which two cells are paired, and what the page shows."""
     folder.mkdir(parents=True, exist_ok=True)
     draws = {place: metric.samples for place, metric in scores.items() if metric.samples is not None}
     part = folder / "judged.npz.part"
     with part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **draws)
     part.rename(folder / "judged.npz")
-    write_json(folder / "judged.json", {"judges": _judges(study), "scores": plain(scores)})
+    write_json(folder / "details.json", dict(details))
+    write_json(folder / "judged.json", {"judges": _identity(study, judges), "scores": plain(scores)})
 
 
-def _suites(study: Study) -> list[str]:
-    return list(dict.fromkeys(study.suites or SUITES))
+def details_of(folder: Path) -> dict[str, Any]:
+    """What ``keep`` wrote for the page; nothing where the cell was not judged."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "details.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found
 
 
-def _asked(study: Study, names: list[str]) -> Judges:
-    return Judges(suites=tuple(names), prompts=study.data, folder=study.folder, scorer=study.scorer, limit=study.limit)
-
-
-def _judges(study: Study) -> dict[str, Any]:
+def _identity(study: Study, judges: Judges) -> dict[str, Any]:
     """All that a number depends on beside the weights."""
     return {
-        "suites": _suites(study),
+        "suites": list(judges.suites),
         "data": asdict(load_prompt_set(study.data)) | {"name": study.data},
         "folder": study.folder,
         "scorer": study.scorer,
         "limit": study.limit,
+        "rows": dict(judges.rows),
         "dtype": study.dtype,
     }

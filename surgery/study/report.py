@@ -9,29 +9,41 @@ from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.files.atomic import write_json
 from surgery.runs.compare import front, loss
 from surgery.runs.report import Table, cell, page, save
+from surgery.study.agreement import TEMPLATES, over_methods, over_professions
 from surgery.study.cells import Judged
-from surgery.study.settings import Study
-from surgery.study.verdict import Row, axes, recommend, removed, rows
+from surgery.study.judging import details_of
+from surgery.study.settings import KINDS, Study
+from surgery.study.showing import shown
+from surgery.study.verdict import Row, axes, chosen, objections, plain_words, recommend, removed, rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURES = 4
 
-
-def write_report(out: Path, study: Study, judged: Sequence[Judged]) -> Path:
-    """Write ``study.json`` and ``study.html`` into ``out``; the page's path."""
+def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Mapping[str, str]) -> Path:
+    """Write ``study.json`` and ``study.html`` into ``out``; the page's path. ``missing``: judges without their data."""
     found = rows(judged)
-    lines = recommend(found, study)
-    tables = [_numbers(found, study), _methods(found), *_ledgers(found)]
-    text, pictures = page(
-        title="Which edit to ship, and what it breaks",
-        lines=[*lines, *_commands(found, judged, lines)],
-        tables=tables,
-        figures=_pictures(found, study),
-    )
+    lines = [*recommend(found, study), *_commands(found, judged, study)]
+    if missing:
+        lines.append(f"Not measured, for want of data: {', '.join(missing)}.")
+    pictures = _pictures(found, study)
+    agreement = _agreement(found, judged)
+    tables = [
+        _numbers(found, study),
+        *(
+            Table(str(figure.get_label()), [], [], picture=name, folded=n > 0)
+            for n, (name, figure) in enumerate(pictures.items())
+        ),
+        *_shown(found, judged, study),
+        *([agreement] if agreement else []),
+        _methods(found),
+        *_ledgers(found),
+    ]
+    text, files = page(title="Which edit to ship, and what it breaks", lines=lines, tables=tables, figures=pictures)
     summary = {
         "verdict": lines,
+        "missing": dict(missing),
+        "agreement": [list(row) for row in agreement.rows] if agreement else [],
         "cells": [
             {
                 "model": one.cell.model,
@@ -44,39 +56,82 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged]) -> Path:
         ],
     }
     write_json(out / "study.json", summary)
-    save(out / "study.html", text, pictures)
+    save(out / "study.html", text, files)
     return out / "study.html"
 
 
 def _numbers(found: Sequence[Row], study: Study) -> Table:
     bias, cost = axes(study, {place for row in found for place in row.scores})
     places = [*bias, *cost]
-    table = []
+    table, hints = [], []
     for row in found:
         untouched = next(one for one in found if one.model == row.model and one.method is None)
-        share = "" if row.method is None else f"{100 * removed(row, untouched, bias):.0f} %"
-        cells = (
-            [cell(row.scores.get(place)) for place in places]
-            if not row.refused
-            else [row.refused] + [""] * (len(places) - 1)
+        share, spoilt = "", ""
+        if row.method is not None and not row.refused:
+            share = f"{100 * removed(row, untouched, bias):.0f} %"
+            spoilt = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
+        table.append(
+            [f"{row.model}: {row.name}", share, row.refused or spoilt, *(cell(row.scores.get(p)) for p in places)]
         )
-        table.append([f"{row.model}: {row.name}", share, *cells])
-    head = ["method", "bias removed", *(place.replace("_", " ").replace(".", " ") for place in places)]
-    ideals = {place: row.scores[place] for row in found for place in places if place in row.scores}
-    said = "; ".join(f"{place}: {one['scorer']}, on {one['data']}, n {one['n']}" for place, one in ideals.items())
-    note = (
-        f"{said}. Brackets are 95 % intervals: over the seeds where there are several, else bootstrap intervals. "
-        "The bias removed is 1 - distance from the ideal after / before, mean over the bias numbers."
+        hints.append(row.method.about if row.method else "the model as it is")
+    head = ["method", "bias removed", "spoils", *(plain_words(place) for place in places)]
+    measured = {place: row.scores[place] for row in found for place in places if place in row.scores}
+    said = "; ".join(
+        f"{plain_words(p)}: {one['scorer']}, on {one['data']}, n {one['n']}" for p, one in measured.items()
     )
-    return Table("The numbers that decide", head, table, note)
+    note = (
+        "The bias removed is 1 - distance from the ideal after / before, mean over the bias numbers "
+        f"({', '.join(map(plain_words, bias))}). Spoils: numbers of cost that are worse with every seed, by more than "
+        f"{100 * study.tolerance:g} %. Brackets are 95 % intervals: over the seeds where there are several, else "
+        f"bootstrap intervals. {said}."
+    )
+    return Table("The numbers that decide", head, table, note, hints=hints)
+
+
+def _shown(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> list[Table]:
+    """Texts, prompts and groups before and after the method that is recommended, or that takes most of the bias."""
+    tables = []
+    for row in chosen(found, study):
+        cells = {
+            name: next(
+                one.cell for one in judged if (one.cell.model, one.cell.name) == (row.model, name) and not one.refused
+            )
+            for name in ("untouched", row.name)
+        }
+        before, after = (details_of(cell.folder) for cell in cells.values())
+        tables += shown(before, after, row.model, row.name)
+    return tables
+
+
+def _agreement(found: Sequence[Row], judged: Sequence[Judged]) -> Table | None:
+    """Whether templates rank methods, and professions, as what is written does; None where nothing was written."""
+    table = []
+    for model in dict.fromkeys(row.model for row in found):
+        own = [one for one in judged if one.cell.model == model and not one.refused]
+        firsts = [next(one for one in own if one.cell.name == name) for name in dict.fromkeys(o.cell.name for o in own)]
+        for place in TEMPLATES:
+            if (pair := over_methods(firsts, place)) is not None:
+                table.append([model, f"{plain_words(place)}, over methods", str(pair[0]), f"{pair[1]}"])
+        for one in firsts[:1]:
+            if (pair := over_professions(details_of(one.cell.folder))) is not None:
+                table.append(
+                    [model, "he or she after prompts, over professions, untouched", str(pair[0]), f"{pair[1]}"]
+                )
+    if not table:
+        return None
+    note = (
+        "Spearman's rank correlation of each number's distance from its ideal with that of the stereotype in free text "
+        "(who is he or she, by profession); first seeds. Brackets: 95 % bootstrap intervals over the rows measured, or "
+        "over professions. Few methods give wide ones."
+    )
+    return Table(
+        "Do template scores say what the model writes?", ["model", "templates", "rank agreement", "of"], table, note
+    )
 
 
 def _methods(found: Sequence[Row]) -> Table:
     methods = {row.name: row.method for row in found if row.method is not None}
-    kind = {
-        name: f"recipe {one.recipe}" if one.recipe else f"delta {one.delta}" if one.delta else "a prompt"
-        for name, one in methods.items()
-    }
+    kind = {name: f"{key} {getattr(one, key)}" for name, one in methods.items() for key in KINDS if getattr(one, key)}
     return Table("The methods", ["method", "what", "about"], [[n, kind[n], one.about] for n, one in methods.items()])
 
 
@@ -91,7 +146,7 @@ def _ledgers(found: Sequence[Row]) -> list[Table]:
             for place in places:
                 one = row.differences[0][place]
                 cells.append([
-                    place.replace("_", " ").replace(".", " "), verdict, f"{100 * row.change(place):+.1f} %",
+                    plain_words(place), verdict, f"{100 * row.change(place):+.1f} %",
                     f"{one.value:+.4f} [{one.low:+.4f}, {one.high:+.4f}]", f"{one.n}", one.scorer,
                 ])  # fmt: skip
         count = len(row.differences[0])
@@ -101,7 +156,7 @@ def _ledgers(found: Sequence[Row]) -> list[Table]:
             f"{count} hold together at 95 %."
         )
         head = ["number", "verdict", "change", "difference", "rows", "scorer"]
-        tables.append(Table(f"What {row.name} changed on {row.model}", head, cells, note))
+        tables.append(Table(f"What {row.name} changed on {row.model}", head, cells, note, folded=True))
     return tables
 
 
@@ -111,7 +166,7 @@ def _pictures(found: Sequence[Row], study: Study) -> dict[str, "Figure"]:
     for model in dict.fromkeys(row.model for row in found):
         own = [row for row in found if row.model == model]
         bias, cost = axes(study, own[0].scores)
-        for x, y in list(product(cost, bias))[:PICTURES]:
+        for x, y in product(cost, bias):
             shown = [row for row in own if x in row.scores and y in row.scores]
             if len(shown) > 1:
                 figures[f"{Path(model).name}_{y}_{x}".replace(".", "_")] = _picture(model, shown, x, y)
@@ -132,20 +187,23 @@ def _picture(model: str, shown: Sequence[Row], x: str, y: str) -> "Figure":
         plot.annotate(row.name, (a["value"], b["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
     for name, place, metric in (("x", x, pairs[0][0]), ("y", y, pairs[0][1])):
         way = f"ideal {metric['ideal']:g}" if metric["direction"] == "nearer" else f"{metric['direction']} is better"
-        getattr(plot, f"set_{name}label")(f"{place.replace('_', ' ').replace('.', ' ')} ({way})")
+        getattr(plot, f"set_{name}label")(f"{plain_words(place)} ({way})")
+    figure.set_label(f"{plain_words(y)} against {plain_words(x)}, {model}")
     plot.set_title(f"{model}. Orange: untouched; grey: another method is better on both axes.", fontsize=9)
     plot.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _commands(found: Sequence[Row], judged: Sequence[Judged], lines: Sequence[str]) -> list[str]:
+def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> list[str]:
     """The command that ships each recommended delta."""
     said = []
-    for row in found:
-        if row.method is None or not any(line.startswith(f"{row.model}: ship {row.name}.") for line in lines):
-            continue
+    for row in chosen(found, study, clean=True):
+        assert row.method is not None
         if row.method.preamble:
             said.append(f"To ship it: put {row.method.preamble!r} before every prompt.")
+            continue
+        if row.method.decoding:
+            said.append(f"To ship it: decode by {row.method.decoding} (surgery.edits.{row.method.decoding}).")
             continue
         first = next(one.cell for one in judged if one.cell.model == row.model and one.cell.name == row.name)
         file = row.method.delta or str(first.folder / "run" / "delta.safetensors")

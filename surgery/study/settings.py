@@ -2,18 +2,20 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.errors import SurgeryError
 from surgery.runs.settings import build
 
-PROMPT_SUITES = ("genbias", "genhint")
+PROMPT_SUITES = ("genbias", "genhint", "free_text")
+WRITING_SUITES = ("free_text", "gas")  # which go on from cached keys, so that no second pass can be made beside
+KINDS = ("recipe", "delta", "preamble", "decoding", "absent")
 
 
 class Method(BaseModel):
-    """A row of the study: a recipe with settings, a delta file, or a text put before every prompt."""
+    """A row of the study: a recipe with settings, a delta file, a text before every prompt, another way to decode."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -25,6 +27,10 @@ class Method(BaseModel):
     """A delta file, ours or foreign, instead of a recipe."""
     preamble: str = ""
     """A text before every prompt, instead of an edit: the baseline that costs nothing."""
+    decoding: Literal["", "cafie"] = ""
+    """What is done to every next-token distribution, instead of an edit (``surgery.edits.cafie``)."""
+    absent: str = ""
+    """Why a method that belongs here cannot be run: a row that says so."""
     scale: float = 1.0
     """What the delta is multiplied by; -1 subtracts what a recipe taught (task-vector negation)."""
     about: str = ""
@@ -39,14 +45,16 @@ class Study(BaseModel):
     models: list[str] = ["demo"]
     seeds: list[int] = [0]
     suites: list[str] = []
-    """What is measured; none stands for every suite that needs no data folder."""
+    """What is measured, all rows of it; none stands for the ledger, every axis in its quick form."""
     data: str = "genbias"
     """A prompt set."""
     folder: str = ""
     """The data folder, for suites that need one."""
     scorer: str = "bias-bench"
     limit: int = Field(0, ge=0)
-    """So many rows of each file of the data folder; 0 for all."""
+    """So many rows of each file of the data folder; 0 for all (of the ledger: its quick form)."""
+    rows: dict[str, int] = {}
+    """The same by suite."""
     bias: list[str] = []
     """The numbers an edit is to improve, by their place such as "genbias.afgb.all"."""
     cost: list[str] = []
@@ -70,11 +78,11 @@ def read(path: Path) -> tuple[Study, list[Method]]:
     study = build(Study, raw, str(path))
     methods = [build(Method, table, f"{path}, methods[{n}]") for n, table in enumerate(tables, 1)]
     for number, method in enumerate(methods, 1):
-        kinds = [key for key in ("recipe", "delta", "preamble") if getattr(method, key)]
+        kinds = [key for key in KINDS if getattr(method, key)]
         if len(kinds) != 1:
             raise SurgeryError(
                 f"{path}, methods[{number}] ({method.name}): got {' and '.join(kinds) or 'nothing'}, expected exactly "
-                "one of recipe, delta and preamble"
+                f"one of {', '.join(KINDS)}"
             )
         if set(method.settings) & {"model", "seed", "recipe"}:
             raise SurgeryError(f"{path}, methods[{number}] ({method.name}): model, seed and recipe are the study's own")

@@ -97,42 +97,60 @@ def objections(row: Row, cost: Sequence[str], tolerance: float) -> list[str]:
     return [place for place in row.worse() if place in cost and abs(row.change(place)) > tolerance]
 
 
+def chosen(found: Sequence[Row], study: Study, *, clean: bool = False) -> list[Row]:
+    """For each model the method to ship: of those that spoil nothing, the one that removes most of the bias.
+
+    Where there is none, the one that removes most; with ``clean`` it is left out.
+    """
+    best = []
+    for untouched in (row for row in found if row.method is None and not row.refused):
+        bias, cost = axes(study, untouched.scores)
+        ranked = ranking(found, untouched, bias)
+        fitting = [
+            row for row in ranked if removed(row, untouched, bias) > 0 and not objections(row, cost, study.tolerance)
+        ]
+        best += (fitting or ([] if clean else ranked))[:1]
+    return best
+
+
+def ranking(found: Sequence[Row], untouched: Row, bias: Sequence[str]) -> list[Row]:
+    """The methods of one model that were measured, the one that removes most of the bias first."""
+    own = [row for row in found if row.model == untouched.model and row.method is not None and not row.refused]
+    return sorted(own, key=lambda row: -removed(row, untouched, bias))
+
+
 def recommend(found: Sequence[Row], study: Study) -> list[str]:
     """Which edit to ship on each model, why, and what speaks against it; or that none can be recommended."""
     lines: list[str] = []
     for untouched in (row for row in found if row.method is None):
-        own = [row for row in found if row.model == untouched.model and row.method is not None and not row.refused]
         if untouched.refused:
             lines.append(f"{untouched.model}: could not be measured as it is ({untouched.refused}).")
             continue
         bias, cost = axes(study, untouched.scores)
-        ranked = sorted(own, key=lambda row: -removed(row, untouched, bias))
-        clean = [
-            row for row in ranked if removed(row, untouched, bias) > 0 and not objections(row, cost, study.tolerance)
-        ]
-        if not clean:
+        ranked = ranking(found, untouched, bias)
+        best = next((row for row in chosen(found, study, clean=True) if row.model == untouched.model), None)
+        if best is None:
             lines.append(f"{untouched.model}: no method can be recommended.")
             for row in ranked[:2]:
-                against = ", ".join(_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
+                against = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
                 lines.append(
                     f"{row.name} removes {100 * removed(row, untouched, bias):.0f} % of the bias; it spoils {against}."
                 )
             continue
-        best = clean[0]
         lines.append(
             f"{best.model}: ship {best.name}. It removes {100 * removed(best, untouched, bias):.0f} % of the bias "
-            f"(mean of {', '.join(_words(place) for place in bias)}), more than any other method that spoils none of "
-            f"{', '.join(_words(place) for place in cost)} by more than {100 * study.tolerance:g} %."
+            f"(mean of {', '.join(plain_words(place) for place in bias)}), more than any other method that spoils "
+            f"none of {', '.join(plain_words(place) for place in cost)} by more than {100 * study.tolerance:g} %."
         )
         spoilt = best.worse()
         lines.append(
-            f"It makes worse: {', '.join(f'{_words(p)} ({100 * best.change(p):+.1f} %)' for p in spoilt[:6])}."
+            f"It makes worse: {', '.join(f'{plain_words(p)} ({100 * best.change(p):+.1f} %)' for p in spoilt[:6])}."
             if spoilt
             else "Nothing that was measured got worse beyond noise."
         )
         for row in ranked[: ranked.index(best)]:
             against = ", ".join(
-                f"{_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
+                f"{plain_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
             )
             lines.append(f"{row.name} removes {100 * removed(row, untouched, bias):.0f} %, but spoils {against}.")
     if len(study.seeds) == 1:
@@ -140,5 +158,6 @@ def recommend(found: Sequence[Row], study: Study) -> list[str]:
     return lines
 
 
-def _words(place: str) -> str:
+def plain_words(place: str) -> str:
+    """A number's place as it is read: "genbias afgb all"."""
     return place.replace("_", " ").replace(".", " ")

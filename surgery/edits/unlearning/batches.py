@@ -14,11 +14,13 @@ import numpy as np
 from surgery.edits.unlearning.encoding import ANTI, STEREOTYPE, UNRELATED
 from surgery.errors import SurgeryError
 
-# What happens to a sentence: NPO or ascent; cross-entropy; cross-entropy of both sides in turn (SFT); DPO; KL.
+# What happens to a sentence: NPO or ascent; cross-entropy; cross-entropy of both sides in turn (SFT), of stereotypes
+# (for a task vector to subtract); DPO; KL.
 _SIDES = {
     "forget": (STEREOTYPE,),
     "retain": (ANTI,),
     "both": (STEREOTYPE, ANTI),
+    "learn": (STEREOTYPE,),
     "prefer": (STEREOTYPE,),
     "unrelated": (UNRELATED,),
 }

@@ -1,22 +1,17 @@
-"""Closed-form erasure as an edit: LEACE, INLP, SentenceDebias and DAMA, a random projection of the same rank beside.
-
-The concept is what tells a prompt with one word's hint from the same prompt with the other's ("... forgot his keys and"
-/ "... her keys and"): the hint prompts of the training professions, each with both hints. DAMA takes the prompts that
-settle nothing and asks instead what an MLP would have to write there for either word to follow.
-"""
+"""The steps of an erasure's run: fit and fold, or put a projection before the head; a random one beside."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
+from recipes.erase.settings import Settings
 from surgery.data import genbias, genhint
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.rows import sample
@@ -29,7 +24,6 @@ from surgery.forward.tokens import Ids, encode, word_ids
 from surgery.metrics.suite import material, measure, plain
 from surgery.modules.projection import Projection
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
-from surgery.runs import settings as shared
 from surgery.runs import summary
 from surgery.runs.caveats import caveats
 from surgery.runs.report import compared, write_page
@@ -43,31 +37,6 @@ SOURCES = {
 
 
 DAMA_PROMPTS = 64
-
-
-class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
-    """Which projection, and where; the defaults are the sources'."""
-
-    method: Literal["leace", "inlp", "sentence_debias", "dama"] = "leace"
-    site: Literal["head", "mlp", "attention", "both"] = "head"
-    """head: what the head reads, as a module. The others: what these matrices of ``block`` write, folded into them."""
-    block: str | int | list[int] = "upper"
-    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, or numbers."""
-    rank: int = Field(0, ge=0)
-    """Directions that go, at most: 0 takes 1 (SentenceDebias), 80 or an eighth of the width (INLP), a sixteenth (DAMA).
-    LEACE needs one for two words."""
-    prompts: int = Field(0, ge=0)
-    """So many pairs of hint prompts, or of DAMA's prompts, drawn by the seed; 0 takes all, of DAMA's 64."""
-    search_steps: shared.Count = 20
-    """Of DAMA's search for a value."""
-    split_seed: int = genbias.SEED
-    controls: list[str] = ["random"]
-    """random: as many directions, drawn at random, at the same places."""
-
-    @classmethod
-    def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """DAMA edits MLPs."""
-        return {"site": "mlp"} if values.get("method") == "dama" else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,46 @@
+"""The spillover ledger: every axis that an edit could spoil, in a form that costs little, and which data is at hand."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.data import bbq, bios, capability, crows_pairs, facts, seat, stereoset
+from surgery.errors import SurgeryError
+from surgery.metrics import gas, wikitext
+from surgery.metrics.suite import FOLDER_SUITES, SUITES
+
+LEDGER = (
+    *SUITES, "stereoset", "crows_pairs", "bbq", "seat", "cloze", "capability", "wikitext", "free_text",
+)  # fmt: skip
+ROWS = {
+    "stereoset": 200, "crows_pairs": 200, "bbq": 120, "seat": 12, "cloze": 100, "capability": 25, "wikitext": 80,
+    "free_text": 80, "gas": 60, "bios": 100,
+}  # fmt: skip
+"""Of the quick form: triples, pairs, questions, sentences a set, facts, questions a task, sentences, starts."""
+
+_READS: dict[str, Callable[[Path], Any]] = {
+    "stereoset": lambda folder: stereoset.load(folder, kind="intrasentence"),
+    "crows_pairs": crows_pairs.load,
+    "bbq": bbq.load,
+    "seat": lambda folder: [seat.load(folder, name) for names in seat.SEAT.values() for name in names],
+    "weat": lambda folder: [seat.load(folder, name) for names in seat.WEAT.values() for name in names],
+    "cloze": facts.load,
+    "capability": lambda folder: [capability.load(task, folder) for task in capability.FILES],
+    "gas": gas.prompts,
+    "bios": lambda folder: bios.load(folder, "test", 0),
+    "wikitext": wikitext.texts,
+}
+
+
+def absent(suites: Sequence[str], folder: str | Path) -> dict[str, str]:
+    """Those of ``suites`` whose data is not in the folder, and why; each file is read once, as the judge would."""
+    found = {}
+    for name in (name for name in suites if name in FOLDER_SUITES):
+        if not str(folder):
+            found[name] = "no data folder was named"
+            continue
+        try:
+            _READS[name](Path(folder))
+        except SurgeryError as error:
+            found[name] = " ".join(str(error).split())
+    return found
