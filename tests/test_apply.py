@@ -201,7 +201,12 @@ def test_quantised_targets(base, tmp_path):
     packed = kit.weights()
     packed[kit.DOWN.replace("weight", "qweight")] = torch.zeros(2, 24, dtype=torch.int32)
     del packed[kit.DOWN]
-    refused(tmp_path, delta, kit.save(tmp_path / "t2", packed), "down_proj.qweight.*quantised in a way that is not known; two ways")
+    refused(
+        tmp_path,
+        delta,
+        kit.save(tmp_path / "t2", packed),
+        "down_proj.qweight.*quantised in a way that is not known; two ways",
+    )
     eight = kit.weights() | {kit.DOWN: torch.zeros(16, 24, dtype=torch.int8)}
     refused(tmp_path, delta, kit.save(tmp_path / "t3", eight), "down_proj.weight' is stored as I8")
     float8 = kit.weights() | {kit.DOWN: torch.zeros(16, 24).to(torch.float8_e4m3fn)}

@@ -270,3 +270,14 @@ def test_a_matrix_without_its_scales_is_refused(
     with pytest.raises(SurgeryError, match="is missing; get"):
         apply(delta, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_beside_weights_that_are_not_compressed_are_refused(
+    checkpoint: Path, delta: deltas.Delta, tmp_path: Path
+) -> None:
+    folder = quantised(checkpoint, tmp_path / "q", "int8")
+    stored = load(folder)
+    stored[MATRIX] = stored[MATRIX].to(torch.bfloat16)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(SurgeryError, match="stored in BF16 beside its scales"):
+        apply(delta, folder, tmp_path / "out")

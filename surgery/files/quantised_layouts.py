@@ -115,6 +115,12 @@ def _compressed(about: Mapping[str, Any], entries: Mapping[str, Entry], read: Re
         if not weights.get("symmetric", True) or weights.get("actorder"):
             what = "asymmetric codes" if not weights.get("symmetric", True) else "columns reordered by activation"
             raise SurgeryError(f"{where}: compressed-tensors with {what} cannot take an edit exactly; {TWO_WAYS}")
+    for name, entry in entries.items():
+        if entry.dtype in ("F32", "F16", "BF16") and name.endswith(".weight") and f"{name}_scale" in entries:
+            raise SurgeryError(
+                f"{where}: {name!r} is stored in {entry.dtype} beside its scales, so that it is rounded again when "
+                f"it is opened; compress the checkpoint first, or: {TWO_WAYS}"
+            )
     found = _scaled(entries, where, "compressed-tensors", tuple(block) if block else None)
     for packed, entry in entries.items():
         if not packed.endswith(".weight_packed"):
