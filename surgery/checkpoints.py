@@ -28,11 +28,10 @@ from surgery.devices import check_room, device_named, dtype_named
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
-from surgery.files.converted import converted, demo_gguf
+from surgery.files.converted import check_model, converted, demo_gguf
 from surgery.files.tensor_names import is_leftover
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load(
@@ -158,31 +157,11 @@ def checkpoint_dir(spec: str | Path, *, note: Callable[[str], None] | None = Non
 
     Raises ``SurgeryError``.
     """
-    text = str(spec)
-    if text == "demo":
-        return _from_gguf(demo_gguf(), note)
-    path = Path(text).expanduser()
+    check_model(spec)
+    path = demo_gguf() if str(spec) == "demo" else Path(spec).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SurgeryError(
-                f"{path}: this directory has no config.json; expected a Hugging Face checkpoint "
-                "(config.json, *.safetensors, tokenizer files); give the directory that holds them"
-            )
         return path
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SurgeryError(f"{path}: no such GGUF file; check the path")
-        return _from_gguf(path, note)
-    if path.exists():
-        raise SurgeryError(
-            f"{path}: this is a file; expected a checkpoint directory, a .gguf file, a hub name or 'demo'"
-        )
-    if not _HUB_NAME.fullmatch(text):
-        raise SurgeryError(
-            f"{text}: no such directory, and not a hub name; expected a checkpoint directory, a .gguf file, "
-            "a hub name such as 'owner/model', or 'demo'; check the path"
-        )
-    return _from_hub(text)
+    return _from_gguf(path, note) if path.suffix == ".gguf" else _from_hub(str(spec))
 
 
 def _from_hub(name: str) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from surgery.catalogue import check_device
 from surgery.errors import SurgeryError
 from surgery.files.safetensors_io import read_header
 
@@ -17,10 +18,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
     """
     own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or own or torch.device("cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise SurgeryError(f"device: got {str(device)!r}, expected cpu, cuda, cuda:0 or the like") from None
+    check_device(str(device))
+    found = torch.device(device)
     count = torch.accelerator.device_count() if own else 0
     if found.type != "cpu" and (own is None or found.type != own.type or (found.index or 0) >= count):
         has = f"{count} of type {own.type}" if own else "none, or this torch was built without support for it"

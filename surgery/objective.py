@@ -6,8 +6,7 @@ is a hundredth of another's has no say, whatever its weight.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.moved import Moved, Term
 
 ASKED = 32  # examples, in whole batches
 ONLY = "loss"  # the name of a term that stands alone
@@ -22,45 +22,6 @@ ONLY = "loss"  # the name of a term that stands alone
 # Losses of the examples ``rows``, computed by calling ``module`` (the model, or a distributed wrapper around it): one
 # tensor, or one for each weighted term by its name, whose sum is the loss.
 Losses = Callable[[nn.Module, Sequence[int]], "Float[Tensor, ' rows'] | Mapping[str, Float[Tensor, ' rows']]"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """The mean of one weighted term over the examples asked, and the Euclidean norm of its gradient, before and after.
-
-    The gradient is that of the mean, over all trained parameters.
-    """
-
-    before: float
-    after: float
-    gradient_before: float
-    gradient_after: float
-
-
-@dataclass(frozen=True)
-class Moved:
-    """The objective before and after; ``low`` and ``high`` bound the difference, paired by example (95 %)."""
-
-    before: float
-    after: float
-    low: float
-    high: float
-    examples: int
-    terms: Mapping[str, Term]
-
-    @property
-    def share(self) -> float:
-        """(before - after) / |before|: positive where the objective fell, as it should."""
-        return (self.before - self.after) / abs(self.before) if self.before else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in ``run.json`` under the edit."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Moved":
-        """The inverse of ``to_dict``."""
-        return cls(**{**values, "terms": {name: Term(**term) for name, term in values["terms"].items()}})
 
 
 @dataclass(frozen=True)

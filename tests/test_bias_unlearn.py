@@ -329,7 +329,7 @@ def test_a_profile_changes_what_nothing_is_said_about() -> None:
     "settings, message",
     [
         ({"data": ""}, "no data; name the directory with --set data=DIR"),
-        ({"data": "nowhere"}, "nowhere/stereoset/stereoset_train_union.jsonl: no such file"),
+        ({"data": "nowhere"}, "data: 'nowhere' is no folder"),
         ({"scorer": "mine"}, "scorer: got 'mine', expected one of bias-bench"),
         ({"suites": ["blimp"]}, "got 'blimp', expected some of"),
         ({"suites": ["stereoset"]}, "got stereoset, which is measured in every run"),

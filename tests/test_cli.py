@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import recipes
+from surgery.catalogue import FOLDER_SUITES, WRITTEN_SUITES
 from surgery.cli import app
-from surgery.metrics.suite import FOLDER_SUITES, WRITTEN_SUITES
 
 COMMANDS = (
     "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
@@ -204,12 +205,45 @@ def test_a_file_that_is_no_delta_and_a_destination_that_exists(checkpoint: Path,
     assert code == 1 and "exists" in stderr
 
 
-def test_apply_and_inspect_never_import_torch() -> None:
+HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "accelerate")
+ANSWERED_WITHOUT_TORCH = (
+    ["--help"], ["list"], ["run", "lftf", "--help"], ["run", "equalize", "--set", "epoch=3"], ["run", "lfft"],
+    *(["run", recipe, "--set", "seed=x"] for recipe in ("crawd", "crawd_classifier", "bias_diff", "bias_unlearn")),
+    ["run", "finetune"], ["run", "finetune", "--set", "file=nowhere.txt"],
+    ["run", "lftf", "--set", "prompt_set=nowhere"],
+    ["run", "lftf", "--model", "./nowhere"], ["run", "crawd", "--set", "data=nowhere"],
+    ["run", "demo", "--device", "gpu"],
+    ["run", "equalize", "--set", "controls=[\"lft\"]"],
+    ["locate", "demo", "--by", "magic"], ["locate", "./nowhere"], ["locate", "demo", "--objective", "none"],
+    ["eval", "demo", "--suite", "genbia"], ["eval", "demo", "--part", "tset"], ["eval", "./nowhere"],
+    ["eval", "demo", "--delta", "nowhere.safetensors"], ["eval", "demo", "--data", "nowhere.toml"],
+    ["inspect", "nowhere.safetensors"], ["apply", "nowhere.safetensors", "demo", "--out", "nowhere"],
+    ["dose", "nowhere.safetensors", "demo"], ["data", "check", "nowhere.toml"], ["study", "nowhere.toml"],
+    ["sweep", "lftf", "--vary", "lr", "--out", "nowhere"], ["compare", "nowhere"], ["card", "nowhere.safetensors"],
+    ["attribute", "score", "./nowhere", "--data", "a.txt", "--probe", "nowhere.txt", "--json", "s.json"],
+)  # fmt: skip
+
+
+def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
+    """In one fresh process, each as it would be typed: what it imports stays for those behind it."""
     code = (
-        "import sys; import surgery.apply, surgery.delta, surgery.cli; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'transformer_lens', 'nnsight')))"
+        "import contextlib, io, sys\n"
+        "import surgery, hooks, surgery.apply, surgery.delta, surgery.cli\n"
+        f"for words in {ANSWERED_WITHOUT_TORCH!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try:\n"
+        "            surgery.cli.app(words, standalone_mode=False)\n"
+        "        except BaseException as error:\n"
+        "            assert type(error).__name__ in ('Exit', 'SystemExit'), (words, error)\n"
+        "    helped = '--help' in words or words == ['list']\n"
+        "    assert helped or said.getvalue().strip(), (words, 'was not answered')\n"
+        f"    found = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    assert not found, (words, found)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    here = os.environ | {"PYTHONPATH": str(Path(recipes.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_diff_compose_export_import_and_card(run: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_settings_follow_method_and_profile() -> None:
     "given, message",
     [
         ({"data": ""}, "no data; name the directory"),
-        ({"data": "nowhere"}, "no such file"),
+        ({"data": "nowhere"}, "data: 'nowhere' is no folder"),
         ({"suites": ["blimp"]}, "got 'blimp'"),
         ({"controls": ["crawd"]}, "controls: got 'crawd'"),
         ({"reference": ["he", "he"]}, "named twice"),

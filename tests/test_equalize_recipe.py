@@ -99,8 +99,9 @@ def test_products_are_rounded_while_training_and_not_while_measuring(
 ) -> None:
     seen: dict[str, set[str]] = {}
     for module, name in ((work, "prepare"), (work, "equalize"), (measuring, "measure")):
+        own = getattr(module, name)
 
-        def watched(*args: Any, name: str = name, call: Any = getattr(module, name), **more: Any) -> Any:
+        def watched(*args: Any, name: str = name, call: Any = own, **more: Any) -> Any:
             seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
             return call(*args, **more)
 

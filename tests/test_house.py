@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The floors of `surgery`, from the ground up; a file may import its own floor and those below it.
 FLOORS = (
-    ("surgery", "errors", "progress"),
+    ("surgery", "catalogue", "errors", "progress"),
     ("files",),
     ("modules", "devices"),
     ("delta",),
     ("apply",),
-    ("checkpoints", "data", "forward", "objective", "training", "training_state"),
+    ("checkpoints", "data", "forward", "moved", "objective", "training", "training_state"),
     ("adapters",),
     ("metrics",),
     ("edits",),

@@ -13,6 +13,7 @@ from families import build
 from letters import letters
 from typer.testing import CliRunner
 
+from surgery import catalogue
 from surgery.cli.app import app
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
@@ -89,7 +90,7 @@ def test_the_opened_model_is_handed_over_and_left_as_it_was(monkeypatch: pytest.
 
 
 def test_it_is_refused_in_one_line_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue, "find_spec", lambda name: None)
     with pytest.raises(SurgeryError, match=r"not installed.*pip install 'model-surgery\[lm-eval\]'"):
         lm_eval.evaluate(build("llama"), letters(), ["piqa"])
     refused = CliRunner().invoke(app, ["eval", "no-such-model", "--lm-eval", "piqa"])  # before the model is opened

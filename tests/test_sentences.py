@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery import SurgeryError
+from surgery.catalogue import SCORERS
 from surgery.forward.token_logprobs import packs, token_log_probabilities
-from surgery.metrics.sentences import SCORERS, sentence_scores
+from surgery.metrics.sentences import DEFINITIONS, sentence_scores
 
 SENTENCES = [
     "The nurse said that he",
@@ -68,6 +69,7 @@ def test_every_scorer_is_its_definition_one_sentence_at_a_time(opened: Any, scor
     slow = [by_definition(*opened, text, scorer) for text in SENTENCES]
     assert fast == pytest.approx(slow, rel=1e-5)
     assert len(set(np.round(fast, 12))) == len(SENTENCES)
+    assert set(SCORERS) == set(DEFINITIONS)
     told: list[int] = []
     sentence_scores(*opened, SENTENCES, scorer=scorer, step=told.append)
     assert sum(told) == len(SENTENCES)

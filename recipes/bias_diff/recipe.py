@@ -21,9 +21,6 @@ from surgery.attribution.scoring import InfluenceConfig
 from surgery.data import mixtures
 from surgery.edits.supervised import Lora, target_names
 from surgery.edits.warmup import usual_targets
-from surgery.errors import SurgeryError
-from surgery.metrics.sentences import SCORERS
-from surgery.metrics.suite import check_suites
 from surgery.operation import Edit, Outcome, Run, Where, control, operation
 from surgery.runs import summary
 from surgery.runs.folder import Folder
@@ -49,7 +46,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
     """
     lora = _lora(model, settings)
-    _check(settings)
+    settings.check()
+    InfluenceConfig(settings.attribute_at, tuple(settings.attribute_targets), settings.attribute_optimizer)
     target_names(model, lora.targets)
     with operation("bias_diff", model, settings, **where) as op:
         material = _material(settings, op.folder)
@@ -104,19 +102,6 @@ def _with_warm_up(edit: Edit, warm_up: Edit) -> Edit:
 def _lora(model: PreTrainedModel, settings: Settings) -> Lora:
     targets = tuple(settings.target_modules) or usual_targets(model)
     return Lora(settings.rank, settings.alpha, targets, settings.lora_dropout)
-
-
-def _check(settings: Settings) -> None:
-    if not (settings.file or settings.data):
-        raise SurgeryError("bias_diff: no data; name the data folder (--set data=DIR), or your own file and probe")
-    if settings.file and not settings.probe:
-        raise SurgeryError(f"{settings.file}: no probe; name a file of biased sentences with --set probe=FILE")
-    if settings.suites and not settings.data:
-        raise SurgeryError(f"suites: {', '.join(settings.suites)} need the data folder; set data, or suites to []")
-    if settings.scorer not in SCORERS:
-        raise SurgeryError(f"scorer: got {settings.scorer!r}, expected one of {', '.join(SCORERS)}")
-    check_suites(settings.suites)
-    InfluenceConfig(settings.attribute_at, tuple(settings.attribute_targets), settings.attribute_optimizer)
 
 
 def _material(settings: Settings, folder: Folder) -> dataset.Material:

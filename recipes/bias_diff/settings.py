@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from surgery.catalogue import check_scorer
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -113,3 +115,14 @@ class Settings(shared.Epochs, shared.LoRA, shared.TrainRows, shared.Suites, shar
         """The profile's values, and cloze where there is a data folder."""
         suites: dict[str, Any] = {"suites": ["cloze"]} if values.get("data") else {}
         return suites | PROFILES.get(str(values.get("profile")), {})
+
+    def check(self) -> None:
+        """Also whether there is something to train on and to probe with, and the scorer."""
+        super().check()
+        if not (self.file or self.data):
+            raise SurgeryError("bias_diff: no data; name the data folder (--set data=DIR), or your own file and probe")
+        if self.file and not self.probe:
+            raise SurgeryError(f"{self.file}: no probe; name a file of biased sentences with --set probe=FILE")
+        if self.suites and not self.data:
+            raise SurgeryError(f"suites: {', '.join(self.suites)} need the data folder; set data, or suites to []")
+        check_scorer(self.scorer)

@@ -12,8 +12,6 @@ from recipes.bias_unlearn.report import verdict, write_report
 from recipes.bias_unlearn.settings import Settings
 from recipes.bias_unlearn.training import OBJECTIVES, parts, train
 from surgery.edits.unlearning import Dataset, read_dataset, trained_names
-from surgery.errors import SurgeryError
-from surgery.metrics.suite import check_suites
 from surgery.operation import Edit, Outcome, Run, Where, operation
 from surgery.runs import summary
 
@@ -36,6 +34,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Self-Debias trains nothing and leaves no delta. Raises ``SurgeryError``;
     see ``surgery.operation`` for interruptions.
     """
+    settings.check()
     given = _read(settings)
     parts(settings)
     trains = trained_names(model, settings.target_modules)
@@ -77,17 +76,6 @@ def _read(settings: Settings) -> Dataset:
         key: chosen or (f"{settings.data}/{usual}" if settings.data else "")
         for key, chosen, usual in (("train", settings.train, TRAIN), ("test", settings.test, TEST))
     }
-    if not all(files.values()):
-        raise SurgeryError("bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test")
-    check_suites(settings.suites)
-    if settings.suites and not settings.data:
-        raise SurgeryError(f"suites: {', '.join(settings.suites)} need a directory of data sets; name it with data=DIR")
-    if "stereoset" in settings.suites:
-        raise SurgeryError("suites: got stereoset, which is measured in every run, on the test file; leave it out")
-    if settings.suites and settings.method == "self_debias":
-        raise SurgeryError(
-            f"suites: got {', '.join(settings.suites)}; under Self-Debias StereoSet alone is scored; leave them out"
-        )
     return read_dataset(
         files["train"],
         files["test"],

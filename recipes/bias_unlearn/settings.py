@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from surgery.data.stereoset import Kind
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
 # What a variant, a profile or a method changes where nothing else is said; later ones win.
@@ -120,3 +121,18 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
             if values.get(key) == value:
                 changed |= more
         return changed
+
+    def check(self) -> None:
+        """Also whether the two files are named, and whether the suites can be measured."""
+        super().check()
+        if not (self.data or (self.train and self.test)):
+            raise SurgeryError(
+                "bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test"
+            )
+        named = ", ".join(self.suites)
+        if self.suites and not self.data:
+            raise SurgeryError(f"suites: {named} need a directory of data sets; name it with data=DIR")
+        if "stereoset" in self.suites:
+            raise SurgeryError("suites: got stereoset, which is measured in every run, on the test file; leave it out")
+        if self.suites and self.method == "self_debias":
+            raise SurgeryError(f"suites: got {named}; under Self-Debias StereoSet alone is scored; leave them out")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
 WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "debias_tuning": 1.0, "ibm": 1.0, "deep_soft_debias": 5.0}
@@ -93,3 +94,12 @@ class Settings(
         """The profile's values, and the weight of the method's own term."""
         method = values.get("method", "crawd")
         return PROFILES.get(str(values.get("profile")), {}) | ({"weight": WEIGHTS[method]} if method in WEIGHTS else {})
+
+    def check(self) -> None:
+        """Also whether there is something to train on."""
+        super().check()
+        if not self.data and (self.suites or not self.file):
+            raise SurgeryError(
+                "crawd: no data; name the directory of data sets with --set data=DIR, or a file of texts with file=F "
+                "and suites=[]"
+            )

@@ -12,7 +12,6 @@ from surgery.data.rows import part, sample
 from surgery.data.texts import Columns, Example, examples
 from surgery.edits.supervised import Row, encode_rows
 from surgery.errors import SurgeryError
-from surgery.metrics.suite import check_suites
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,7 @@ class Given:
 
 def read(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Given:
     """The texts that the settings name; raises ``SurgeryError`` where none are named, or one part of them is empty."""
-    if settings.suites:
-        check_suites(settings.suites)
-    if not settings.data and (settings.suites or not settings.file):
-        raise SurgeryError(
-            "crawd: no data; name the directory of data sets with --set data=DIR, or a file of texts with file=F and "
-            "suites=[]"
-        )
+    settings.check()
     if settings.file:
         every = [row.answer for row in examples(settings.file, columns=Columns(text=settings.text))]
         texts, held = (part(every, which, settings.seed, stratum=lambda _: 0) for which in ("train", settings.part))

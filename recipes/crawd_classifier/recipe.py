@@ -103,8 +103,7 @@ class Given:
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Given:
-    if not settings.data:
-        raise SurgeryError("crawd_classifier: no data; name the directory of data sets with --set data=DIR")
+    settings.check()
     readers: dict[str, Any] = {"hatecheck": hate.hatecheck, "davidson": partial(hate.davidson, binary=True)}
     sources = list(readers) if settings.source == "both" else [settings.source]
     train: list[hate.Labelled] = []

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
 WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "adversarial": 1.0, "ibm": 1.0}
@@ -47,3 +48,9 @@ class Settings(shared.Training, shared.TrainRows, shared.DataFolder, shared.Part
         """The weight of the method's own term."""
         method = values.get("method", "crawd")
         return {"weight": WEIGHTS[method]} if method in WEIGHTS else {}
+
+    def check(self) -> None:
+        """Also whether a data folder is named."""
+        super().check()
+        if not self.data:
+            raise SurgeryError("crawd_classifier: no data; name the directory of data sets with --set data=DIR")

@@ -20,7 +20,9 @@ from recipes.equalize import dataset
 from recipes.equalize.doses import check_doses, choose_doses
 from recipes.equalize.measuring import Measuring
 from recipes.equalize.pairs_report import verdict, write_report
-from recipes.equalize.work import Variant, Work, blocks_of, controls_of
+from recipes.equalize.settings import controls_of
+from recipes.equalize.work import Variant, Work, blocks_of
+from surgery.catalogue import check_scorer
 from surgery.data import crows_pairs, neutral, stereoset
 from surgery.data import pairs as data
 from surgery.data.pairs import Pair
@@ -33,7 +35,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.tokens import start_token
 from surgery.metrics import pairs as pairs_metric
 from surgery.metrics import sentences
-from surgery.metrics.sentences import DEFINITIONS, check_scorer
+from surgery.metrics.sentences import DEFINITIONS
 from surgery.metrics.suite import evaluate_suites, material, plain
 from surgery.operation import Run, Where, control, operation
 from surgery.runs import summary

@@ -10,8 +10,8 @@ from hooks import anatomy
 from recipes.equalize import dataset, pairs
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.report import verdict, write_report
-from recipes.equalize.settings import Settings
-from recipes.equalize.work import Variant, Work, blocks_of, controls_of, word_terms
+from recipes.equalize.settings import Settings, controls_of
+from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits.equalize import check_shares

@@ -1,12 +1,15 @@
 """The settings of an equalising, of words and of pairs; the defaults were chosen on development parts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from surgery.data import genbias
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
+
+CONTROLS = ("lftf", "random", "no_hold")
 
 
 class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
@@ -88,3 +91,16 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
         """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
         changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": []}
         return changed if values.get("pairs") else {}
+
+    def check(self) -> None:
+        """Also the controls' names."""
+        super().check()
+        controls_of(self.controls)
+
+
+def controls_of(names: Sequence[str]) -> list[str]:
+    """Raises ``SurgeryError`` for a control that does not exist."""
+    unknown = next((name for name in names if name not in CONTROLS), None)
+    if unknown is not None:
+        raise SurgeryError(f"controls: got {unknown!r}, expected some of {', '.join(CONTROLS)}")
+    return list(dict.fromkeys(names))

@@ -13,7 +13,6 @@ from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words
 from surgery.edits.equalize.terms import Term
 from surgery.edits.equalize.training import inside
 from surgery.edits.supervised import Lora
-from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from recipes.equalize.settings import Settings
 
 Measure = Callable[[str, int], dict[str, Any]]  # a label, and the first block that an edit changed
-CONTROLS = ("lftf", "random", "no_hold")
 LFTF = {"lr": 1e-5, "epochs": 2, "batch_size": 32}  # LFTF section 5.1, on the last block
 
 
@@ -61,14 +59,6 @@ def word_terms(
             at = settings.hold_positions if name == "texts" else "last"
             found.append(hold_term(name, ids[name], positions=at, weight=weight, words=words, top=top))
     return found
-
-
-def controls_of(names: Sequence[str]) -> list[str]:
-    """Raises ``SurgeryError`` for a control that does not exist."""
-    unknown = next((name for name in names if name not in CONTROLS), None)
-    if unknown is not None:
-        raise SurgeryError(f"controls: got {unknown!r}, expected some of {', '.join(CONTROLS)}")
-    return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

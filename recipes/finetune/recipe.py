@@ -41,8 +41,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 
     Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
     """
-    if not settings.file:
-        raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
+    settings.check()
     length = min(settings.max_length, context_limit(model) or settings.max_length)
     columns = Columns(settings.text, settings.prompt, settings.answer)
     given = sample(examples(settings.file, columns=columns), settings.train_rows, settings.seed)

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from surgery.data.texts import Columns, examples
+from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
 LR = {"full": 2e-5, "lora": 2e-4}
@@ -47,3 +49,10 @@ class Settings(
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """LoRA's own learning rate."""
         return {"lr": LR[values["method"]]} if values.get("method") in LR else {}
+
+    def check(self) -> None:
+        """Also the file, every row of it."""
+        super().check()
+        if not self.file:
+            raise SurgeryError("finetune: no file to learn from; name one with --set file=texts.jsonl")
+        examples(self.file, columns=Columns(self.text, self.prompt, self.answer))

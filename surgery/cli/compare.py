@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Quiet, command, examples
-from surgery.cli.models import chosen_recipe, open_model
+from surgery.cli.models import check_opening, chosen_recipe, open_model
 from surgery.errors import SurgeryError
 
 Only = Annotated[
@@ -50,6 +50,7 @@ def sweep(
     from surgery.runs.sweep import sweep as run_all
 
     module, values, _ = chosen_recipe(recipe, model, settings or [], None)
+    check_opening(str(values.get("model", "demo")), device)
     progress = Progress(quiet)
     opened: dict[tuple[str, str], Any] = {}
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, group
+from surgery.cli.models import check_opening
 from surgery.errors import SurgeryError
 
 data = group("data", "Make data sets and look at them: mix, check.")
@@ -72,6 +73,7 @@ def check(
     from surgery.data.prompts import load_prompt_set
 
     chosen = load_prompt_set(prompts)
+    check_opening(model, None)
     from transformers import AutoTokenizer
 
     from surgery.checkpoints import checkpoint_dir

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Quiet, command, examples, local
-from surgery.cli.models import open_model
+from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def dose(
     In the table "+" is better than at scale 0 and "-" worse, by the paired interval. A target's scale is interpolated
     between the measured ones, with its interval over the bootstrap, and then measured itself.
     """
+    from surgery.catalogue import SUITES
     from surgery.delta import Delta
     from surgery.metrics.judges import Judges
-    from surgery.metrics.suite import SUITES
     from surgery.progress import Progress
     from surgery.runs.compare import axis
     from surgery.runs.dose import dosed, reached, read_scales, read_target
@@ -84,6 +84,7 @@ def dose(
     names = tuple(dict.fromkeys(suite or SUITES))
     judges = Judges(suites=names, prompts=data, folder=folder, part=part, scorer=scorer, limit=limit)
     judges.check("--folder")
+    check_opening(checkpoint, device)
     edit, progress = Delta.load(delta), Progress(quiet)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     how: Any = {"as_stored": as_stored(edit, local(checkpoint), progress), "force": force}

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, command, examples
-from surgery.cli.models import open_model
+from surgery.cli.models import check_opening, open_model
+from surgery.errors import SurgeryError
 
 
 @command(
@@ -60,10 +61,10 @@ def evaluate(
     differences are widened so that all of them hold together. Without --suite that is the ledger: every axis in a quick
     form, those whose data is not in --data left out by name.
     """
+    from surgery.catalogue import SUITES
     from surgery.files.atomic import write_json
     from surgery.metrics.judges import Judges, ledger
     from surgery.metrics.metric import differences, ideal_of
-    from surgery.metrics.suite import SUITES, plain
     from surgery.progress import Progress
     from surgery.runs.report import leaves
 
@@ -81,6 +82,11 @@ def evaluate(
         names = tuple(dict.fromkeys(suite or ([] if tasks else SUITES)))
         judges = Judges(suites=names, prompts=prompts, folder=data, **asked)
     judges.check("--data")
+    for spec in (model, against):
+        if spec is not None:
+            check_opening(spec, device)
+    _check_files(delta or [])
+    from surgery.metrics.suite import plain
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
         opened = open_model(spec, quiet, device=device, deltas=deltas)
@@ -106,6 +112,12 @@ def evaluate(
             )
     else:
         _print_differences(plain(reference), scores, found)
+
+
+def _check_files(files: list[Path]) -> None:
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise SurgeryError(f"{missing}: no such file; expected a delta that surgery run, diff or import wrote")
 
 
 def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:

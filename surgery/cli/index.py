@@ -19,6 +19,7 @@ from surgery.cli.attribute import (
     open_adapted,
     read_probe,
 )
+from surgery.cli.models import check_opening
 from surgery.errors import SurgeryError
 
 IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="A directory that surgery attribute build wrote.")]
@@ -61,16 +62,18 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Store the projected gradient of every text, for queries with any probe later."""
-    from accelerate import PartialState
-
-    from surgery.attribution.build import build as build_index
-    from surgery.attribution.random_projection import RandomProjection
-    from surgery.attribution.source import Source
     from surgery.data.texts import Columns, stream
     from surgery.progress import Progress
 
     texts = Columns(text=column, prompt="", answer="")
     stream(data, columns=texts)  # refused before the model is opened
+    check_opening(model, device)
+    from accelerate import PartialState
+
+    from surgery.attribution.build import build as build_index
+    from surgery.attribution.random_projection import RandomProjection
+    from surgery.attribution.source import Source
+
     chosen = RandomProjection(projection, dim, seed)
     state = PartialState() if "WORLD_SIZE" in os.environ else None  # sets this process's own device
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)

@@ -66,19 +66,24 @@ def locate(
     debug: Debug = False,
 ) -> None:
     """Rank the blocks of a model by what they do to the prompts of a data set."""
+    from surgery.catalogue import check_objective, rankings
     from surgery.data import genbias, neutral
     from surgery.data.prompts import load_prompt_set
     from surgery.files.atomic import write_json
-    from surgery.locate import LIMIT, check, key, methods, picture, rank, tables
-    from surgery.locate.gain import GAIN_LIMIT, RETAIN
     from surgery.progress import Progress
 
-    chosen, progress = methods(by), Progress(quiet)
+    chosen, progress = rankings(by), Progress(quiet)
+    check_objective(objective)
     prompts = load_prompt_set(data)
     every = genbias.records("profession", "train", prompts=prompts)
+    retained = neutral.sentences(retain)
+    check_opening(model, device)
+    from surgery.locate import LIMIT, check, key, picture, rank, tables
+    from surgery.locate.gain import GAIN_LIMIT, RETAIN
+
     alone = by == "bmi" and not compare
     rows = every[: limit or (None if alone else GAIN_LIMIT if by == "gain" and not compare else LIMIT)]
-    texts = neutral.sentences(retain)[:RETAIN]
+    texts = retained[:RETAIN]
     opened, tokenizer = open_model(model, quiet, device=device)
     options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
     options |= {"objective": objective, "retain": texts}
@@ -144,6 +149,8 @@ def run(
     from surgery.runs.folder import check_free
 
     check_free(folder, resume=resume)
+    check_opening(ready.model, device)
+    ready.check()
     began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
@@ -164,8 +171,8 @@ def run(
 @command(name="list", epilog=examples("surgery list"))
 def list_(debug: Debug = False) -> None:
     """Show the recipes, metrics and data sets, and which of them are ready here."""
+    from surgery.catalogue import SUITES, WRITTEN_SUITES, folder_suites
     from surgery.data.prompts import SHIPPED
-    from surgery.metrics.suite import SUITES, WRITTEN_SUITES, folder_suites
 
     try:
         from surgery.files.converted import demo_gguf
@@ -199,6 +206,15 @@ def _help(ctx: typer.Context, recipe: str, *, asked: bool) -> None:
     for key, kind, default, text in explain(module.Settings):
         own = json.dumps(values[key]) if key in values else default
         print(f"  {key} = {own}  ({kind})" + (f"\n      {text}" if text else ""))
+
+
+def check_opening(model: str, device: str | None) -> None:
+    """Refuse, without torch, a model that is not there and a device that is none; call it before heavy imports."""
+    from surgery.catalogue import check_device
+    from surgery.files.converted import check_model
+
+    check_device(device)
+    check_model(model)
 
 
 def open_model(spec: str, quiet: bool, **options: Any) -> Any:

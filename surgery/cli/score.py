@@ -21,6 +21,7 @@ from surgery.cli.attribute import (
     open_adapted,
     read_probe,
 )
+from surgery.cli.models import check_opening
 from surgery.errors import SurgeryError
 
 
@@ -76,8 +77,6 @@ def score(
     Of a probe with twins the contrast (text minus twin, so that style cancels) is scored as well. The file is read
     row by row, and memory does not grow with it, except for a few numbers a row with --top.
     """
-    from hooks.gradient_influence import check_texts, influence, influence_probe, influence_windows
-    from surgery.attribution import score_file as scored
     from surgery.attribution.tfidf import scorer
     from surgery.data.texts import Columns, stream
     from surgery.progress import Progress
@@ -98,9 +97,13 @@ def score(
     labels = _labels(data, label) if top else None
     if top and not 0 < top < 1:
         raise SurgeryError(f"--top {top}: expected a share between 0 and 1")
+    check_opening(model, device)
     digest = hashlib.sha256()
     with progress.work("count the words", None) as step:
         similar = scorer(_passing(texts(), digest, step), biased)
+
+    from hooks.gradient_influence import check_texts, influence, influence_probe, influence_windows
+    from surgery.attribution import score_file as scored
 
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)
     names = {"influence": biased, "contrast": biased} if antis else {"influence": biased}

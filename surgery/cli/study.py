@@ -1,13 +1,16 @@
 """The command study: methods, models and seeds on one page, judged on the same rows."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surgery.cli.app import Debug, Device, Quiet, command, examples
-from surgery.cli.models import chosen_recipe
+from surgery.cli.models import check_opening, chosen_recipe
 from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.study.cells import Cell
 
 
 @command(
@@ -34,7 +37,7 @@ def study(
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
     from surgery.progress import Progress
     from surgery.runs.settings import build, by_new_names
-    from surgery.study import Cell, carry_out, read
+    from surgery.study.settings import read
 
     asked, methods = read(file)
     if folder is not None:
@@ -59,7 +62,13 @@ def study(
     if missing:
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
 
-    def run(cell: Cell, opened: Any, resume: bool) -> None:
+    for model in asked.models:
+        check_opening(model, device)
+    for settings in ready.values():
+        settings.check()
+    from surgery.study.carry_out import carry_out
+
+    def run(cell: "Cell", opened: Any, resume: bool) -> None:
         assert cell.method is not None
         settings = ready[cell.method.name, cell.seed, cell.model]
         modules[cell.method.name].run(*opened, settings, out=cell.folder / "run", resume=resume, progress=progress)

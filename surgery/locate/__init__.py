@@ -19,6 +19,7 @@ from hooks.ranking import Ranking
 from hooks.reference_attention import cross_attention
 from hooks.sensitivity import attention_to
 from hooks.tokens import ids_of
+from surgery.catalogue import RANKINGS
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
@@ -28,18 +29,10 @@ from surgery.progress import Advance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS = ("gain", "bmi", "lens", "patching", "attribution", "sensitivity")
 LIMIT = 32
 """How many prompts by default: patching runs the model once a block and pair."""
 RANDOM = 5
 """How many random blocks the named ones are held against."""
-
-
-def methods(by: str) -> tuple[str, ...]:
-    """The methods that ``by`` names: one of them, or all. Raises ``SurgeryError`` for anything else."""
-    if by not in (*METHODS, "all"):
-        raise SurgeryError(f"--by {by}: expected {', '.join(METHODS)} or all")
-    return METHODS if by == "all" else (by,)
 
 
 def rank(
@@ -56,7 +49,7 @@ def rank(
     retain: Sequence[str] | None = None,
     step: Advance | None = None,
 ) -> list[Ranking]:
-    """Block rankings by one of ``METHODS`` on ``rows``; the contrast is the set's first two words.
+    """Block rankings by one of ``RANKINGS`` on ``rows``; the contrast is the set's first two words.
 
     gain: natural gain of ``objective`` against the texts ``retain``, of attention and of the whole block (see
     ``surgery.locate.gain``). bmi: raw and final_norm. lens: direct contribution to the contrast. patching,
@@ -95,7 +88,7 @@ def rank(
         crossed = cross_attention(model, tokenizer, texts, prompts.words.words, data=data)
         rankings = [seen.ranking("block"), crossed.ranking("block")]
     else:
-        raise SurgeryError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+        raise SurgeryError(f"method: got {method!r}, expected one of {', '.join(RANKINGS)}")
     advance(len(rows), None)
     return rankings
 

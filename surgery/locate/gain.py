@@ -10,18 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.gain_rankings import Gain
 from hooks.natural_gain import GainConfig, Objective, gain
 from hooks.ranking import Ranking
+from surgery.catalogue import check_objective
 from surgery.data import neutral
 from surgery.data.genbias import Prompt
 from surgery.data.prompts import PromptSet
 from surgery.edits.block import word_loss
 from surgery.edits.equalize import Prepared, losses_of, prepare, words_term
-from surgery.errors import SurgeryError
 from surgery.forward.batching import pad
 from surgery.forward.residual_cache import shortcut
 from surgery.forward.tokens import encode, word_ids
 from surgery.progress import Advance
 
-OBJECTIVES = ("equalize", "log")
 GAIN_LIMIT = 128
 """How many prompts by default when nothing else is ranked."""
 RETAIN = 64
@@ -45,8 +44,7 @@ def words_objective(
     """
     if name == "equalize":
         return terms_objective(prepare(model, [words_term(ids, words)]))
-    if name not in OBJECTIVES:
-        raise SurgeryError(f"objective: got {name!r}, expected one of {', '.join(OBJECTIVES)}")
+    check_objective(name)
 
     def losses(module: nn.Module, rows: Sequence[int]) -> Float[Tensor, " rows"]:
         with shortcut(model, call=module) as run:

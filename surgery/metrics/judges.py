@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from surgery.catalogue import FOLDER_SUITES, SUITES, check_lm_eval, check_scorer, check_suites
+from surgery.data.genbias import PARTS, SPLITS
+from surgery.data.neutral import sentences
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
-from surgery.metrics import lm_eval
 from surgery.metrics.ledger import LEDGER, ROWS, absent
-from surgery.metrics.locality import Reference
-from surgery.metrics.sentences import check_scorer
-from surgery.metrics.suite import FOLDER_SUITES, SUITES, check_suites, evaluate_suites, material, measure
 from surgery.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from surgery.metrics.locality import Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Judges:
         check_suites(self.others)
         check_scorer(self.scorer)
         if self.tasks:
-            lm_eval.check_installed()
+            check_lm_eval()
         wanted = [name for name in self.others if name in FOLDER_SUITES]
         if wanted and not (self.folder and Path(self.folder).is_dir()):
             raise SurgeryError(
@@ -64,23 +66,30 @@ class Judges:
         if missing := absent(wanted, self.folder):
             raise SurgeryError("; ".join(f"suite {name}: {reason}" for name, reason in missing.items()))
         load_prompt_set(self.prompts)
+        for name, value, known in (("split", self.split, SPLITS), ("part", self.part, PARTS)):
+            if value not in known:
+                raise SurgeryError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+        if self.texts:
+            sentences(self.texts)
 
     def reference(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, progress: Progress
-    ) -> Reference | None:
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: Progress
+    ) -> "Reference | None":
         """The distributions of ``model`` to which a later measurement has its KL; None where locality is not asked."""
         if "locality" not in self.suites:
             return None
+        from surgery.metrics.suite import material, measure
+
         given = material(model, tokenizer, load_prompt_set(self.prompts), suites=("locality",))
         return measure(model, given, progress=progress, label="measure the untouched model").reference
 
     def judge(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         preamble: str = "",
-        reference: Reference | None = None,
+        reference: "Reference | None" = None,
         details: dict[str, Any] | None = None,
         progress: Progress,
     ) -> dict[str, Any]:
@@ -90,6 +99,9 @@ class Judges:
         model wrote ("texts", see ``surgery.metrics.free_text``) and asked ("prompts": the text, its subject, and
         the probability of each word). Raises ``SurgeryError``.
         """
+        from surgery.metrics import lm_eval
+        from surgery.metrics.suite import evaluate_suites, material, measure
+
         scores: dict[str, Any] = {}
         if self.shipped:
             given = material(

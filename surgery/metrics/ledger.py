@@ -1,13 +1,13 @@
 """The spillover ledger: every axis that an edit could spoil, in a form that costs little, and which data is at hand."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from surgery.catalogue import FOLDER_SUITES, SUITES
 from surgery.data import bbq, bios, capability, crows_pairs, facts, seat, stereoset
 from surgery.errors import SurgeryError
-from surgery.metrics import gas, wikitext
-from surgery.metrics.suite import FOLDER_SUITES, SUITES
 
 LEDGER = (
     *SUITES, "stereoset", "crows_pairs", "bbq", "seat", "cloze", "capability", "wikitext", "free_text",
@@ -26,10 +26,15 @@ _READS: dict[str, Callable[[Path], Any]] = {
     "weat": lambda folder: [seat.load(folder, name) for names in seat.WEAT.values() for name in names],
     "cloze": facts.load,
     "capability": lambda folder: [capability.load(task, folder) for task in capability.FILES],
-    "gas": gas.prompts,
+    "gas": lambda folder: _texts("gas").prompts(folder),
     "bios": lambda folder: bios.load(folder, "test", 0),
-    "wikitext": wikitext.texts,
+    "wikitext": lambda folder: _texts("wikitext").texts(folder),
 }
+
+
+def _texts(judge: str) -> Any:
+    """The module of a judge that reads its own texts; it imports torch."""
+    return import_module(f"surgery.metrics.{judge}")
 
 
 def absent(suites: Sequence[str], folder: str | Path) -> dict[str, str]:

@@ -2,23 +2,15 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from surgery.catalogue import check_lm_eval
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
 from surgery.forward.generation import plain_generation
 from surgery.metrics.metric import Metric
-
-
-def check_installed() -> None:
-    """Raises ``SurgeryError`` where lm-eval is not installed, before a model is opened."""
-    if find_spec("lm_eval") is None:
-        raise SurgeryError(
-            "lm-eval: the package is not installed; expected lm_eval; pip install 'model-surgery[lm-eval]'"
-        )
 
 
 def evaluate(
@@ -40,7 +32,7 @@ def evaluate(
 
     Raises ``SurgeryError`` where lm-eval is not installed, knows no such task, or fails.
     """
-    check_installed()
+    check_lm_eval()
     lm_eval, wrapper = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     with evaluating(model), plain_generation(model):
         try:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.batching import context_limit
 from hooks.errors import Note
 from hooks.tokens import ids_of
+from surgery.catalogue import check_scorer
 from surgery.errors import SurgeryError
 from surgery.forward import tokens
 from surgery.forward.token_logprobs import token_log_probabilities
@@ -45,7 +46,6 @@ DEFINITIONS = {
     "no-start": Scorer("none", "geometric"),
     "no-start-sum": Scorer("none", "sum"),
 }
-SCORERS = tuple(DEFINITIONS)
 
 
 def sentence_scores(
@@ -160,12 +160,6 @@ def sentence_tokens(
             f"sentence {short[0]} ({sentences[short[0]]!r}) is one token, which scorer {scorer!r} does not score"
         )
     return token_log_probabilities(model, rows, starts=places, step=step)
-
-
-def check_scorer(name: str) -> None:
-    """Raises ``SurgeryError`` for a scorer that does not exist."""
-    if name not in DEFINITIONS:
-        raise SurgeryError(f"scorer: got {name!r}, expected one of {', '.join(SCORERS)}")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase, scorer: str) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
+from surgery.catalogue import SUITES, check_suites
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
 from surgery.data.locality import Row
 from surgery.data.prompts import PromptSet
@@ -28,24 +28,7 @@ from surgery.metrics.locality import Distributions, Reference
 from surgery.metrics.metric import Metric
 from surgery.progress import Progress
 
-SUITES = ("genbias", "genhint", "locality", "facts_of_gender", "perplexity")
 PRONOUN_SUITES = ("locality", "facts_of_gender")  # what they ask for is he, she and others, whatever words are compared
-# Suites that read files of the user's data folder: what each is, for `surgery list`. The module of the same name in
-# this package has ``evaluate(model, tokenizer, folder, *, limit, seed, step) -> nested dictionary of Metric``.
-FOLDER_SUITES = {
-    "stereoset": "StereoSet: stereotype score, language modelling score, ICAT",
-    "crows_pairs": "CrowS-Pairs: metric, stereotype and anti-stereotype score",
-    "bbq": "BBQ: accuracy and bias scores of question answering",
-    "capability": "BoolQ, PIQA, OpenBookQA, CommonsenseQA, MMLU, HellaSwag",
-    "seat": "SEAT: association effect sizes of sentence embeddings",
-    "weat": "WEAT: association effect sizes of word embeddings",
-    "cloze": "T-REx facts as cloze questions",
-    "gas": "GAS: gendered words in continuations",
-    "bios": "Bias in Bios: gaps between genders by profession",
-    "wikitext": "perplexity of Wikipedia's sentences",
-}
-# Suites of the same signature that read texts of the package, and no folder.
-WRITTEN_SUITES = {"free_text": "what the model writes: who is he or she by profession, agency, competence, warmth"}
 Scores = dict[str, Any]
 Prefixes = Mapping[str, ResidualCache]
 
@@ -211,19 +194,6 @@ def _scored(
     chances, pronouns = found[:, : len(words)], found[:, len(words) :]
     kl = far.kl if far and far.reference else None
     return locality_metric.score(chances, pronouns, given.settled[suite], words=words, data=data, kl=kl)
-
-
-def folder_suites() -> dict[str, str]:
-    """The suites on a data folder that this installation has, and what each measures."""
-    return {name: text for name, text in FOLDER_SUITES.items() if find_spec(f"surgery.metrics.{name}")}
-
-
-def check_suites(names: Sequence[str]) -> None:
-    """Raises ``SurgeryError`` for a name that is no suite on a data folder."""
-    known = folder_suites() | WRITTEN_SUITES
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        raise SurgeryError(f"suite: got {unknown!r}, expected some of {', '.join([*SUITES, *known])}")
 
 
 def evaluate_suites(

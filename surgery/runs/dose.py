@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from transformers import PreTrainedModel
 
 from hooks.drawing import BLUE, GREY, ORANGE, new_figure
 from surgery.delta import Delta
@@ -17,6 +16,7 @@ from surgery.runs.report import Table, cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
 # With --force a target is sought up to so many times the largest measured scale.
 BEYOND = 2.0
@@ -87,7 +87,7 @@ def read_target(text: str) -> tuple[str, float]:
 
 def dosed(
     delta: Delta,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     scale: float,
     judge: Callable[[], Mapping[str, Any]],
     *,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from surgery.objective import Moved, Term
+from surgery.moved import Moved, Term
 
 LITTLE = 0.02  # of the objective's value before
 LOUD = 20.0  # times the gradient of another term

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from surgery.catalogue import check_suites
+from surgery.data import neutral
+from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -36,6 +39,12 @@ class Settings(BaseModel):
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
     seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what can be seen without the model: files that are not there, names that do not exist.
+
+        Raises ``SurgeryError``. A recipe calls it first, and the command line before it imports anything heavy.
+        """
 
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +128,12 @@ class DataFolder(Settings):
         """Whether a run with these values reads the directory, so that a study hands it on."""
         return True
 
+    def check(self) -> None:
+        """Also the folder, where one is named."""
+        super().check()
+        if self.data and not Path(self.data).is_dir():
+            raise SurgeryError(f"data: {self.data!r} is no folder; name the directory of the data sets")
+
 
 class Suites(DataFolder):
     """What is measured before and after on files of ``data``."""
@@ -127,6 +142,11 @@ class Suites(DataFolder):
     test_rows: Limit = 0
     """At most so many rows of each data set that is measured, drawn by the seed; 0 takes all."""
 
+    def check(self) -> None:
+        """Also the suites' names."""
+        super().check()
+        check_suites(self.suites)
+
 
 class PromptSet(Settings):
     """The prompts that name a group and leave the next word open."""
@@ -134,12 +154,23 @@ class PromptSet(Settings):
     prompt_set: str = "genbias"
     """genbias, race, or a .toml / .json file of your own."""
 
+    def check(self) -> None:
+        """Also the prompt set."""
+        super().check()
+        load_prompt_set(self.prompt_set)
+
 
 class Neutral(Settings):
     """Texts for perplexity."""
 
     neutral: str = ""
     """A file of texts for perplexity instead of the shipped 200 sentences."""
+
+    def check(self) -> None:
+        """Also the texts."""
+        super().check()
+        if self.neutral:
+            neutral.sentences(self.neutral)
 
 
 class Part(Settings):

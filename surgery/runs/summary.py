@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-from surgery.objective import Moved
+from surgery.moved import Moved
 
 Scores = Mapping[str, Any]  # metrics as plain dictionaries, by suite
 

@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
+from surgery.catalogue import check_scorer
 from surgery.data import genbias, pairs
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.texts import Example
@@ -18,7 +19,7 @@ from surgery.forward.next_token import next_words
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.metrics.sentences import check_scorer, per_token, sentence_tokens
+from surgery.metrics.sentences import per_token, sentence_tokens
 
 Model = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
