@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from surgery import SurgeryError
+from surgery import delta as deltas
 from surgery.apply.gguf import RECORD, apply_gguf
 from surgery.apply.gguf_undo import undo_gguf
 from surgery.files.gguf import SUBSTITUTE, WRITABLE, open_gguf, quantise
 
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 40}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 40}
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 40}
 K = "model.layers.0.self_attn.k_proj.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -30,7 +33,9 @@ def permuted(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix.reshape(heads, 2, matrix.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
-def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignment=None, experts=None, **keys):
+def write(
+    path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignment=None, experts=None, given=None, **keys
+):
     """What llama.cpp's converter would write of a llama with 4 heads and 2 key heads; vectors stay F32."""
     writer = gguf.GGUFWriter(path, arch)
     if alignment:
@@ -52,6 +57,10 @@ def write(path, tensors, kind="Q4_1", *, interleaved=True, arch="llama", alignme
             _, _, layer, part = stem.split(".", 3)
             target = f"blk.{layer}.{NAMES[part]}"
         raw = gguf.GGMLQuantizationType.F32 if matrix.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        if name in (given or {}):  # bytes of a type that the library does not write
+            stored, own = given[name]
+            writer.add_tensor(f"{target}.weight", stored, raw_dtype=gguf.GGMLQuantizationType[own])
+            continue
         writer.add_tensor(f"{target}.weight", gguf.quantize(matrix, raw), raw_dtype=raw)
     if experts is not None:
         raw = gguf.GGMLQuantizationType[kind]
@@ -157,6 +166,34 @@ def test_a_type_that_is_not_written_is_named_with_its_cost(tmp_path, base, monke
     assert np.array_equal(read(tmp_path / "e.gguf")["blk.1.ffn_gate.weight"], wanted)
     undo_gguf(tmp_path / "e.gguf", tmp_path / "back.gguf")
     assert filecmp.cmp(source, tmp_path / "back.gguf", shallow=False)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_get_new_codes_under_their_own_scales(tmp_path, kind):
+    generator, stored = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    raw = generator.integers(0, 256, (256, gguf.GGML_QUANT_SIZES[stored][1]), dtype=np.uint8)
+    for at in (208,) if kind == "Q6_K" else (0, 2):
+        raw[:, at : at + 2] = np.array([0.0004], np.float16).view(np.uint8)
+    tensors = kit.weights(**WIDE) | {GATE: torch.from_numpy(gguf.dequantize(raw, stored))}
+    folder = kit.save(tmp_path / "base", tensors, **WIDE)
+    keys = {"embedding_length": 256, "feed_forward_length": 256, "attention.key_length": 64}
+    source = write(tmp_path / "m.gguf", tensors, "F16", given={GATE: (raw, kind)}, **keys)
+    difference = (0.001 * (1 + generator.random((256, 256)))).astype(np.float32)
+    difference[::2] = 0
+    delta = deltas.make({GATE: difference}, folder, base="b", recipe="", seed=0)
+    report = apply_gguf(delta, source, tmp_path / "e.gguf")
+    assert report.bytes == report.bytes_before and not report.notes and report.tensors[0].after == kind
+    before, after = (read(path)["blk.1.ffn_gate.weight"] for path in (source, tmp_path / "e.gguf"))
+    # Some parts have a scale of 0, and a sixteenth of random 4-bit codes cannot rise.
+    assert not (after - before)[::2].any()
+    assert (after - before)[1::2].mean() == pytest.approx(0.0015, rel=0.25)
+    near = apply_gguf(delta, source, tmp_path / "n.gguf", rounding="nearest")
+    assert near.tensors[0].changed < 0.8 * report.tensors[0].changed
+    undo_gguf(tmp_path / "e.gguf", tmp_path / "back.gguf")
+    assert filecmp.cmp(source, tmp_path / "back.gguf", shallow=False)
+    large = deltas.make({GATE: np.full((256, 256), 3.0, np.float32)}, folder, base="b", recipe="", seed=0)
+    with pytest.raises(SurgeryError, match=r"beyond what the scales of its .* --touched-type Q8_0"):
+        apply_gguf(large, source, tmp_path / "no.gguf")
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

@@ -11,12 +11,14 @@ import numpy as np
 from surgery.apply.gguf_plan import Target, make_plan
 from surgery.apply.plan import Edit, Tied
 from surgery.apply.record import KEY, RecordWriter
+from surgery.apply.requantise import CLIPPED
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.copying import OnBytes, copy_range, sync_file, write_exactly
 from surgery.files.gguf import GgufFile, open_gguf, quantise, read_rows, row_groups
+from surgery.files.k_quants import KINDS, recode
 from surgery.files.rounding import ROUNDINGS, random16
 from surgery.files.safetensors_io import Entry, open_regular, parse_json, read_header
 
@@ -253,8 +255,13 @@ class _Rewriter:
         if self._rounding != "nearest" and target.kind != "F32":
             first = start * old.shape[1]
             draw = random16(self._seed, target.sources[0], first, old.size).reshape(old.shape) / np.float32(65536)
-        stored = quantise(old + moved, target.kind, draw)
-        if target.kind == target.tensor.type:  # blocks that the delta leaves alone keep their bytes
+        if target.kind in KINDS:
+            stored = self._recoded(target, raw, moved, draw)
+        else:
+            stored = quantise(old + moved, target.kind, draw)
+        if (
+            target.kind == target.tensor.type and target.kind not in KINDS
+        ):  # blocks that the delta leaves alone keep their bytes
             block, size = GGML_QUANT_SIZES[kind]
             still = ~(moved.reshape(-1, block) != 0).any(axis=1)
             blocks = stored.reshape(-1, size).copy()
@@ -266,3 +273,16 @@ class _Rewriter:
                 f"{target.tensor.name}: the edited value is too large for {target.kind}; smaller --scale"
             )
         return stored, new
+
+    def _recoded(self, target: Target, raw: bytes, moved: np.ndarray, draw: np.ndarray | None) -> np.ndarray:
+        """New codes under the scales that the file has, for a type that the library does not write."""
+        blocks = np.frombuffer(raw, np.uint8).reshape(moved.size // 256, -1)
+        stored, beyond = recode(
+            target.kind, blocks, moved.reshape(-1, 256), None if draw is None else draw.reshape(-1, 256)
+        )
+        if beyond > CLIPPED * float(np.square(moved, dtype=np.float64).sum()):
+            raise SurgeryError(
+                f"{target.tensor.name}: more than {CLIPPED:.0%} of the edit lies beyond what the scales of its "
+                f"{target.kind} blocks hold; repeat with --touched-type Q8_0"
+            )
+        return stored.reshape(len(moved), -1)

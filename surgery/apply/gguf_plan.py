@@ -15,6 +15,7 @@ from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.gguf import SUBSTITUTE, WRITABLE, GgufFile, GgufTensor, read_rows, row_groups
+from surgery.files.k_quants import KINDS
 from surgery.files.rounding import refuse_not_finite
 from surgery.files.safetensors_io import open_regular, read_exactly
 
@@ -169,7 +170,8 @@ def _swap_note(tensor: GgufTensor, kind: str, *, chosen: bool) -> str:
 def _kind(tensor: GgufTensor, chosen: str | None, file: GgufFile) -> str:
     vector = len(tensor.shape) == 1
     kind = chosen if chosen and not vector else tensor.type
-    kind = kind if kind in WRITABLE else SUBSTITUTE.get(kind, "")
+    own = kind in WRITABLE or (kind == tensor.type and kind in KINDS)
+    kind = kind if own else SUBSTITUTE.get(kind, "")
     if not kind:
         raise SurgeryError(f"{file.path}: {tensor.name!r} is {tensor.type}, which holds no weights that can be edited")
     if kind not in ("F16", "BF16", "F32") and tensor.shape[-1] % 32:

@@ -24,11 +24,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 # What the library can write, by how many bits a weight takes; F64 and integers are no weights.
 WRITABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
-# The smallest of them that is not worse, for a type that the library reads but does not write.
+# The smallest of them that is not worse, for a type that the library reads and nothing here writes
+# (surgery.files.k_quants has Q4_K, Q5_K and Q6_K).
 SUBSTITUTE = dict.fromkeys(("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "Q4_0")
 SUBSTITUTE |= dict.fromkeys(("TQ1_0", "TQ2_0"), "Q4_0")
-SUBSTITUTE |= dict.fromkeys(("Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), "Q5_0")
-SUBSTITUTE |= dict.fromkeys(("Q5_K", "Q6_K"), "Q8_0")
+SUBSTITUTE |= dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), "Q5_0")
 
 
 @dataclass(frozen=True)
