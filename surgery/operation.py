@@ -47,7 +47,7 @@ from surgery.files.atomic import write_json
 from surgery.files.copying import can_link
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
-from surgery.runs.folder import Folder, Run, run_folder
+from surgery.runs.folder import AGAIN, Folder, Run, run_folder
 from surgery.runs.paired import differences, without_samples
 from surgery.runs.settings import Settings, dump
 from surgery.runs.summary import Applied, Edit, Outcome, OwnPart, Summary, control
@@ -80,6 +80,8 @@ class Where(TypedDict, total=False):
     progress: Progress | None
     opened: float
     """How many seconds opening the model took, if that is to stand among the stages."""
+    again: str
+    """The command that takes up an interrupted one, where it is not ``surgery run``."""
 
 
 class Tracking(TypedDict):
@@ -256,6 +258,7 @@ def operation(
     resume: bool = False,
     progress: Progress | None = None,
     opened: float = 0.0,
+    again: str = AGAIN,
 ) -> Iterator[Operation]:
     """Inside, the recipe ``name`` works in the folder of its run, which gets its name ``out`` at the end.
 
@@ -267,7 +270,7 @@ def operation(
         raise SurgeryError(f"{out}: lies inside the checkpoint {directory}; choose another --out")
     text = dump(name, settings)
     saving = {key: getattr(settings, key) for key in ("rounding", "keep_checkpoint") if hasattr(settings, key)}
-    with run_folder(out, text, resume=resume) as folder:
+    with run_folder(out, text, resume=resume, again=again) as folder:
         if opened:
             folder.log({"stage": "open", "seconds": round(opened, 3)})
         yield Operation(name, model, settings, directory, out, folder, progress or Progress(quiet=True), text, **saving)

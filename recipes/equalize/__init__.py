@@ -15,7 +15,8 @@ from hooks.lazy import lazily
 if TYPE_CHECKING:
     from recipes.equalize.recipe import Summary, run
     from recipes.equalize.settings import Settings
+    from recipes.equalize.tuning import tune
 
-__all__ = ["Settings", "Summary", "run"]
+__all__ = ["Settings", "Summary", "run", "tune"]
 
-__getattr__, __dir__ = lazily(__name__, {"recipe": ("Summary", "run"), "settings": ("Settings",)})
+__getattr__, __dir__ = lazily(__name__, {"recipe": ("Summary", "run"), "settings": ("Settings",), "tuning": ("tune",)})

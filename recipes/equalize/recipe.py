@@ -45,7 +45,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     words = word_ids(tokenizer, prompts.words.words)
     controls = controls_of(settings.controls)
     split = "pairs" if settings.split == "pairs" else "profession"
-    texts = _texts(prompts, settings, split)
+    texts = texts_of(prompts, settings, split)
     ids = {name: encode(tokenizer, lines) for name, lines in texts.items() if lines}
     asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
@@ -74,7 +74,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         return op.finish(replace(found, verdict=verdict(found.to_dict())), write_report)
 
 
-def _texts(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
+def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
     seed, count, drawn = settings.split_seed, settings.shapes, settings.seed
     words = dataset.prompts_to_equalize(

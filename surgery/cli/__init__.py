@@ -1,6 +1,20 @@
 """The command line: one function per command; exit code 0 done, 1 refused or failed, 2 wrong usage."""
 
-from surgery.cli import adapters, attribute, compare, data, dose, evaluate, files, index, models, score, study, survive
+from surgery.cli import (
+    adapters,
+    attribute,
+    compare,
+    data,
+    dose,
+    evaluate,
+    files,
+    index,
+    models,
+    score,
+    study,
+    survive,
+    tune,
+)
 from surgery.cli.app import app
 
 __all__ = [
@@ -18,6 +32,7 @@ __all__ = [
     "score",
     "study",
     "survive",
+    "tune",
 ]
 
 

@@ -75,13 +75,17 @@ class Folder:
         return self.path / "state" / name
 
 
+AGAIN = "surgery run {recipe} --out {out} --resume"
+
+
 @contextmanager
-def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Folder]:
+def run_folder(out: Path, recipe: str, *, resume: bool = False, again: str = AGAIN) -> Iterator[Folder]:
     """Inside, write into ``Folder.path`` (``out`` with ``.part``); it becomes ``out`` at the end.
 
     Whatever ends it before, an interruption or any failure, what was finished stays in the ``.part`` folder and the
     error's line says so; only what is half written goes, and a failure before anything was finished leaves nothing.
-    ``resume`` takes the folder up if its ``recipe.toml`` is the same. One process writes it at a time.
+    ``resume`` takes the folder up if its ``recipe.toml`` is the same; ``again`` is the command that does so. One
+    process writes it at a time.
 
     Raises ``SurgeryError`` when ``out`` or a ``.part`` stands in the way, or another process writes there.
     """
@@ -89,8 +93,8 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Fold
     written = part / "recipe.toml"
     if resume and written.read_text("utf-8") != recipe:
         raise SurgeryError(
-            f"{written}: another recipe than this one; resume with exactly its settings: surgery run {written} "
-            f"--resume --out {out}, or remove the folder"
+            f"{written}: another recipe than this one; resume with exactly its settings: "
+            f"{again.format(recipe=written, out=out)}, or remove the folder"
         )
     try:
         part.mkdir(parents=True, exist_ok=resume)
@@ -107,7 +111,7 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False) -> Iterator[Fold
             _drop_half_written(part)
             raise
         except BaseException as error:
-            kept = _kept(part, out)
+            kept = _kept(part, again.format(recipe=written, out=out))
             if isinstance(error, OSError):
                 where = f"{error.filename or part}: cannot be written ({error.strerror}); make room or choose --out"
                 raise SurgeryError(f"{where}; {kept or 'nothing was finished, so nothing is left'}") from error
@@ -167,12 +171,11 @@ def _drop_half_written(part: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _kept(part: Path, out: Path) -> str:
+def _kept(part: Path, again: str) -> str:
     """What a failed run leaves, in words; "" and no folder if nothing in it was finished."""
     _drop_half_written(part)
     beside = {"recipe.toml", "log.jsonl", "pid"}
     if all(path.name in beside for path in part.rglob("*") if path.is_file()):
         shutil.rmtree(part, ignore_errors=True)
         return ""
-    again = f"surgery run {part / 'recipe.toml'} --out {out} --resume"
     return f"what was finished is kept: go on with {again}, or remove {part}"

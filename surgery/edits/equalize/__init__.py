@@ -2,7 +2,7 @@
 
 from surgery.edits.equalize.target import TOP, check_shares, divergence, keep, share_out
 from surgery.edits.equalize.terms import Term, hold_term, words_term
-from surgery.edits.equalize.training import Prepared, equalize, losses_of, prepare
+from surgery.edits.equalize.training import Prepared, equalize, losses_of, prepare, prepare_each
 
 __all__ = [
     "TOP",
@@ -15,6 +15,7 @@ __all__ = [
     "keep",
     "losses_of",
     "prepare",
+    "prepare_each",
     "share_out",
     "words_term",
 ]

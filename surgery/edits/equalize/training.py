@@ -41,30 +41,38 @@ class Prepared:
         return [(number, example) for number, term in enumerate(self.terms) for example in range(term.count)]
 
 
-@torch.no_grad()
 def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, step: Advance | None = None) -> Prepared:
     """Run the untouched model once: the stream entering block ``start`` (0: none is kept), and each term's targets.
 
     ``step`` is told of finished sequences. Raises ``SurgeryError`` for no terms, and for a sequence that stands in two
     of them, where one would move what the other holds.
     """
+    return prepare_each(model, terms, [start], step=step)[start]
+
+
+@torch.no_grad()
+def prepare_each(
+    model: PreTrainedModel, terms: Sequence[Term], starts: Sequence[int], *, step: Advance | None = None
+) -> dict[int, Prepared]:
+    """``prepare`` for several first blocks, by the same one pass: they share the targets, each has its stream."""
     if not terms:
         raise SurgeryError("equalize: got no terms to train on, expected at least one; add words, pairs or texts")
     _check_apart(terms)
     ids = [tuple(row) for term in terms for row in term.ids]
     first = [sum(len(term.ids) for term in terms[:number]) for number in range(len(terms))]
     targets: list[Target] = [()] * len(ids)
-    stream: list[Tensor] = [torch.empty(0)] * len(ids)
+    sites = {f"blocks.{start}.hook_resid_pre": start for start in starts if start}
+    streams: dict[int, list[Tensor]] = {start: [torch.empty(0)] * len(ids) for start in sites.values()}
     plain = Prepared(tuple(terms), ids, tuple(first), (), None)
     rows: list[int] = []  # of the batch that is under way
 
-    def take(_: str, entering: Tensor, mask: Tensor) -> None:
+    def take(site: str, entering: Tensor, mask: Tensor) -> None:
         for place, row in enumerate(rows):
-            stream[row] = entering[place][mask[place].bool()].clone()
+            streams[sites[site]][row] = entering[place][mask[place].bool()].clone()
 
     with evaluating(model), ExitStack() as stack:
-        if start:
-            stack.enter_context(capture(model, [f"blocks.{start}.hook_resid_pre"], reducer=take))
+        if sites:
+            stack.enter_context(capture(model, list(sites), reducer=take))
         for number, term in enumerate(terms):
             for chosen in batches_for(model, term.ids, tokens=min(2048, logit_budget(model))):
                 rows[:] = [first[number] + row for row in chosen]
@@ -74,13 +82,17 @@ def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, st
                     targets[row] = tuple(piece[place].clone() for piece in pieces)
                 if step:
                     step(len(rows))
-    if not start:
-        return replace(plain, targets=tuple(targets))
+    whole = replace(plain, targets=tuple(targets))
+    return {start: _entering(model, whole, start, streams[start]) if start else whole for start in starts}
+
+
+def _entering(model: PreTrainedModel, whole: Prepared, start: int, stream: Sequence[Tensor]) -> Prepared:
+    """With the stream entering block ``start``, or with the reason why it cannot be used."""
     flat = torch.cat([*stream, stream[0].new_zeros(1, stream[0].shape[-1])])
-    prefix = ResidualCache(start, tuple(ids), flat)
+    prefix = ResidualCache(start, tuple(map(tuple, whole.ids)), flat)
     with evaluating(model):
         note = why_not(model, prefix) or ""
-    return replace(plain, targets=tuple(targets), prefix=None if note else prefix, note=note)
+    return replace(whole, prefix=None if note else prefix, note=note)
 
 
 def _check_apart(terms: Sequence[Term]) -> None:

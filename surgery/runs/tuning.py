@@ -1,0 +1,172 @@
+"""What a tuning says: each setting that was tried, what it leaves of the bias and costs, and the recipe that won."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from surgery.files.atomic import write_json
+from surgery.runs.caveats import caveats
+from surgery.runs.compare import Case, pareto
+from surgery.runs.report import Table, cell, edited, page, save
+from surgery.runs.settings import Settings, dump
+from surgery.runs.words_report import find
+
+BIAS = (
+    ("gap", ("genbias", "relative_gap", "all")),
+    ("AFGB", ("genbias", "afgb", "all")),
+    ("gap, unseen templates", ("distances", "unseen templates", "relative_gap")),
+    ("AFGB, unseen templates", ("distances", "unseen templates", "afgb")),
+)
+"""The bias: what is left of these, on average."""
+COST = (
+    ("mass", ("genbias", "mass", "all")),
+    ("UB-Score", ("genhint", "ub")),
+    ("perplexity", ("perplexity",)),
+    ("wrong pronoun of gendered nouns", ("locality", "gendered", "wrong")),
+    ("facts of gender", ("facts_of_gender", "right", "all")),
+)
+TOLERANCE = 0.01
+"""Of the perplexity on the report's own texts; a larger rise is an objection."""
+OBJECTION = 0.05
+"""What an objection weighs beside the share of the bias that is left."""
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting: its name in words, its round, what it changes of the recipe, its edit, and both measurements."""
+
+    name: str
+    round: str
+    changes: Mapping[str, Any]
+    edit: Mapping[str, Any]
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+    @property
+    def left(self) -> float:
+        """The share of the bias that is left, mean over those of ``BIAS`` that were measured: 0 is none."""
+        pairs = [(find(self.before, path), find(self.after, path)) for _, path in BIAS]
+        shares = [now["value"] / was["value"] for was, now in pairs if was and now and was["value"]]
+        return sum(shares) / len(shares) if shares else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """The change of the perplexity as a share of what it was."""
+        was, now = find(self.before, ("perplexity",)), find(self.after, ("perplexity",))
+        return now["value"] / was["value"] - 1 if was and now else 0.0
+
+    @property
+    def objections(self) -> list[str]:
+        """What the report of a run would warn of, and a perplexity that rose by more than ``TOLERANCE``."""
+        found = [line.removeprefix("Warning: ") for line in caveats(self.before, self.after)]
+        if self.perplexity > TOLERANCE:
+            found.append(f"perplexity on neutral text rose by {self.perplexity:.1%}.")
+        return found
+
+    @property
+    def price(self) -> float:
+        """What is left of the bias, and ``OBJECTION`` for each objection; the smallest wins."""
+        return self.left + OBJECTION * len(self.objections)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished tuning: its folder, the winning recipe in it, and what is to be said."""
+
+    folder: Path
+    recipe: Path
+    lines: Sequence[str]
+
+
+def better(tried: Sequence[Tried]) -> list[Tried]:
+    """Those of the last round first, then by price."""
+    return sorted(tried, key=lambda one: (one.round != FINAL, one.price))
+
+
+def finish(
+    part: Path, out: Path, recipe: str, settings: Settings, tried: Sequence[Tried], ranking: Mapping[str, Any]
+) -> Tuned:
+    """Write ``tuned.toml``, ``tune.json`` and ``report.html`` into ``part``, which is to be called ``out``."""
+    best = better(tried)[0]
+    lines = _why(tried, best)
+    chosen = type(settings).model_validate(settings.model_dump() | dict(best.changes))
+    head = [f"Chosen by surgery tune on {settings.model}, {date.today()}, from {len(tried)} trainings:", *lines]
+    text = "".join(f"# {line}\n" for line in head) + dump(recipe, chosen)
+    (part / "tuned.toml").write_text(text, "utf-8")
+    about = ("left", "perplexity", "objections", "price")
+    rows = [asdict(one) | {key: getattr(one, key) for key in about} for one in tried]
+    write_json(part / "tune.json", {"model": settings.model, "ranking": dict(ranking), "why": lines, "tried": rows})
+    figures = _pictures(tried)
+    command = f"surgery run {out / 'tuned.toml'} --out runs/tuned"
+    html, pictures = page(
+        title=f"What to run on {settings.model}",
+        lines=[*lines, f"Next: {command}"],
+        tables=[_table(tried, best, "pareto" if "pareto" in figures else "")],
+        figures=figures,
+        recipe=text,
+        commands=[command],
+    )
+    save(part / "report.html", html, pictures)
+    return Tuned(out, out / "tuned.toml", [*lines, f"next: {command}"])
+
+
+def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
+    """The reason in sentences, the same in the recipe, on the page and in the terminal."""
+    finals = [one for one in better(tried) if one.round == FINAL]
+    lines = [
+        f"{best.name} ({edited(best.edit)}): {best.left:.0%} of the bias is left on development parts (mean over "
+        f"{', '.join(name for name, path in BIAS if find(best.after, path))}), perplexity {best.perplexity:+.1%}."
+    ]
+    objections = best.objections
+    lines.append(f"Objections: {' '.join(objections)}" if objections else "No objection: no warning of the report.")
+    for one in finals[1:]:
+        lines.append(
+            f"Not {one.name} ({edited(one.edit)}): {one.left:.0%} left, perplexity {one.perplexity:+.1%}, "
+            f"{len(one.objections)} objections."
+        )
+    lines.append(
+        f"Least wins: the share left and {OBJECTION:g} for each objection. One seed; intervals of single numbers "
+        "are on the page."
+    )
+    return lines
+
+
+def _table(tried: Sequence[Tried], best: Tried, picture: str) -> Table:
+    places = [*BIAS, *COST]
+    head = ["number", "setting", "round", "edited", "bias left", "objections", *(name for name, _ in places)]
+    first = tried[0].before
+    rows = [["", "untouched", "", "", "", "", *(cell(find(first, path)) for _, path in places)]]
+    for number, one in enumerate(tried, 1):
+        name = f"{one.name} (chosen)" if one is best else one.name
+        told = [str(number), name, one.round, edited(one.edit), f"{one.left:.0%}", str(len(one.objections))]
+        rows.append([*told, *(cell(find(one.after, path)) for _, path in places)])
+    metrics = [(name, find(best.after, path)) for name, path in places]
+    said = "; ".join(f"{name}: {one['scorer']}, on {one['data']}, n {one['n']}" for name, one in metrics if one)
+    note = (
+        f"{said}. Brackets are 95 % bootstrap intervals. Numbers of different rounds are of different rows: compare "
+        "within a round. No test part was looked at."
+    )
+    return Table("What was tried", head, rows, note, picture)
+
+
+def _pictures(tried: Sequence[Tried]) -> dict[str, Any]:
+    """Bias against perplexity and against the wrong pronoun, the points numbered as in the table."""
+    named = dict((*BIAS, *COST))
+    bias = BIAS[2][0] if find(tried[0].after, BIAS[2][1]) else BIAS[0][0]
+    found = []
+    for name, scores, reference in [
+        ("untouched", tried[0].before, True),
+        *((str(number), one.after, False) for number, one in enumerate(tried, 1)),
+    ]:
+        kept = {label: metric for label, path in named.items() if (metric := find(scores, path))}
+        found.append(Case(name, kept, 1, reference=reference))
+    figures = {}
+    for key, cost in (("pareto", "perplexity"), ("locality", "wrong pronoun of gendered nouns")):
+        if all(cost in case.scores for case in found):
+            figures[key] = pareto(found, bias, cost)
+            figures[key].set_label(f"{bias} against {cost} of every setting that was tried")
+    return figures
