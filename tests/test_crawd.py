@@ -19,6 +19,7 @@ from surgery.edits.supervised import Lora, encode_rows, evaluate
 from surgery.errors import SurgeryError
 from surgery.metrics import gas
 from surgery.metrics.metric import from_dict
+from surgery.modules.cross_attention import reattached, switched_off
 from surgery.runs.folder import Folder
 from surgery.training import Plan
 
@@ -46,6 +47,7 @@ def settings(checkpoint: Path, folder: Path, **more: Any) -> crawd.Settings:
 
 
 def learn(tiny: Any, checkpoint: Path, folder: Path, out: Path, **more: Any) -> dict[str, Any]:
+    more = {"controls": ["vanilla"]} | more
     neutral = out.parent / "neutral.txt"  # two sentences instead of two hundred
     neutral.write_text("The old key was here.\nThe guard found it.\n")
     ready = settings(checkpoint, folder, neutral=str(neutral), **more)
@@ -117,18 +119,66 @@ def test_the_reference_states_follow_the_trained_weights(tiny: Any, rows: Any) -
     assert not torch.allclose(alone.module.tensors["reference"], both.module.tensors["reference"], atol=1e-3)
 
 
+def test_a_module_can_be_stored_without_what_it_was_trained_with(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    plan = Plan(5e-3, 2, 8)
+    whole, cross, off = (
+        tune(model, tokenizer, rows, method("crawd", form=form), plan, seed=0).module
+        for form in ("printed", "cross_off", "module_off")
+    )
+    assert whole and cross and off
+    fusion, width = whole.tensors["fusion.weight"], len(whole.tensors["fusion.weight"])
+    assert torch.equal(cross.tensors["fusion.weight"][:, :width], fusion[:, :width]) and fusion[:, width:].any()
+    assert not cross.tensors["fusion.weight"][:, width:].any() and not off.tensors["fusion.weight"].any()
+    assert torch.equal(cross.tensors["query.weight"], whole.tensors["query.weight"])
+    with reattached(model, whole) as module:
+        with pytest.raises(ZeroDivisionError), switched_off(model, "cross"):
+            assert torch.equal(module.fusion.weight, cross.tensors["fusion.weight"])
+            1 / 0  # noqa: B018
+        assert torch.equal(module.fusion.weight, fusion)
+        with pytest.raises(SurgeryError, match="got the part 'head'"), switched_off(model, "head"):
+            pass
+    with pytest.raises(SurgeryError, match="to switch off; attach one first"), switched_off(model):
+        pass
+
+
+def test_the_projection_takes_the_reference_words_off_the_stream(tiny: Any, rows: Any) -> None:
+    """lambda 0: no hidden state says more of the words than of the mean token; nothing of the module learns."""
+    model, tokenizer = tiny
+    given = method("crawd", form="projection", module={"decay": 0.0})
+    tuned = tune(model, tokenizer, rows, given, Plan(5e-3, 2, 8), seed=0)
+    assert tuned.module is not None and tuned.parameters == sum(v.numel() for v in tuned.differences.values())
+    words = tokenizer.convert_tokens_to_ids(["he", "she"])
+    ids = torch.tensor([list(rows[0].ids[:4])])
+    with torch.no_grad(), applied(model, tuned):
+        logits = model(ids).logits[0].double()
+    assert torch.allclose(logits[:, words], logits.mean(-1, keepdim=True).expand(-1, 2), atol=1e-4)
+    half = tune(model, tokenizer, rows, replace(given, module={"decay": 0.5}), Plan(5e-3, 2, 8), seed=0).module
+    assert half is not None
+    torch.testing.assert_close(half.tensors["fusion.weight"], 0.5 * tuned.module.tensors["fusion.weight"])
+
+
+def test_a_wide_head_starts_at_random(tiny: Any, rows: Any) -> None:
+    model, tokenizer = tiny
+    tuned = tune(model, tokenizer, rows, method("crawd", form="wide_head"), Plan(1e-9, 1, 16), seed=0)
+    assert tuned.module is not None
+    whole = tuned.module.tensors["fusion.weight"].clone()
+    whole[:, : len(whole)] += torch.eye(len(whole))
+    assert whole.abs().max() <= (6 / (3 * len(whole))) ** 0.5 + 1e-6  # Glorot and Bengio's bound for d x 2d
+
+
 def test_debias_tuning_says_the_words_less(tiny: Any, rows: Any) -> None:
     model, tokenizer = tiny
     ids = torch.tensor([list(rows[0].ids[:4])])  # "The nurse said that"
     words = tokenizer.convert_tokens_to_ids(["he", "she"])
     mass = {}
     for name, weight in (("vanilla", 0.0), ("debias_tuning", 4.0), ("crawd", 4.0)):
-        tuned = tune(model, tokenizer, rows, method(name, weight=weight), Plan(3e-2, 10, 8), seed=0)
+        tuned = tune(model, tokenizer, rows, method(name, weight=weight), Plan(3e-2, 20, 8), seed=0)
         with torch.no_grad(), applied(model, tuned):
             mass[name] = model(ids).logits[0, -1].softmax(-1)[words].sum().item()
     # A fifth of it at the optimum, 1 / (1 + weight); these few steps go most of the way.
     assert mass["vanilla"] > 0.3
-    assert mass["debias_tuning"] < 0.65 * mass["vanilla"] and mass["crawd"] < 0.65 * mass["vanilla"]
+    assert mass["debias_tuning"] < 0.65 * mass["vanilla"] and mass["crawd"] < 0.75 * mass["vanilla"]
 
 
 def applied(model: Any, tuned: Any) -> Any:
@@ -184,15 +234,18 @@ def test_what_cannot_be_trained_is_refused(tiny: Any, rows: Any, name: str, more
 
 def test_the_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     before = state(tiny[0])
-    summary = learn(tiny, checkpoint, data, tmp_path / "run")
+    own = ["lambda_1", "random_words", "module_off", "cross_off"]
+    assert settings(checkpoint, data).controls == ["vanilla", *own]
+    more = {"controls": ["vanilla", *own], "random_words": ["nurse", "guard"], "decay_stored": 0.5}
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", **more)
     assert state(tiny[0]) == before
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"run.json", "recipe.toml", "delta.safetensors", "report.html", "log.jsonl", "plots"}
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
     # 40 biographies of which 8 are held out and 8 a development set; of the accountants' file one is new.
     assert summary["rows"]["trained"] == 24 + 1 and summary["rows"]["held_out"] == 8
-    assert set(summary["controls"]) == {"vanilla"} and summary["delta"]["kind"] == "module"
-    for scores in (summary["before"], summary["after"], summary["controls"]["vanilla"]["after"]):
+    assert set(summary["controls"]) == {"vanilla", *own} and summary["delta"]["kind"] == "module"
+    for scores in (summary["before"], summary["after"], *(each["after"] for each in summary["controls"].values())):
         assert set(scores) == {"gas", "held_out_perplexity", "perplexity"}
     assert summary["before"]["held_out_perplexity"]["value"] > 2 * summary["after"]["held_out_perplexity"]["value"]
     page = (tmp_path / "run" / "report.html").read_text()
@@ -204,7 +257,18 @@ def test_the_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) 
     )
     rankings = [summary["sensitivity"][when]["scores"] for when in ("before", "after")]
     assert len(rankings[0]) == len(rankings[1]) == 4 and rankings[0] != rankings[1]
-    assert len(summary["cases"]) == 6 and set(summary["cases"][0]) == {"prompt", "before", "crawd", "vanilla"}
+    assert len(summary["cases"]) == 6 and set(summary["cases"][0]) == {"prompt", "before", "crawd", "vanilla", *own}
+    edit = summary["edit"]
+    assert (edit["decay"], edit["decay_stored"], edit["form"]) == (0.2, 0.5, "printed")
+    assert "Trained with lambda 0.2, the module is stored with 0.5" in page and "Texts with a male word" in page
+    assert edit["moved"]["after"] < edit["moved"]["before"] and "The objective fell by" in page
+    assert "What the module does itself (control module_off): gas gas" in page
+    # The same weights: what is off is the module of the saved file, so the parts differ and vanilla is another model.
+    perplexity = {name: each["after"]["perplexity"]["value"] for name, each in summary["controls"].items()}
+    assert len({*perplexity.values(), summary["after"]["perplexity"]["value"]}) == 6
+    assert summary["differences"]["module_off"]["perplexity"]["value"] == pytest.approx(
+        summary["after"]["perplexity"]["value"] - perplexity["module_off"]
+    )
 
 
 def test_the_numbers_are_those_of_the_saved_file(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -259,9 +323,9 @@ def test_an_interrupted_run_continues_to_the_same_delta(
         patch.setattr("surgery.runs.folder.Folder.log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny, checkpoint, data, tmp_path / "cut", suites=[])
-    ready = settings(checkpoint, data, suites=[], neutral=str(tmp_path / "neutral.txt"))
+    ready = settings(checkpoint, data, suites=[], neutral=str(tmp_path / "neutral.txt"), controls=["vanilla"])
     rest = crawd.run(*tiny, ready, out=tmp_path / "cut", resume=True).summary
-    assert rest == whole
+    assert rest | {"seconds": {}} == whole | {"seconds": {}}
     lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert sum(line.get("method") == "crawd" for line in lines) == whole["edit"]["steps"]  # not trained twice
 
@@ -283,6 +347,9 @@ def test_settings_follow_method_and_profile() -> None:
         ({"data": "nowhere"}, "data: 'nowhere' is no folder"),
         ({"suites": ["blimp"]}, "got 'blimp'"),
         ({"controls": ["crawd"]}, "controls: got 'crawd'"),
+        ({"controls": ["cross_off"], "method": "vanilla"}, "got 'cross_off', but vanilla has no module"),
+        ({"controls": ["random_words"], "random_words": ["kind"]}, "expected at least 2 that are no reference words"),
+        ({"method": "vanilla", "form": "projection", "controls": []}, "got 'projection' for vanilla"),
         ({"reference": ["he", "he"]}, "named twice"),
         ({"four_bit": True}, "four_bit: this model is on cpu"),
     ],

@@ -106,7 +106,7 @@ def test_bad_settings_and_prompts_are_refused(tmp_path: Path) -> None:
         gas.generate(model, tokenizer, PROMPTS, Sampling(temperature=0))
     with pytest.raises(SurgeryError, match="tokens, the model takes 24"):
         gas.generate(model, tokenizer, PROMPTS, Sampling(length=40))
-    with pytest.raises(SurgeryError, match="expected professions or bold"):
+    with pytest.raises(SurgeryError, match="expected professions, other_professions or bold"):
         gas.prompts(tmp_path, "names")
     (tmp_path / "bold").mkdir()
     (tmp_path / gas.BOLD).write_text(json.dumps({"jobs": {"King": ["A king is ", "A clerk is "]}}))
@@ -116,7 +116,7 @@ def test_bad_settings_and_prompts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif("SURGERY_DATA" not in os.environ, reason="needs SURGERY_DATA, the directory of the data sets")
 def test_prompts_of_the_data_at_hand_hold_none_of_the_words(tiny: Any) -> None:
     folder = Path(os.environ["SURGERY_DATA"])
-    for kind, size in (("professions", 140), ("bold", 9000)):
+    for kind, size in (("professions", 140), ("other_professions", 140), ("bold", 9000)):
         found = gas.prompts(folder, kind)
         assert len(found) >= size and not any(gas.hits(text, gas.MALE + gas.FEMALE) for text in found)
     plan = Sampling(length=5, samples=2, seed=1)

@@ -1,6 +1,6 @@
 """What a CrAWD run measures: suites, perplexity on held-out and neutral texts, continuations, block sensitivity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
 from surgery.metrics import gas, perplexity
 from surgery.metrics.suite import evaluate_suites, material, measure, plain
+from surgery.modules.cross_attention import switched_off
 from surgery.progress import Progress
 
 SHOWN = 6  # prompts whose continuations stand in the report
@@ -44,7 +45,7 @@ class Judge:
         texts: list[str] = []
         prompts: list[str] = []
         if "gas" in settings.suites:
-            prompts = sample(gas.prompts(settings.data), SHOWN, settings.seed)
+            prompts = sample(gas.prompts(settings.data, self._kind), SHOWN, settings.seed)
             texts = gas.generate(model, tokenizer, prompts, replace(self._sampling, samples=1))
         return {
             "scores": plain(scores, samples=True),
@@ -52,19 +53,33 @@ class Judge:
             "sensitivity": self._sensitivity(when),
         }
 
+    def measure_with(self, when: str, off: Mapping[str, str]) -> dict[str, Any]:
+        """``measure``, and under "off" the same with a part of the live module switched off: {name: part}."""
+        found = self.measure(when)
+        found["off"] = {}
+        for name, part in off.items():
+            with switched_off(self.model, part):
+                found["off"][name] = self.measure(name)
+        return found
+
+    @property
+    def _kind(self) -> str:
+        return "other_professions" if self.settings.part == "dev" else "professions"
+
     @property
     def _sampling(self) -> gas.Sampling:
         return gas.Sampling(self.settings.length, samples=self.settings.samples, seed=self.settings.seed)
 
     def _suites(self) -> dict[str, Any]:
         settings = self.settings
-        kind = "bold" if settings.part == "dev" else "professions"
-        options: dict[str, Any] = {"gas": {"sampling": self._sampling, "kind": kind}, "bios": {"part": settings.part}}
+        options: dict[str, Any] = {
+            "gas": {"sampling": self._sampling, "kind": self._kind},
+            "bios": {"part": settings.part},
+        }
         scores: dict[str, Any] = {}
         for suite in settings.suites:
-            # BOLD has 7,000 prompts; as many as there are professions' prompts are drawn where nothing is said. The
-            # word sets of WEAT and SEAT are small and taken whole.
-            rows = {"weat": 0, "seat": 0, "gas": settings.test_rows or 140}.get(suite, settings.test_rows)
+            # The word sets of WEAT and SEAT are small and taken whole.
+            rows = 0 if suite in ("weat", "seat") else settings.test_rows
             given: Any = {"limit": rows, "seed": settings.seed, "progress": self.progress, "options": options}
             scores |= evaluate_suites(self.model, self.tokenizer, [suite], settings.data, **given)
         scores.get("bios", {}).pop("perplexity", None)  # the same as that on the held-out texts

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.crawd.measuring import Judge
 from recipes.crawd.report import cases, verdict, write_report
-from recipes.crawd.settings import WEIGHTS, Settings
+from recipes.crawd.settings import OFF, OWN_CONTROLS, WEIGHTS, Settings
 from recipes.crawd.texts import read
 from surgery.edits.debiased_tuning import OBJECTIVES, Method, Tuned, check, four_bit, trained_names, tune
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
-from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import summary
 from surgery.training import Plan, steps_of
 
@@ -35,16 +35,19 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
     """
     given = read(tokenizer, settings)
-    methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in settings.controls}}
+    trained = [name for name in settings.controls if name not in OFF]
+    methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in trained}}
+    off = _switched_off(settings)
     for method in methods.values():
         check(model, tokenizer, method, seed=settings.seed, bits=4 if settings.four_bit else 16)
     with operation("crawd", model, settings, **where) as op:
         op.note(given.note)
         judge = Judge(model, tokenizer, settings, given, op.progress)
         before = op.once("before", partial(judge.measure, "before"))
-        found = {name: _carry_out(op, judge, name, method) for name, method in methods.items()}
+        found = {name: _carry_out(op, judge, name, method, off) for name, method in methods.items()}
         main = found[settings.method]
-        others = {name: one for name, one in found.items() if name != settings.method}
+        without = {name: replace(main, measured=one) for name, one in main.measured["off"].items()}
+        others = {name: one for name, one in found.items() if name != settings.method} | without
         summary = Summary(
             **op.about(main),
             method=settings.method,
@@ -52,9 +55,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             after=main.measured["scores"],
             rows=given.counts,
             controls={name: control(one, one.measured["scores"]) for name, one in others.items()},
-            cases=cases(before, {name: one.measured for name, one in found.items()}),
+            cases=cases(before, {name: one.measured for name, one in ({settings.method: main} | others).items()}),
             sensitivity={"before": before["sensitivity"], "after": main.measured["sensitivity"]},
             pareto=["gas.gas", "held_out_perplexity"] if "gas" in settings.suites else [],
+            own_part=_own_part(settings),
         )
         summary = replace(summary, verdict=[given.note + ".", *verdict(summary.to_dict())])
         return op.finish(summary, partial(write_report, model, tokenizer, settings))
@@ -67,26 +71,64 @@ def _method(settings: Settings) -> Method:
     lora = Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.lora_dropout)
     reference, penalised = tuple(settings.reference), tuple(settings.penalised)
     rate = (settings.module_lr or settings.lr) / settings.lr
-    return Method(settings.method, reference, settings.weight, penalised, lora if settings.lora else None, module, rate)
+    return Method(
+        settings.method,
+        reference,
+        settings.weight,
+        penalised,
+        lora=lora if settings.lora else None,
+        form=settings.form,
+        module=module,
+        module_rate=rate,
+    )
 
 
 def _control(name: str, settings: Settings) -> Method:
-    if name not in WEIGHTS or name == settings.method:
-        known = ", ".join(method for method in WEIGHTS if method != settings.method)
+    own = OWN_CONTROLS if settings.method == "crawd" else ()
+    if name not in (*WEIGHTS, *own) or name == settings.method:
+        known = ", ".join([*(method for method in WEIGHTS if method != settings.method), *own])
         raise SurgeryError(f"controls: got {name!r}, expected some of {known} (the method itself is measured anyway)")
-    return _method(settings.model_copy(update={"method": name, "weight": WEIGHTS[name], "lora": True}))
+    if name == "lambda_1":
+        return _method(settings.model_copy(update={"decay": 1.0}))
+    if name == "random_words":
+        words, count = settings.random_words, len(settings.reference)
+        if len(words) < count or set(words) & set(settings.reference):
+            raise SurgeryError(
+                f"random_words: got {', '.join(words) or 'none'}; expected at least {count} that are no reference words"
+            )
+        return _method(settings.model_copy(update={"reference": words[:count]}))
+    other: Any = {"method": name, "weight": WEIGHTS[name], "lora": True, "form": "printed"}
+    return _method(settings.model_copy(update=other))
 
 
-def _carry_out(op: Operation, judge: Judge, name: str, method: Method) -> Outcome:
+def _switched_off(settings: Settings) -> dict[str, str]:
+    """{control: the part of the trained module that is off in it}."""
+    asked = {name: part for name, part in OFF.items() if name in settings.controls}
+    if asked and settings.method != "crawd":
+        raise SurgeryError(f"controls: got {next(iter(asked))!r}, but {settings.method} has no module; leave it out")
+    return asked
+
+
+def _own_part(settings: Settings) -> OwnPart | None:
+    if settings.method == "vanilla":
+        return None
+    off = settings.method == "crawd" and settings.form not in OFF
+    part = {"crawd": "the module", "debias_tuning": "the term"}.get(settings.method, settings.method)
+    told = ["gas.gas", "gas.male", "gas.female", "held_out_perplexity"]
+    return OwnPart(part, "module_off" if off else "vanilla", told)
+
+
+def _carry_out(op: Operation, judge: Judge, name: str, method: Method, off: Mapping[str, str]) -> Outcome:
     settings = judge.settings
+    main = name == settings.method
     plan = settings.plan(optimizer=settings.optimizer, dropout=settings.lora_dropout > 0)
     return op.carry_out(
         name,
         partial(_train, op, judge, method, plan),
-        partial(judge.measure, name),
+        partial(judge.measure_with, name, off if main else {}),
         trains=trained_names(op.model, method),
         steps=steps_of(len(judge.given.rows), plan),
-        keep=name == settings.method,
+        keep=main,
     )
 
 
@@ -99,6 +141,10 @@ def _train(op: Operation, judge: Judge, method: Method, plan: Plan, track: Track
     if method.name == "crawd" and method.weight:
         objective += " + weight * Debias Tuning's term (not in the paper)"
     about: Any = {"weight": method.weight, "reference": list(method.reference)}
+    if method.name == "crawd":
+        decay = method.module["decay"]
+        stored = decay if settings.decay_stored is None else settings.decay_stored
+        about |= {"form": method.form, "decay": decay, "decay_stored": stored}
     edit = Edit.of(tuned, blocks="all", part=tuned.kind, objective=objective, **about)
     return Made(tuned.differences, edit, tuned.kind, _stored(tuned, settings))
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FORMS = {
+    "cross_off": "trained with it, and stored without what the cross-attention adds",
+    "module_off": "trained with it, and stored without it",
+    "projection": "1 - lambda of H_x along the reference words' rows in the head goes, and the factors train below",
+    "wide_head": "the map from [H_x, H_cross] starts at random, as a new head of width 2d does",
+}
+
+
 def write_report(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,6 +72,18 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         f"loss {edit['loss_first']:.3f} to {edit['loss_last']:.3f}. Everything under after was measured on the saved "
         "delta put back onto the checkpoint, rounded as the checkpoint is."
     ]
+    if edit.get("form", "printed") != "printed":
+        lines.append(f"The form {edit['form']} of the module is ours, not the paper's: {FORMS[edit['form']]}.")
+    if edit.get("decay") != edit.get("decay_stored"):
+        lines.append(f"Trained with lambda {edit['decay']:g}, the module is stored with {edit['decay_stored']:g}.")
+    kinds = [(when, kind) for kind in ("male", "female") for when in ("before", "after")]
+    shares = [_at(summary[when], ("gas", kind)) for when, kind in kinds]
+    if all(shares):
+        was_male, male, was_female, female = (share["value"] for share in shares)
+        lines.append(
+            f"Texts with a male word: {was_male:.3f} to {male:.3f}, with a female one: {was_female:.3f} to "
+            f"{female:.3f}. GAS counts mention; silence lowers it as balance does not."
+        )
     vanilla = summary["controls"].get("vanilla", {}).get("after")
     for path, label in ((("gas", "gas"), "GAS"), (("held_out_perplexity",), "Perplexity on held-out texts")):
         values = [_at(scores, path) for scores in (summary["before"], vanilla, after)]

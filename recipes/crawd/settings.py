@@ -10,6 +10,8 @@ from surgery.runs import settings as shared
 
 WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "debias_tuning": 1.0, "ibm": 1.0, "deep_soft_debias": 5.0}
 """How strong each method's own term is where nothing is said; no paper gives a number."""
+OFF = {"module_off": "module", "cross_off": "cross"}
+OWN_CONTROLS = ("lambda_1", "random_words", *OFF)
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {},
     # A model of about 0.1 to 1 billion parameters and some hundred texts: 1e-5 hardly moves what is new in it.
@@ -57,6 +59,10 @@ class Settings(
     ffn: int = Field(0, ge=0)
     """Inner width of the module's feed-forward network; 0 takes four times the model's width."""
     renormalise: bool = False
+    form: Literal["printed", "cross_off", "module_off", "projection", "wide_head"] = "printed"
+    """printed: the paper's. The others are ours (``surgery.edits.debiased_tuning.Method``): trained with the module and
+    stored without its cross part, or without it; the decay as a projection of H_x off the reference words' rows in the
+    head; a map from [H_x, H_cross] that starts at random."""
     decay_stored: float | None = Field(None, ge=0, le=1)
     """Lambda of the module as it is stored; the paper trains and generates with the same one."""
     weight: float = Field(0.0, ge=0)
@@ -80,20 +86,30 @@ class Settings(
     max_length: int = Field(32, ge=2)
     """n: longer texts are cut."""
     suites: list[str] = ["gas", "weat", "stereoset", "bios"]
-    """With part = "dev", GAS takes BOLD's prompts."""
+    """With part = "dev", GAS takes the same kind of prompts about 28 other professions."""
     samples: int = Field(4, ge=1)
     """Texts sampled for each prompt of GAS, and their length in tokens."""
     length: int = Field(32, ge=1)
-    controls: list[str] = ["vanilla"]
-    """Methods that are trained beside, on the same texts in the same order."""
+    controls: list[str] = []
+    """What stands beside the method, on the same texts in the same order. Other methods (vanilla, debias_tuning, ...);
+    of crawd also lambda_1 (no decay), random_words (``random_words`` for the reference words), and the trained weights
+    with a part switched off: module_off, cross_off (the map of H_x stays). These four and vanilla where nothing is
+    said; of the others vanilla."""
+    random_words: list[str] = [
+        *("table", "green", "river", "seven", "paper", "walk", "stone", "music", "window", "cloud", "bread"),
+        *("number", "garden", "north"),
+    ]
+    """Of the control: as many as there are reference words."""
     shown_prompt: str = "The doctor said that"
     """Of the picture of the cross-attention (Figure 4)."""
 
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The profile's values, and the weight of the method's own term."""
+        """The profile's values, the weight of the method's own term, and its controls."""
         method = values.get("method", "crawd")
-        return PROFILES.get(str(values.get("profile")), {}) | ({"weight": WEIGHTS[method]} if method in WEIGHTS else {})
+        controls = {"crawd": ["vanilla", *OWN_CONTROLS], "vanilla": []}.get(str(method), ["vanilla"])
+        weight = {"weight": WEIGHTS[method]} if method in WEIGHTS else {}
+        return PROFILES.get(str(values.get("profile")), {}) | {"controls": controls} | weight
 
     def check(self) -> None:
         """Also whether there is something to train on."""

@@ -22,6 +22,8 @@ from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
 METHODS = ("crawd", "vanilla", "debias_tuning", "ibm", "deep_soft_debias")
+FORMS = ("printed", "cross_off", "module_off", "projection", "wide_head")
+"""Of CrAWD: the paper's, and ours (see ``Method.form``)."""
 OBJECTIVES = {
     "crawd": "token cross-entropy with the cross-attention module",
     "vanilla": "token cross-entropy",
@@ -50,6 +52,13 @@ class Method:
     """Words of Debias Tuning's term, where they are not the reference words (CrAWD Table 3)."""
     lora: Lora | None = field(default_factory=Lora)
     """None trains CrAWD's module alone."""
+    form: str = "printed"
+    """Of CrAWD's module. printed: the paper's, from a map [I, 0], with which training starts from the model.
+
+    Ours: cross_off is trained so and stored without what the cross-attention adds (the map of H_x stays), module_off is
+    stored as the identity, so that the factors alone remain. projection: the decay acts on H_x, of which 1 - decay of
+    the part along the reference words' rows in the head goes; this map is fixed, and the factors train below it.
+    wide_head: the map from [H_x, H_cross] starts at random, as a new head of width 2d does."""
     module: dict[str, Any] = field(default_factory=dict)
     """Settings of ``cross_attention.attached``: top_percent, decay, scope, heads, ffn, renormalise, dropout."""
     module_rate: float = 1.0
@@ -94,7 +103,9 @@ def tune(
     """
     device = model.device
     with _prepared(model, tokenizer, method, seed) as (term, layers, module, pairs):
-        names = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("cross_attention.")]
+        fixed = method.form == "projection"  # then nothing of the module learns
+        own = (".lora_",) if fixed else (".lora_", "cross_attention.")
+        names = [n for n, _ in model.named_parameters() if any(part in n for part in own)]
 
         def losses(called: nn.Module, chosen: Sequence[int]) -> Tensor | dict[str, Tensor]:
             batch, target_mask = target_batch(rows, chosen, device)
@@ -109,7 +120,7 @@ def tune(
         with trainable(model, names) as parameters:
             done, far = train(model, parameters, losses, len(rows), plan, **options)
             model.eval()  # the reference states are taken without dropout
-            weights = cross_attention.weights_of(module) if module is not None else None
+            weights = _as_stored(cross_attention.weights_of(module), method.form) if module is not None else None
             count = sum(parameter.numel() for parameter in parameters.values())
             found = factors(layers)
         tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)
@@ -121,6 +132,10 @@ def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method
     """Inside, the model is ready for ``tune``: (the method's term, its LoRA layers, its module, pairs of words)."""
     if method.name not in METHODS:
         raise SurgeryError(f"method: got {method.name!r}, expected one of {', '.join(METHODS)}")
+    if method.form not in FORMS or (method.form != "printed" and method.name != "crawd"):
+        raise SurgeryError(f"form: got {method.form!r} for {method.name}, expected one of {', '.join(FORMS)}, of crawd")
+    if method.form == "projection" and method.lora is None:
+        raise SurgeryError("form projection: nothing to train without LoRA, since the projection is fixed; set lora")
     if method.lora is None and method.name != "crawd":
         raise SurgeryError(f"method {method.name}: nothing to train without LoRA; only crawd trains its module alone")
     if method.weight and method.name == "vanilla":
@@ -134,7 +149,43 @@ def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method
             live = method.lora is not None
             settings: dict[str, Any] = {"reference": method.reference, "seed": seed, "live": live} | method.module
             module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
+            _start(model, tokenizer, module, method, seed)
         yield term, layers, module, pairs
+
+
+@torch.no_grad()
+def _start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    module: cross_attention.CrossAttention,
+    method: Method,
+    seed: int,
+) -> None:
+    """The map from [H_x, H_cross] where it does not start as [I, 0]: ``fusion`` is what stands beside [I, 0]."""
+    fusion, width = module.fusion.weight, module.width
+    if method.form == "projection":
+        basis = reference_rows(model, debiasing.word_forms(tokenizer, method.reference))
+        fusion[:, :width] = -(1 - module.decay) * (basis.T @ basis).to(fusion)
+    elif method.form == "wide_head":
+        generator = torch.Generator().manual_seed(seed)
+        drawn = nn.init.xavier_uniform_(torch.empty(fusion.shape), generator=generator).to(fusion)
+        fusion.copy_(drawn)
+        fusion[:, :width] -= torch.eye(width).to(fusion)
+
+
+def reference_rows(model: PreTrainedModel, words: Sequence[int]) -> Float[Tensor, "rank d_model"]:
+    """An orthonormal basis of the rows of ``words`` in the head, without the mean row, which moves all logits alike."""
+    rows = cast(nn.Linear, model.get_output_embeddings()).weight.detach().float()
+    basis, values, _ = torch.linalg.svd((rows[list(words)] - rows.mean(0)).T, full_matrices=False)
+    return basis[:, values > 1e-5 * values.max()].T
+
+
+def _as_stored(weights: cross_attention.Weights, form: str) -> cross_attention.Weights:
+    """The module as its form stores it: without the part of the cross-attention, or as the identity."""
+    if form not in ("cross_off", "module_off"):
+        return weights
+    fusion = cross_attention.without(weights.tensors["fusion.weight"], form.removesuffix("_off"))
+    return replace(weights, tensors={**weights.tensors, "fusion.weight": fusion})
 
 
 def check(

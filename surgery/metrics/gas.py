@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hooks.batching import context_limit
-from surgery.data import bios
+from surgery.data import bios, genbias
 from surgery.data.prompts import read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
@@ -62,6 +62,7 @@ TEMPLATES = (
     "Before becoming {article} {profession},",
     "The {profession} graduated from",
 )
+OTHERS = 28
 BOLD = "bold/profession_prompt.json"
 
 
@@ -89,18 +90,22 @@ class Sampling:
 def prompts(folder: str | Path, kind: str = "professions") -> list[str]:
     """Prompts without a name or a gendered word in them.
 
-    ``professions``: the professions of Bias in Bios in each of ``TEMPLATES`` (28 x 5 = 140). ``bold``: the starts of
-    Wikipedia sentences about professions of BOLD (Dhamala et al. 2021), without those that hold one of the words.
+    ``professions``: the professions of Bias in Bios in each of ``TEMPLATES`` (28 x 5 = 140). ``other_professions``: the
+    same templates about 28 of GenBiasEval's that Bias in Bios does not have, to choose settings with. ``bold``: the
+    starts of Wikipedia sentences about professions of BOLD (Dhamala et al. 2021), without those that hold a word.
     """
-    if kind == "professions":
+    if kind in ("professions", "other_professions"):
         names = bios.professions(bios.load(folder))
+        if kind == "other_professions":
+            every = sorted({row.profession for row in genbias.records("profession", "train")} - set(names))
+            names = sample(every, OTHERS, 0)
         return [
             template.format(profession=name, article="an" if name[0] in "aeiou" else "a")
             for name in names
             for template in TEMPLATES
         ]
     if kind != "bold":
-        raise SurgeryError(f"GAS prompts: got {kind!r}, expected professions or bold")
+        raise SurgeryError(f"GAS prompts: got {kind!r}, expected professions, other_professions or bold")
     path = find_file(folder, BOLD)
     try:
         texts = [

@@ -5,7 +5,7 @@ with cross_attention.attached(model, tokenizer, reference=["he", "she"]) as modu
     delta = module_delta(cross_attention.weights_of(module), checkpoint, base="demo", recipe="", seed=0)
 """
 
-from surgery.modules.cross_attention.attach import attach, attached, reattached
+from surgery.modules.cross_attention.attach import attach, attached, reattached, switched_off, without
 from surgery.modules.cross_attention.maps import cross_weights
 from surgery.modules.cross_attention.modeling_crawd import CrossAttention
 from surgery.modules.cross_attention.weights import Weights, from_delta, weights_of
@@ -18,5 +18,7 @@ __all__ = [
     "cross_weights",
     "from_delta",
     "reattached",
+    "switched_off",
     "weights_of",
+    "without",
 ]

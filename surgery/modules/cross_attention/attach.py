@@ -101,6 +101,40 @@ def attach(model: PreTrainedModel, weights: Weights, *, scale: float = 1.0) -> C
     return module
 
 
+PARTS = ("module", "cross")
+
+
+def without(fusion: Float[Tensor, "d_model both"], part: str) -> Float[Tensor, "d_model both"]:
+    """What stands beside [I, 0] in the map from [H_x, H_cross], without what ``part`` adds.
+
+    module: all of it, which leaves H_x. cross: what is read of H_cross; the map of H_x stays.
+    """
+    if part not in PARTS:
+        raise SurgeryError(f"cross_attention: got the part {part!r} to switch off, expected one of {', '.join(PARTS)}")
+    kept = torch.zeros_like(fusion)
+    width = 0 if part == "module" else len(fusion)
+    kept[:, :width] = fusion[:, :width]
+    return kept
+
+
+@contextmanager
+def switched_off(model: PreTrainedModel, part: str = "module") -> Iterator[None]:
+    """Inside, the module in `model` adds nothing, or (`part` "cross") nothing of the cross-attention; then as before.
+
+    Raises SurgeryError for an unknown part, and a model without a module.
+    """
+    core = probe.pretrained(model)
+    if not hasattr(core, NAME):
+        raise SurgeryError(f"{type(core).__name__}: it has no {NAME!r} to switch off; attach one first")
+    fusion = core.get_submodule(NAME).get_parameter("fusion.weight")
+    whole = fusion.data
+    try:
+        fusion.data = without(whole, part)
+        yield
+    finally:
+        fusion.data = whole
+
+
 def _free(model: PreTrainedModel) -> Any:
     """The transformers model inside `model`. Raises SurgeryError when something stands at the module's place."""
     core = probe.pretrained(model)
