@@ -14,7 +14,7 @@ from surgery.metrics.metric import Metric, mean_metric
 from surgery.study import Method, Study, read
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep, kept
-from surgery.study.verdict import objections, recommend, removed, rows
+from surgery.study.verdict import objections, recommend, removed, removed_between, rows
 
 FILE = """
 models = [MODEL]
@@ -133,6 +133,11 @@ def test_the_edit_to_ship_removes_most_and_spoils_nothing() -> None:
     asked = Study(bias=["bias"], cost=["cost"])
     found = {row.name: row for row in rows(judged)}
     assert removed(found["strong"], found["untouched"], ["bias"]) == pytest.approx(0.9)
+    low, high = removed_between(found["gentle"], found["untouched"], ["bias"]) or (0, 0)
+    assert low == pytest.approx(0.5) and high == pytest.approx(
+        0.5
+    )  # paired: each draw is halved, whichever rows it has
+    assert removed(found["strong"], found["untouched"], ["bias", "other"]) < 0.9
     assert objections(found["strong"], ["cost"], 0.01) == ["cost"]
     assert objections(found["gentle"], ["cost"], 0.01) == []  # worse, but by a thousandth
     assert found["gentle"].worse() == ["other", "cost"] and found["nothing"].worse() == []

@@ -19,7 +19,7 @@ from surgery.metrics.gas import Sampling, generate
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance
 
-HOW = Sampling(length=48, temperature=0.7, samples=1)
+HOW = Sampling(length=40, temperature=0.7, samples=1)
 HE = frozenset(("he", "him", "his", "himself"))
 SHE = frozenset(("she", "her", "hers", "herself"))
 MEN = frozenset(

@@ -14,7 +14,7 @@ LEDGER = (
 )  # fmt: skip
 ROWS = {
     "stereoset": 200, "crows_pairs": 200, "bbq": 120, "seat": 12, "cloze": 100, "capability": 25, "wikitext": 80,
-    "free_text": 80, "gas": 60, "bios": 100,
+    "free_text": 48, "gas": 60, "bios": 100,
 }  # fmt: skip
 """Of the quick form: triples, pairs, questions, sentences a set, facts, questions a task, sentences, starts."""
 

@@ -14,7 +14,7 @@ from surgery.study.cells import Judged
 from surgery.study.judging import details_of
 from surgery.study.settings import KINDS, Study
 from surgery.study.showing import shown
-from surgery.study.verdict import Row, axes, chosen, objections, plain_words, recommend, removed, rows
+from surgery.study.verdict import Row, axes, chosen, objections, plain_words, recommend, removed, removed_between, rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +69,8 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
         share, spoilt = "", ""
         if row.method is not None and not row.refused:
             share = f"{100 * removed(row, untouched, bias):.0f} %"
+            if (between := removed_between(row, untouched, bias)) is not None:
+                share += f" [{100 * between[0]:.0f}, {100 * between[1]:.0f}]"
             spoilt = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
         table.append(
             [f"{row.model}: {row.name}", share, row.refused or spoilt, *(cell(row.scores.get(p)) for p in places)]
@@ -81,7 +83,8 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
     )
     note = (
         "The bias removed is 1 - distance from the ideal after / before, mean over the bias numbers "
-        f"({', '.join(map(plain_words, bias))}). Spoils: numbers of cost that are worse with every seed, by more than "
+        f"({', '.join(map(plain_words, bias))}); one that was not measured counts as nothing removed. "
+        "Spoils: numbers of cost that are worse with every seed, by more than "
         f"{100 * study.tolerance:g} %. Brackets are 95 % intervals: over the seeds where there are several, else "
         f"bootstrap intervals. {said}."
     )

@@ -4,7 +4,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.metrics.metric import Difference, difference
+import numpy as np
+from jaxtyping import Float
+
+from surgery.metrics.metric import Difference, Metric, difference
 from surgery.runs.compare import loss, mean_over_seeds
 from surgery.study.cells import Flat, Judged
 from surgery.study.settings import Method, Study
@@ -23,6 +26,8 @@ class Row:
     scores: Mapping[str, Mapping[str, Any]]
     differences: tuple[Mapping[str, Difference], ...]
     refused: str = ""
+    cells: tuple[Flat, ...] = ()
+    """The numbers of each seed, with the draws of their bootstraps."""
 
     def worse(self) -> list[str]:
         """Places that got worse with every seed, the intervals widened so that all of them hold together."""
@@ -69,7 +74,9 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
                 () if members[0].cell.method is None else tuple(_paired(untouched.scores, m.scores) for m in measured)
             )
             refused = next((one.refused for one in members if one.refused), "")
-            found.append(Row(model, name, members[0].cell.method, scores, paired, refused))
+            found.append(
+                Row(model, name, members[0].cell.method, scores, paired, refused, tuple(m.scores for m in measured))
+            )
     return found
 
 
@@ -80,12 +87,44 @@ def _paired(before: Flat, after: Flat) -> dict[str, Difference]:
 
 
 def removed(row: Row, untouched: Row, bias: Sequence[str]) -> float:
-    """The share of the bias that is gone, mean over the bias numbers: 1 is all of it, below 0 it grew."""
+    """The share of the bias that is gone, mean over the bias numbers: 1 is all of it, below 0 it grew.
+
+    A number that was not measured with the method counts as nothing removed.
+    """
     shares = []
     for place in bias:
-        if place in row.scores and place in untouched.scores and (was := _distance(untouched.scores[place])):
-            shares.append(1 - _distance(row.scores[place]) / was)
+        if place in untouched.scores and (was := _distance(untouched.scores[place])):
+            shares.append(1 - _distance(row.scores[place]) / was if place in row.scores else 0.0)
     return sum(shares) / len(shares) if shares else 0.0
+
+
+def removed_between(row: Row, untouched: Row, bias: Sequence[str]) -> tuple[float, float] | None:
+    """The 95 % interval of ``removed``: a paired bootstrap of the ratio, the same rows drawn before and after.
+
+    The draws of several seeds are averaged. None where a number has no draws, or its bias vanishes in one.
+    """
+    drawn = []
+    for place in (place for place in bias if place in untouched.scores):
+        was = _distances(untouched.cells[0].get(place))
+        now = [_distances(scores.get(place)) for scores in row.cells if place in scores]
+        if not now:
+            drawn.append(np.zeros(1))
+            continue
+        if was is None or any(one is None or one.shape != was.shape for one in now) or not was.all():
+            return None
+        drawn.append(np.mean([1 - one / was for one in now if one is not None], axis=0))
+    if not drawn:
+        return None
+    low, high = np.quantile(np.mean(np.broadcast_arrays(*drawn), axis=0), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _distances(metric: Metric | None) -> Float[np.ndarray, " resamples"] | None:
+    if metric is None or metric.samples is None:
+        return None
+    if metric.direction == "lower":
+        return np.abs(metric.samples)
+    return np.abs(metric.samples - metric.ideal)
 
 
 def _distance(metric: Mapping[str, Any]) -> float:
