@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Mapping[str, str]) -> Path:
     """Write ``study.json`` and ``study.html`` into ``out``; the page's path. ``missing``: judges without their data."""
     found = rows(judged)
-    lines = [*recommend(found, study), *_commands(found, judged, study)]
+    lines = recommend(found, study)
+    for model, command in _commands(found, judged, study).items():
+        at = next(n for n, line in enumerate(lines) if line.startswith(f"{model}: ship "))
+        lines.insert(at + 1, command)
     if missing:
         lines.append(f"Not measured, for want of data: {', '.join(missing)}.")
     pictures = _pictures(found, study)
@@ -197,19 +200,19 @@ def _picture(model: str, shown: Sequence[Row], x: str, y: str) -> "Figure":
     return figure
 
 
-def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> list[str]:
-    """The command that ships each recommended delta."""
-    said = []
+def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> dict[str, str]:
+    """By model, how to ship what is recommended."""
+    said = {}
     for row in chosen(found, study, clean=True):
         assert row.method is not None
         if row.method.preamble:
-            said.append(f"To ship it: put {row.method.preamble!r} before every prompt.")
+            said[row.model] = f"To ship it: put {row.method.preamble!r} before every prompt."
             continue
         if row.method.decoding:
-            said.append(f"To ship it: decode by {row.method.decoding} (surgery.edits.{row.method.decoding}).")
+            said[row.model] = f"To ship it: decode by {row.method.decoding} (surgery.edits.{row.method.decoding})."
             continue
         first = next(one.cell for one in judged if one.cell.model == row.model and one.cell.name == row.name)
         file = row.method.delta or str(first.folder / "run" / "delta.safetensors")
         scale = f" --scale {row.method.scale:g}" if row.method.scale != 1 else ""
-        said.append(f"To ship it: surgery apply {file} {row.model} --out EDITED{scale}")
+        said[row.model] = f"To ship it: surgery apply {file} {row.model} --out EDITED{scale}"
     return said

@@ -14,6 +14,19 @@ from surgery.study.settings import Method, Study
 
 BIAS = ("genbias.relative_gap.all", "genbias.afgb.all", "stereoset.ss.overall", "stereoset.margin.overall")
 COST = ("perplexity", "genbias.mass.all", "genhint.ub", "stereoset.lms.overall")
+NAMES = {
+    "genbias.relative_gap.all": "relative gap",
+    "genbias.afgb.all": "AFGB",
+    "genbias.mass.all": "mass of the words",
+    "genhint.ub": "UB-Score",
+    "stereoset.ss.overall": "StereoSet SS",
+    "stereoset.margin.overall": "StereoSet |margin|",
+    "stereoset.lms.overall": "StereoSet LMS",
+    "free_text.stereotype": "stereotype in free text",
+    "cloze.accuracy": "T-REx facts",
+    "wikitext.perplexity": "perplexity of WikiText",
+    "perplexity_pronouns": "perplexity with pronouns",
+}
 
 
 @dataclass(frozen=True)
@@ -198,5 +211,5 @@ def recommend(found: Sequence[Row], study: Study) -> list[str]:
 
 
 def plain_words(place: str) -> str:
-    """A number's place as it is read: "genbias afgb all"."""
-    return place.replace("_", " ").replace(".", " ")
+    """A number's place as it is read: "StereoSet LMS", or "locality names wrong" where it has no name of its own."""
+    return NAMES.get(place) or place.replace("_", " ").replace(".", " ")
