@@ -72,7 +72,7 @@ def test_the_page_answers_first_and_needs_nothing_else(judged: list[Judged], tmp
         "demo: ship good.",
         "surgery apply",
         "Not measured, for want of data: seat",
-        "spoils",
+        "bias removed",
     ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
     assert "costly removes 90 %, but spoils perplexity (+20.0 %)" in text
