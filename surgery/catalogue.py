@@ -31,6 +31,7 @@ FOLDER_SUITES = {
 ``surgery.metrics`` has ``evaluate(model, tokenizer, folder, *, limit, seed, step) -> nested dictionary of Metric``."""
 WRITTEN_SUITES = {"free_text": "what the model writes: who is he or she by profession, agency, competence, warmth"}
 """Judges of the same signature that read texts of the package, and no folder."""
+WORDS_AS = ("tokens", "continuations")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia", "meta")
 """Words that torch knows before a number, as in cuda:1."""
 SCORERS = ("bias-bench", "bos", "sum", "legacy-biasedit", "no-start", "no-start-sum")
@@ -75,6 +76,12 @@ def check_suites(names: Sequence[str], *, shipped: bool = False) -> None:
     unknown = next((name for name in names if name not in known and not (shipped and name in SUITES)), None)
     if unknown is not None:
         raise SurgeryError(f"suite: got {unknown!r}, expected some of {', '.join([*SUITES, *known])}")
+
+
+def check_words_as(name: str) -> None:
+    """Raises ``SurgeryError`` for a way to score the compared words that does not exist."""
+    if name not in WORDS_AS:
+        raise SurgeryError(f"words-as: got {name!r}, expected {' or '.join(WORDS_AS)}")
 
 
 def check_scorer(name: str) -> None:

@@ -125,7 +125,9 @@ def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"shares": [0.5, 0.6]}, "shares: got .0.5, 0.6. .sum 1.1. for 2 words"),
-        ({"words": ["he", "she or"]}, "word 'she or'"),
+        ({"words": ["he", "she or"]}, "word 'she or'.*surgery eval --words-as continuations"),
+        ({"words_as": "continuations"}, "words_as: got continuations, which are measured and not trained"),
+        ({"shares": "nowhere.toml"}, "cannot read nowhere.toml"),
         ({"controls": ["other"]}, "controls: got 'other', expected some of lftf, random, no_hold"),
         ({"block": [9]}, "blocks 0 to 3"),
     ],
@@ -136,6 +138,26 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(SurgeryError, match=message):
         operate(checkpoint, tmp_path / "run", **settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"he": 0.6}', "expected a share for each of he, she and for nothing else, but 'she' is missing"),
+        ("a.toml", "he = 0.5\nshe = 0.25\nthey = 0.25", "but 'they' is another word"),
+        ("a.toml", "he = 0.5\nshe = 'half'", "gives 'she' the share 'half', expected a number"),
+        ("a.toml", "he = ", "malformed"),
+        ("a.csv", "he,0.5", "expected .toml or .json"),
+    ],
+)
+def test_shares_of_a_file(tmp_path: Path, name: str, text: str, message: str) -> None:
+    file = tmp_path / name
+    file.write_text("she = 0.4\nhe = 0.6" if name.endswith("toml") else '{"she": 0.4, "he": 0.6}')
+    if name != "a.csv":
+        assert dataset.shares(str(file), ("he", "she")) == [0.6, 0.4], "by word, not by their order in the file"
+    file.write_text(text)
+    with pytest.raises(SurgeryError, match=re.escape(message)):
+        dataset.shares(str(file), ("he", "she"))
 
 
 def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Locality and facts of gender: their word lists, and their numbers against values computed by hand."""
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from surgery.data import facts_of_gender, locality
-from surgery.data.prompts import load_prompt_set, professions
+from surgery.data.prompts import WordSet, load_prompt_set, professions
 from surgery.errors import SurgeryError
+from surgery.forward.next_token import next_words
+from surgery.forward.token_logprobs import continuation_probabilities
+from surgery.forward.tokens import continuation_ids, word_ids
 from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import locality as metric
 from surgery.metrics.locality import Distributions, Reference
@@ -146,3 +150,25 @@ def test_caveats_name_what_a_score_hides() -> None:
     found = caveats(spilled(0.05, 0.9), spilled(0.6, 0.8))
     assert len(found) == 2 and "inanimate subjects" in found[0] and "knowledge" in found[1]
     assert caveats(spilled(0.05, 0.9), spilled(0.06, 0.895)) == []
+
+
+def test_words_of_several_tokens_are_scored_whole(tiny: Any) -> None:
+    """P(word | prompt) is the product over its tokens; of words of one token it is what it always was."""
+    model, tokenizer = tiny
+    prompts = replace(load_prompt_set("genbias"), words=WordSet(("he", "she was"), ("his", "her")))
+    given = material(model, tokenizer, prompts, words_as="continuations", suites=["genbias", "locality"])
+    given = replace(given, ids={"genbias": given.ids["genbias"][:4], "locality": given.ids["locality"]})
+    given = replace(given, prompts=given.prompts[:4])
+    ids = given.ids["genbias"]
+    he, she, was = word_ids(tokenizer, ["he", "she", "was"])
+    chances = continuation_probabilities(model, ids, given.continuations)
+    assert chances[:, 0] == pytest.approx(next_words(model, ids, [he]).probabilities[:, 0], rel=1e-4)
+    with torch.no_grad():
+        logs = model(torch.tensor([[*ids[0], she]])).logits[0].log_softmax(-1)
+    assert chances[0, 1] == pytest.approx(float((logs[-2, she] + logs[-1, was]).exp()), rel=1e-4)
+    scores = measure(model, given).scores
+    assert scores["genbias"]["mass"]["all"].value == pytest.approx(chances.sum(1).mean())
+    assert scores["genbias"]["mass"]["all"].data.endswith("words as continuations, all")
+    assert scores["locality"]["things"]["right"].n == len([r for r in given.settled["locality"] if r.kind == "things"])
+    with pytest.raises(SurgeryError, match="'he': 'he was' begins with its tokens"):
+        continuation_ids(tokenizer, ["he", "he was"])

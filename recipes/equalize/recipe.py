@@ -36,12 +36,13 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError`` for shares that do not add up to 1, a word of
     several tokens, a text that is both equalised and held; see ``surgery.operation`` for interruptions.
     """
+    settings.check()
     pairs.refuse_other_form(settings)
     if settings.pairs:
         return pairs.run(model, tokenizer, settings, **where)
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
-    shares = check_shares(prompts.words.words, settings.shares or None)
+    shares = check_shares(prompts.words.words, dataset.shares(settings.shares, prompts.words.words))
     words = word_ids(tokenizer, prompts.words.words)
     controls = controls_of(settings.controls)
     split = "pairs" if settings.split == "pairs" else "profession"

@@ -32,8 +32,11 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
     words: list[str] = []
     """Other words to share the mass among than the prompt set's; any number from two."""
-    shares: list[float] = []
-    """The share of each word, in the order of the words; equal ones where nothing is said."""
+    words_as: Literal["tokens", "continuations"] = "tokens"
+    """continuations, words of several tokens, are measured (surgery eval --words-as) and not trained."""
+    shares: str | list[float] = []
+    """The share of each word, in the order of the words; equal ones where nothing is said. Or a .toml or .json file
+    that gives each word its share (he = 0.53), from a census, say."""
     block: str | int | list[int] = "upper"
     """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, numbers,
     or blocks (all of them and nothing else, which is what pairs train)."""
@@ -72,7 +75,7 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """In how many of the shapes each thing, plural, gendered noun and name stands."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Products of float32 matrices while targets are computed and blocks train (torch's float32_matmul_precision):
-    medium is three times as fast on a CPU with AMX. Everything is measured with highest."""
+    medium is faster on a CPU with AMX. Everything is measured with highest."""
     kept_tokens: int = Field(256, ge=2)
     """Tokens kept of a target, the others together as one."""
     split: Literal["both", "profession", "pairs"] = "both"
@@ -93,9 +96,14 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
         return changed if values.get("pairs") else {}
 
     def check(self) -> None:
-        """Also the controls' names."""
+        """Also the controls' names, and that the words are of a form that can be trained."""
         super().check()
         controls_of(self.controls)
+        if self.words_as == "continuations":
+            raise SurgeryError(
+                "words_as: got continuations, which are measured and not trained; name words of one token each, and "
+                "measure the others with surgery eval --words-as continuations"
+            )
 
 
 def controls_of(names: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
         "surgery eval demo --delta delta.safetensors --json after.json",
         "surgery eval ./edited --against demo",
         "surgery eval demo --suite stereoset --suite crows_pairs --data ./data --scorer bias-bench",
+        "surgery eval demo --data jobs.toml --words-as continuations",
         "surgery eval demo --lm-eval mmlu,hellaswag --limit 200",
     ),
 )
@@ -40,6 +41,9 @@ def evaluate(
     ] = "genbias",
     split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
     part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
+    words_as: Annotated[
+        str, typer.Option("--words-as", help="Compared words: tokens (each is one), or continuations (any number).")
+    ] = "tokens",
     texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
     scorer: Annotated[
         str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
@@ -71,7 +75,7 @@ def evaluate(
     tasks = tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip())
     progress = Progress(quiet)
     asked: dict[str, Any] = {"split": split, "part": part, "texts": texts, "scorer": scorer, "limit": limit}
-    asked |= {"seed": seed, "tasks": tasks}
+    asked |= {"seed": seed, "tasks": tasks, "words_as": words_as}
     if against is not None and not suite and not tasks:
         folder = data if Path(data).is_dir() else ""
         judges, missing = ledger(folder, prompts="genbias" if folder else data, **asked)

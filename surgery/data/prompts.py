@@ -117,7 +117,7 @@ def load_prompt_set(spec: str | Path = "genbias") -> PromptSet:
             f"no prompt set {str(spec)!r}: got no such file, expected a .toml or .json file or one of "
             f"{', '.join(SHIPPED)}; check the spelling, or start from a copy of examples/race.toml"
         )
-    return _prompt_set(_parse(read_text(path), path.suffix.lower(), str(path)), str(path))
+    return _prompt_set(read_table(path), str(path))
 
 
 @cache
@@ -140,6 +140,11 @@ def read_text(path: Path) -> str:
             f"cannot read {path}: got {type(err).__name__} ({err}), expected a UTF-8 text file; "
             f"check the file, its permissions and its encoding"
         ) from err
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The named values of a user's .toml or .json file. Raises ``SurgeryError`` that says why there are none."""
+    return _parse(read_text(Path(path)), Path(path).suffix.lower(), str(path))
 
 
 def _parse(text: str, suffix: str, where: str) -> dict[str, Any]:

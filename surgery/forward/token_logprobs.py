@@ -123,6 +123,21 @@ def token_log_probabilities(
     return found
 
 
+def continuation_probabilities(
+    model: PreTrainedModel, prompts: Ids, words: Ids, *, step: Advance | None = None
+) -> Float[np.ndarray, "prompts words"]:
+    """P(word | prompt) of words of any number of tokens: exp of the summed log-probability of the word's tokens.
+
+    ``step`` is told of finished prompts. Raises ``SurgeryError`` as ``token_log_probabilities`` does.
+    """
+    rows = [(*prompt, *word) for prompt in prompts for word in words]
+    starts = [len(prompt) for prompt in prompts for _ in words]
+    found = token_log_probabilities(model, rows, starts=starts)
+    if step:
+        step(len(prompts))
+    return np.exp([values.sum() for values in found]).reshape(len(prompts), len(words))
+
+
 def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
     """Why this model cannot take trees, or None: the tree of the longest sequence against plain passes of rows alone.
 

@@ -48,11 +48,30 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
             raise SurgeryError(
                 f"word {word!r}: the tokenizer of {tokenizer.name_or_path or 'this model'} splits ' {word}' into "
                 f"{len(pieces)} tokens {tokenizer.convert_ids_to_tokens(list(pieces))}; expected one; "
-                "choose another word"
+                "choose another word, or measure words as continuations (surgery eval --words-as continuations)"
             )
         if pieces[0] in found:
             raise SurgeryError(f"word {word!r}: same token as {words[found.index(pieces[0])]!r}; name each word once")
         found.append(pieces[0])
+    return found
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Ids:
+    """The tokens of each word as it follows other text, any number of them.
+
+    Raises ``SurgeryError`` for a word that gives no token, or one that another begins with: saying the longer one
+    would count for both.
+    """
+    found = tuple(word_pieces(tokenizer, word) for word in words)
+    for word, pieces in zip(words, found, strict=True):
+        if not pieces or tokenizer.unk_token_id in pieces:
+            raise SurgeryError(f"word {word!r}: the tokenizer does not know it; choose another word")
+        for other, longer in zip(words, found, strict=True):
+            if other != word and longer[: len(pieces)] == pieces:
+                raise SurgeryError(
+                    f"word {word!r}: {other!r} begins with its tokens, so that one would count for both; name words "
+                    "none of which begins another"
+                )
     return found
 
 

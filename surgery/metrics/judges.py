@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.catalogue import FOLDER_SUITES, SUITES, check_lm_eval, check_scorer, check_suites
+from surgery.catalogue import FOLDER_SUITES, SUITES, check_lm_eval, check_scorer, check_suites, check_words_as
 from surgery.data.genbias import PARTS, SPLITS
 from surgery.data.neutral import sentences
 from surgery.data.prompts import load_prompt_set
@@ -30,6 +30,8 @@ class Judges:
     """The data folder of the others."""
     split: str = "profession"
     part: str = "test"
+    words_as: str = "tokens"
+    """Whether each compared word is one token, or scored whole as a continuation."""
     texts: Path | None = None
     """Of perplexity, instead of the shipped ones."""
     scorer: str = "bias-bench"
@@ -56,6 +58,7 @@ class Judges:
         """Name what would be missing later. ``where`` the folder is said, such as "--data". Raises ``SurgeryError``."""
         check_suites(self.others)
         check_scorer(self.scorer)
+        check_words_as(self.words_as)
         if self.tasks:
             check_lm_eval()
         wanted = [name for name in self.others if name in FOLDER_SUITES]
@@ -113,6 +116,7 @@ class Judges:
                 texts=self.texts,
                 suites=self.shipped,
                 preamble=preamble,
+                words_as=self.words_as,
             )
             found = measure(model, given, reference=reference, progress=progress)
             scores |= found.scores

@@ -18,7 +18,8 @@ from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.residual_cache import ResidualCache
-from surgery.forward.tokens import encode, word_ids
+from surgery.forward.token_logprobs import continuation_probabilities
+from surgery.forward.tokens import Ids, continuation_ids, encode, word_ids
 from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
@@ -28,6 +29,7 @@ from surgery.metrics.locality import Distributions, Reference
 from surgery.metrics.metric import Metric
 from surgery.progress import Progress
 
+WORD_SUITES = ("genbias", "genhint", "locality")  # what they ask for is the compared words
 PRONOUN_SUITES = ("locality", "facts_of_gender")  # what they ask for is he, she and others, whatever words are compared
 Scores = dict[str, Any]
 Prefixes = Mapping[str, ResidualCache]
@@ -44,6 +46,8 @@ class Material:
     names: dict[str, str]
     compared: tuple[str, ...]
     """The words of ``words``."""
+    continuations: Ids
+    """The tokens of each of them where they are scored as continuations; ``words`` is then empty."""
     settled: dict[str, list[Row]]
     """The prompts of locality and of facts_of_gender."""
     pronouns: dict[str, int]
@@ -54,14 +58,14 @@ class Material:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The words among which facts_of_gender has a right one: the compared ones, or he and she."""
-        return self.compared if {"he", "she"} <= set(self.compared) else ("he", "she")
+        return self.compared if {"he", "she"} <= set(self.compared) and self.words else ("he", "she")
 
     def asked(self, suite: str) -> list[int]:
         """The tokens whose probability ``suite`` needs."""
         extra = {"locality": locality.PRONOUNS, "facts_of_gender": self.candidates}.get(suite)
         if extra is None:
             return list(self.words)
-        known = self.pronouns | dict(zip(self.compared, self.words, strict=True))
+        known = self.pronouns | (dict(zip(self.compared, self.words, strict=True)) if self.words else {})
         return [*(self.words if suite == "locality" else ()), *(known[word] for word in extra)]
 
 
@@ -87,11 +91,13 @@ def material(
     texts: str | Path | None = None,
     suites: Sequence[str] = SUITES,
     preamble: str = "",
+    words_as: str = "tokens",
 ) -> Material:
     """Encode the ``part`` of GenBiasEval and GenHintEval, and the neutral ``texts`` (default: the shipped 200 and 40).
 
     ``preamble`` is put before every prompt (the prompt baseline). Where a tokenizer splits the pronouns that locality
-    and facts_of_gender ask for, these are left out, with the reason in ``skipped``.
+    and facts_of_gender ask for, these are left out, with the reason in ``skipped``. ``words_as="continuations"``
+    takes compared words of any number of tokens, and scores them by their summed log-probability.
 
     Raises ``SurgeryError`` for unknown suites, splits, files, and for words that are not one token.
     """
@@ -120,9 +126,13 @@ def material(
         "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
         "perplexity_pronouns": "sentences full of pronouns shipped with the package",
     }
+    whole = words_as == "continuations"
+    if whole:
+        names |= {name: f"{names[name]}, words as continuations" for name in WORD_SUITES}
     return Material(
         ids={name: encode(tokenizer, lines, limit=limit) for name, lines in chosen.items() if lines},
-        words=tuple(word_ids(tokenizer, prompts.words.words)),
+        words=() if whole else tuple(word_ids(tokenizer, prompts.words.words)),
+        continuations=continuation_ids(tokenizer, prompts.words.words) if whole else (),
         prompts=rows,
         hints=hints,
         names=names,
@@ -171,10 +181,12 @@ def measure(
                 far = Distributions(len(ids), reference) if suite == "locality" else None
                 asked: Any = {"keep": keep, "prefix": start.get(suite), "step": step, "seen": far}
                 seen = next_words(model, ids, given.asked(suite), **asked)
-                found = seen.prefixes
-                scores[suite] = _scored(suite, given, seen.probabilities, far)
+                found, chances = seen.prefixes, seen.probabilities
+                if given.continuations and suite in WORD_SUITES:
+                    chances = np.hstack([continuation_probabilities(model, ids, given.continuations), chances])
+                scores[suite] = _scored(suite, given, chances, far)
                 if suite == "genbias":
-                    probabilities = seen.probabilities
+                    probabilities = chances
                 made = far.made() if far else made
             for block in keep:
                 kept[block][suite] = found[block]
