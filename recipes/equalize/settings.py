@@ -44,7 +44,7 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     method: Literal["dense", "lora"] = "dense"
     rank: shared.Count = 16
     alpha: shared.Positive = 32.0
-    lr: shared.Positive = 3e-4
+    lr: shared.Positive = 5e-4
     epochs: shared.Count = 2
     batch_size: shared.Count = 32
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -63,7 +63,7 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     settled: int = Field(0, ge=0)
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
-    hold_settled: float = Field(2.0, ge=0)
+    hold_settled: float = Field(4.0, ge=0)
     hold_texts: float = Field(1.0, ge=0)
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
@@ -71,8 +71,8 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """Of the sentences and of your texts: every position, or the last one."""
     hints_each: int = Field(4, ge=0)
     """In how many of the grammar's hint shapes each person stands."""
-    settled_each: int = Field(4, ge=0)
-    """In how many of the shapes each thing, plural, gendered noun and name stands."""
+    settled_each: int = Field(8, ge=0)
+    """In how many of the shapes each thing, plural, gendered noun, relation and name stands."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Products of float32 matrices while targets are computed and blocks train (torch's float32_matmul_precision):
     medium is faster on a CPU with AMX. Everything is measured with highest."""

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from recipes.equalize import pairs
+from recipes.equalize import dataset, pairs
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
 from recipes.equalize.settings import Settings
@@ -82,7 +82,8 @@ class _Round:
 
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
         settings = self.settings.model_copy(update=dict(one.changes))
-        shares = check_shares(self.prompts.words.words, settings.shares or None)
+        words = self.prompts.words.words
+        shares = check_shares(words, dataset.shares(settings.shares, words))
         terms = word_terms(settings, self.ids, self.words, shares)
         count = len(anatomy.find(self.op.model).blocks)
         variant = Variant(
