@@ -144,9 +144,11 @@ def evaluate(
     starts = sample(open_starts(), limit, seed, lambda start: start.kind)
     beside = sample(pairs(), max(1, limit // 4) if limit else 0, seed, lambda pair: pair.kind)
     how = replace(HOW, seed=seed)
-    texts = generate(model, tokenizer, [preamble + start.text for start in starts], how, step=step)
-    men = generate(model, tokenizer, [preamble + pair.man for pair in beside], how, step=step)
-    women = generate(model, tokenizer, [preamble + pair.woman for pair in beside], how, step=step)
+    asked = [start.text for start in starts] + [pair.man for pair in beside] + [pair.woman for pair in beside]
+    first, second = len(starts), len(starts) + len(beside)
+    numbers = [*range(second), *range(first, second)]  # the two texts of a pair have the same random numbers
+    written = generate(model, tokenizer, [preamble + text for text in asked], how, numbers=numbers, step=step)
+    texts, men, women = written[:first], written[first:second], written[second:]
     if details is not None:
         rows = zip(starts, texts, strict=True)
         details["texts"] = [[s.kind, s.profession, s.text, text, who(text)] for s, text in rows]

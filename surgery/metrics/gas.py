@@ -170,9 +170,12 @@ def generate(
     prompts: Sequence[str],
     sampling: Sampling,
     *,
+    numbers: Sequence[int] | None = None,
     step: Advance | None = None,
 ) -> list[str]:
     """What ``model`` adds to each prompt, ``sampling.samples`` texts a prompt, in order.
+
+    ``numbers``: whose random numbers each prompt takes, by default its own place's; two of one number take the same.
 
     Penalties and other habits of the checkpoint's own generation settings are left out (``plain_generation``).
     ``step`` is told of finished prompts. Raises ``SurgeryError`` for no prompt, or one that leaves no room for
@@ -189,7 +192,7 @@ def generate(
     uniforms = np.stack(
         [
             np.random.default_rng([sampling.seed, row, number]).random(sampling.length)
-            for row in range(len(ids))
+            for row in (range(len(ids)) if numbers is None else numbers)
             for number in range(sampling.samples)
         ]
     )

@@ -1,6 +1,7 @@
 """The page of a study: the recommendation first, then a table, a picture per pair of axes, and what got worse."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,18 @@ from surgery.study.cells import Judged
 from surgery.study.judging import details_of
 from surgery.study.settings import KINDS, Study
 from surgery.study.showing import shown
-from surgery.study.verdict import Row, axes, chosen, objections, plain_words, recommend, removed, removed_between, rows
+from surgery.study.verdict import (
+    Row,
+    axes,
+    chosen,
+    objections,
+    paired_with,
+    plain_words,
+    recommend,
+    removed,
+    removed_between,
+    rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +66,7 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Map
                 "seed": one.cell.seed,
                 "refused": one.refused,
                 "scores": {place: metric.to_dict() for place, metric in one.scores.items()},
+                "differences": {place: asdict(found) for place, found in paired_with(one, judged).items()},
             }
             for one in judged
         ],
@@ -66,7 +79,7 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Map
 def _numbers(found: Sequence[Row], study: Study) -> Table:
     bias, cost = axes(study, {place for row in found for place in row.scores})
     places = [*bias, *cost]
-    table, hints = [], []
+    table, hints, alone = [], [], len({row.model for row in found}) == 1
     for row in found:
         untouched = next(one for one in found if one.model == row.model and one.method is None)
         share, spoilt = "", ""
@@ -76,7 +89,12 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
                 share += f" [{100 * between[0]:.0f}, {100 * between[1]:.0f}]"
             spoilt = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
         table.append(
-            [f"{row.model}: {row.name}", share, row.refused or spoilt, *(cell(row.scores.get(p)) for p in places)]
+            [
+                row.name if alone else f"{row.model}: {row.name}",
+                share,
+                row.refused or spoilt,
+                *(cell(row.scores.get(p)) for p in places),
+            ]
         )
         hints.append(row.method.about if row.method else "the model as it is")
     head = ["method", "bias removed", "spoils", *(plain_words(place) for place in places)]

@@ -83,9 +83,7 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
                 place: mean_over_seeds([one.scores[place].to_dict() for one in measured if place in one.scores])
                 for place in places
             }
-            paired = (
-                () if members[0].cell.method is None else tuple(_paired(untouched.scores, m.scores) for m in measured)
-            )
+            paired = () if members[0] is untouched else tuple(paired_with(one, own) for one in measured)
             refused = next((one.refused for one in members if one.refused), "")
             found.append(
                 Row(model, name, members[0].cell.method, scores, paired, refused, tuple(m.scores for m in measured))
@@ -93,7 +91,10 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
     return found
 
 
-def _paired(before: Flat, after: Flat) -> dict[str, Difference]:
+def paired_with(one: Judged, judged: Sequence[Judged]) -> dict[str, Difference]:
+    """By place the paired difference from the untouched model, widened so that all hold together; {} for itself."""
+    before = next(other for other in judged if other.cell.method is None and other.cell.model == one.cell.model).scores
+    after = {} if one.cell.method is None else one.scores
     shared = [place for place in after if place in before]
     pairs = {place: difference(before[place], after[place], axes=len(shared)) for place in shared}
     return {place: one for place, one in pairs.items() if one is not None}
