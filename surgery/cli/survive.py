@@ -33,7 +33,7 @@ def survive(
     ] = None,
     data: Annotated[str, typer.Option("--data", help="Of words: the prompt set; default: the recipe's.")] = "",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=0, help="So many prompts (default 210) or pairs (all); 0 for all.")
+        int | None, typer.Option("--limit", min=0, help="So many prompts (default 105) or pairs (all); 0 for all.")
     ] = None,
     scorer: Annotated[str, typer.Option("--scorer", help="Of pairs.")] = "bias-bench",
     texts: Annotated[
@@ -63,7 +63,7 @@ def survive(
     check_destination(out)
     edit, progress, lines = Delta.load(delta), Progress(quiet), neutral.sentences(texts)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
-    amount = {"words": 210, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}
+    amount = {"words": 105, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}
     question = question_of(
         edit.metadata, model, tokenizer, kind=measure, file=pairs or "", prompts=data, limit=amount, scorer=scorer
     )

@@ -64,15 +64,14 @@ def _packed(kind: str, raw: np.ndarray, codes: UInt8[np.ndarray, "blocks 256"]) 
     if kind == "Q6_K":  # halves of 128: four runs of 32, low bits of the first two below those of the last two
         halves = codes.reshape(len(raw), 2, 4, 32)
         low, high = halves & 15, halves >> 4
-        found[:, :128] = np.stack([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], 2).reshape(
-            -1, 128
-        )
-        found[:, 128:192] = sum(high[:, :, run] << (2 * run) for run in range(4)).reshape(-1, 64)
+        found[:, :128] = (low[:, :, :2] | low[:, :, 2:] << 4).reshape(-1, 128)
+        shifted = high << np.array([0, 2, 4, 6], np.uint8)[:, None]
+        found[:, 128:192] = np.bitwise_or.reduce(shifted, axis=2).reshape(-1, 64)
         return found
     pairs = codes.reshape(len(raw), 4, 2, 32)
     low = pairs & 15
     found[:, -128:] = (low[:, :, 0] | low[:, :, 1] << 4).reshape(-1, 128)
     if kind == "Q5_K":
         runs = codes.reshape(len(raw), 8, 32) >> 4
-        found[:, 16:48] = sum(runs[:, run] << run for run in range(8))
+        found[:, 16:48] = np.bitwise_or.reduce(runs << np.arange(8, dtype=np.uint8)[:, None], axis=1)
     return found
