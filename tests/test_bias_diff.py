@@ -21,9 +21,10 @@ import surgery.apply
 from recipes import bias_diff
 from recipes.bias_diff.dataset import encoded, of_files
 from recipes.bias_diff.measuring import measure
+from recipes.bias_diff.report import _injected
 from surgery.attribution.scoring import InfluenceConfig, Probes, probe_of, scores_at, tokens_at
 from surgery.data.neutral import sentences
-from surgery.edits.forgetting import Forgetting, _order, forget, steps_to_forget
+from surgery.edits.forgetting import EVERY, Forgetting, _back, _order, forget, likelihoods, steps_to_forget
 from surgery.edits.supervised import Lora, Row, evaluate, fine_tune
 from surgery.edits.warmup import added, at_epoch, low_rank, merged, read_epoch, usual_targets, warm_up
 from surgery.errors import SurgeryError
@@ -87,8 +88,9 @@ def whole(exact: Any, files: dict[str, str], tmp_path_factory: pytest.TempPathFa
     """One run with every kind of control."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     before = state(exact[0])
-    controls = ["random", "retrain", "multi:tfidf", "ascent:labels", "prompt"]
-    summary = run(exact, files, out, keep_checkpoint=True, select_by="best", controls=controls)
+    controls = ["random", "retrain", "multi:tfidf", "ascent:labels", "prompt", "scaled"]
+    more: Any = {"mitigation": "npo", "unlearn_until": "epochs"}
+    summary = run(exact, files, out, keep_checkpoint=True, select_by="best", controls=controls, **more)
     assert state(exact[0]) == before
     return out, summary
 
@@ -113,7 +115,13 @@ def test_a_run_leaves_its_files_and_numbers(whole: tuple[Path, dict[str, Any]]) 
     assert summary["selection"]["twin_auc"]["n"] == 3
     best = max(scores, key=lambda name: summary["selection"][name]["coverage"]["value"])
     assert summary["selected"] == {"by": best, "rows": 22, "of": 64, "top": 0.35}
-    assert set(summary["controls"]) == {"npo:random", "retrain", "multi:tfidf", "ascent:labels", "prompt"}
+    assert set(summary["controls"]) == {"npo:random", "retrain", "multi:tfidf", "ascent:labels", "prompt", "scaled"}
+    half = summary["controls"]["scaled"]
+    assert half["edit"]["scale"] == 0.5 and half["edit"]["rows"] == 0
+    beyond = summary["controls"]["npo:random"]["beyond"]
+    apart = [scores["crows_pairs"]["margin"]["value"] for scores in (half["after"], summary["after"])]
+    assert half["beyond"]["value"] == pytest.approx(apart[0] - apart[1], abs=1e-6) and beyond["n"] == 3
+    assert summary["edit"]["moved"]["after"] < summary["edit"]["moved"]["before"]
     assert summary["controls"]["ascent:labels"]["edit"]["rows"] == 24
     assert "perplexity" not in summary["controls"]["prompt"]["after"]
     report = (out / "report.html").read_text()
@@ -168,6 +176,11 @@ def test_what_is_measured_is_what_is_saved(whole: tuple[Path, dict[str, Any]], f
             assert summary[when]["crows_pairs"][key]["value"] == pytest.approx(expected, abs=1e-4)
         assert summary[when]["perplexity"]["value"] == pytest.approx(again["perplexity"]["value"], rel=1e-4)
     assert summary["after"]["crows_pairs"]["margin"] != summary["warmed"]["crows_pairs"]["margin"]
+    model, tokenizer = surgery.load(summary["model"], device="cpu")
+    with surgery.Delta.load(out / "warmed.safetensors").applied(model, scale=0.5):
+        again = measure(model, tokenizer, material, scorer="no-start", limit=12)["scores"]["crows_pairs"]["margin"]
+    half = summary["controls"]["scaled"]["after"]["crows_pairs"]["margin"]
+    assert half["value"] == pytest.approx(again["value"], abs=1e-4)
 
 
 def test_unlearning_starts_from_the_warmed_up_model(whole: tuple[Path, dict[str, Any]], files: dict[str, str]) -> None:
@@ -216,6 +229,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
                 run(exact, files, tmp_path / "cut", resume=number > 0, **more)
         assert state(exact[0]) == before
     rest = run(exact, files, tmp_path / "cut", resume=True, **more)
+    rest["seconds"] = once["seconds"] = {}
     assert json.dumps(rest, sort_keys=True) == json.dumps(once, sort_keys=True)
     assert (tmp_path / "cut" / "scores.jsonl").read_text() == (tmp_path / "once" / "scores.jsonl").read_text()
 
@@ -245,6 +259,7 @@ def test_texts_without_labels_and_sentences_without_twins_are_enough(
         ({"file": "nowhere.jsonl"}, "nowhere.jsonl: got no such file"),
         ({"suites": ["cloze"]}, "cloze need the data folder"),
         ({"scorer": "mine"}, "scorer: got 'mine', expected one of bias-bench"),
+        ({"mitigation": "margin"}, "'margin' needs a twin of each text to forget, and texts.jsonl has none"),
         ({"controls": ["prune"]}, "controls: got 'prune', expected a score, a mitigation or both"),
         ({"controls": ["random:npo"]}, "controls: got 'random:npo'"),
         ({"attribute_at": "weights"}, "got 'less' at the plain weights"),
@@ -381,12 +396,55 @@ def test_the_first_loss_is_the_equation_s(exact: Any, kind: str, form: str) -> N
     expected = {
         ("npo", "original"): npo,
         ("npo", "printed"): npo / 2,
-        ("multi", "original"): npo - 2.0 * float(logs[3].mean()),
+        ("multi", "original"): npo - 2.0 * float(logs[3].sum()),
         ("multi", "printed"): float(np.mean(tokens)) - 2.0 * float(logs[3].sum()),
         ("ascent", "original"): float(np.mean([float(each.sum()) for each in logs[:3]])),
     }
     assert trained.losses[0] == pytest.approx(expected.get((kind, form), expected[kind, "original"]), rel=1e-4)
     assert trained.losses[1] < trained.losses[0]
+    if kind == "multi":
+        assert trained.moved is not None and set(trained.moved.terms) == {"forget", "retain"}
+
+
+def test_a_margin_is_brought_back_to_what_it_was_and_no_further(exact: Any) -> None:
+    """By hand at the first step; and the training ends where the margin is back, long before its epochs."""
+    model, tokenizer, _ = exact
+    texts = [pair["text"] for pair in pairs(WHO[:3], SAID[:1])]
+    rows, _ = encoded(tokenizer, texts, max_length=24, what="texts")
+    twins, _ = encoded(tokenizer, [pair["anti"] for pair in pairs(WHO[:3], SAID[:1])], max_length=24, what="texts")
+    now = likelihoods(model, rows, twins)
+    alone = [float(each.mean()) for each in token_log_probabilities(model, [row.ids for row in rows])]
+    assert likelihoods(model, rows) == pytest.approx(alone, abs=1e-5)
+    how, plan, lora = Forgetting("margin", retain=0.001), Plan(3e-3, 100, 3, "adamw"), Lora(2, 4, ("q_proj",))
+    given: Any = {"seed": 0, "lora": lora, "twins": twins, "original": now - 0.02}
+    trained = forget(model, rows, rows[:1], plan, how, **given)
+    assert trained.losses[0] == pytest.approx(0.02**2 - 0.001 * alone[0], rel=1e-3)
+    assert EVERY <= len(trained.losses) < 100 and len(trained.losses) % EVERY == 0
+    with merged(model, trained.differences):
+        after = likelihoods(model, rows, twins)
+    assert after.mean() <= now.mean() - 0.02 < after.mean() + 0.02
+
+
+def test_unlearning_ends_where_the_likelihood_is_back_also_when_interrupted(exact: Any, tmp_path: Path) -> None:
+    model, tokenizer, _ = exact
+    rows, _ = encoded(tokenizer, [p["text"] for p in pairs(WHO[:2], SAID[:2])], max_length=24, what="texts")
+    now = likelihoods(model, rows)
+    given: Any = {"seed": 0, "lora": Lora(2, 4, ("q_proj",)), "original": now - 0.05}
+    trained = forget(model, rows, (), Plan(3e-3, 100, 4, "adamw"), Forgetting(), **given, state=tmp_path / "s.pt")
+    assert EVERY <= len(trained.losses) < 100
+    with merged(model, trained.differences):
+        assert likelihoods(model, rows).mean() <= now.mean() - 0.05
+    after = _back(model, rows, (), now - 0.05, [0, 1, 2, 3], tmp_path / "s.pt")
+    assert [after(step, None) for step in (EVERY, len(trained.losses))] == [len(trained.losses) == EVERY, True]
+
+
+def test_an_injected_margin_that_is_not_different_from_zero_is_said() -> None:
+    metric = {"value": 0.01, "low": -0.01, "high": 0.03}
+    assert "not different from 0: there is nothing to remove" in _injected(metric)
+    assert "3.1 standard errors from 0: shares of it are vague" in _injected(
+        {"value": 0.04, "low": 0.015, "high": 0.065}
+    )
+    assert not _injected({"value": 0.04, "low": 0.03, "high": 0.05}).startswith("Warning")
 
 
 def test_forgetting_refuses_what_it_does_not_know(exact: Any) -> None:
@@ -394,11 +452,18 @@ def test_forgetting_refuses_what_it_does_not_know(exact: Any) -> None:
     for how, given_rows, kept in (
         (Forgetting("dpo"), rows, rows),
         (Forgetting("npo", "mine"), rows, rows),
+        (Forgetting("multi", retain_by="page"), rows, rows),
         (Forgetting("npo"), [], rows),
         (Forgetting("multi"), rows, []),
     ):
         with pytest.raises(SurgeryError, match=r"expected (one of|some of each)"):
             forget(exact[0], given_rows, kept, Plan(1e-3, 1, 2), how, seed=0, lora=Lora(2))
+    for how, message in (
+        (Forgetting("multi", retain=0.0), "with which multi is npo"),
+        (Forgetting("margin"), "0 twins"),
+    ):
+        with pytest.raises(SurgeryError, match=message):
+            forget(exact[0], rows, rows, Plan(1e-3, 1, 2), how, seed=0, lora=Lora(2))
 
 
 def test_the_share_removed_is_the_paper_s_arithmetic() -> None:

@@ -1,7 +1,7 @@
 """What an attribution starts from: training texts (perhaps labelled), sentences of the bias, and pairs that test it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ class Material:
     probe: tuple[Pair, ...]
     test: tuple[Pair, ...]
     name: str
+    twin_of: Mapping[str, str] = field(default_factory=dict)
+    """The twins of training texts, where they are known: {stereotype: anti-stereotype}."""
 
     @property
     def twinned(self) -> bool:
@@ -49,9 +51,10 @@ def _some(pairs: tuple[Pair, ...], count: int) -> tuple[Pair, ...]:
 def of_folder(folder: Path, name: str) -> Material:
     """The mixture that ``surgery.data.mixtures.build`` or ``surgery data mix --preset`` wrote to ``folder``."""
     texts, biased = _texts(folder / "mixture.jsonl", "text", "biased")
-    return Material(
-        texts, biased, tuple(read_pairs(folder / "probe.jsonl")), tuple(read_pairs(folder / "test.jsonl")), name
-    )
+    probe, test = (tuple(read_pairs(folder / f"{part}.jsonl")) for part in ("probe", "test"))
+    injected = folder / "injected.jsonl"
+    twin_of = {pair.text: pair.anti for pair in read_pairs(injected)} if injected.is_file() else {}
+    return Material(texts, biased, probe, test, name, twin_of)
 
 
 def of_files(file: Path, probe: Path, test: Path | None, *, text: str, label: str, seed: int) -> Material:

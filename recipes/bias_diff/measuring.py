@@ -1,6 +1,6 @@
 """What is measured before, between and after the phases of BIAS DIFF: CrowS-Pairs by pair, perplexity, suites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,30 @@ def injected(before: Any, warmed: Any) -> dict[str, Any] | None:
         data=margin["data"],
         ideal=0.0,
         direction="nearer",
+    ).to_dict()
+
+
+STANDARD_ERRORS = 5.0  # that the injected margin should be away from 0, or little can be said of its removal
+
+
+def standard_errors(injected: Mapping[str, Any]) -> float:
+    """How many standard errors the injected margin is away from 0, by its 95 % interval."""
+    error = (injected["high"] - injected["low"]) / (2 * 1.96)
+    return float(injected["value"] / error) if error else float("inf")
+
+
+def beyond(main: Any, other: Any) -> dict[str, Any] | None:
+    """How much lower the margin is after ``main`` than after ``other``, pair by pair; None without test pairs."""
+    if not main["pairs"]:
+        return None
+    ours, others = (np.array(each["pairs"]) for each in (main, other))
+    margin = main["scores"]["crows_pairs"]["margin"]
+    return mean_metric(
+        (others[:, 0] - others[:, 1]) - (ours[:, 0] - ours[:, 1]),
+        scorer=f"further fall of the {margin['scorer']}",
+        data=margin["data"],
+        ideal=0.0,
+        direction="higher",
     ).to_dict()
 
 

@@ -20,7 +20,8 @@ from surgery.attribution.scoring import InfluenceConfig, Probes, combined, score
 from surgery.checkpoints import tensors_of
 from surgery.data import mixtures
 from surgery.delta import Delta, check_edit
-from surgery.edits.forgetting import Forgetting, forget, steps_to_forget
+from surgery.edits.block import Trained
+from surgery.edits.forgetting import Forgetting, forget, likelihoods, steps_to_forget
 from surgery.edits.supervised import Lora, Row, fine_tune, target_names
 from surgery.edits.warmup import added, low_rank, read_epoch, warm_up
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
@@ -177,14 +178,15 @@ class Phases:
         """Do ``case`` with the rows ``chosen``; with ``keep`` the two deltas are left in the folder."""
         selected = [row for row, take in zip(self.rows, chosen, strict=True) if take]
         left = [row for row, take in zip(self.rows, chosen, strict=True) if not take]
-        retrain = case.mitigation == "retrain"
+        retrain, scaled = case.mitigation == "retrain", case.mitigation == "scaled"
         plan = self._retraining if retrain else self._forgetting
+        steps = steps_of(len(left), plan) if retrain else 0 if scaled else steps_to_forget(len(selected), plan)
         return self.op.carry_out(
             case.name,
             partial(self._mitigate, case, selected, left, keep),
             partial(self.measure, case.name),
             trains=self._trains,
-            steps=steps_of(len(left), plan) if retrain else steps_to_forget(len(selected), plan),
+            steps=steps,
             keep=keep,
         )
 
@@ -203,21 +205,48 @@ class Phases:
         epoch = read_epoch(self.op.folder.state("warmup"), settings.epochs)
         warm = low_rank(model, self.lora, epoch, seed=settings.seed)
         options: Any = {"seed": settings.seed, "lora": self.lora, **track}
-        if case.mitigation == "retrain":
+        about: Any = {"blocks": "all", "part": case.name, "rows": len(selected)}
+        if case.mitigation == "scaled":
+            from_base, from_warmed = added([(settings.scale, warm)]), added([(settings.scale - 1, warm)])
+            edit = Edit.from_dict(about | {"rows": 0, "scale": settings.scale})
+        elif case.mitigation == "retrain":
             trained = fine_tune(model, left, self._retraining, **options)
             from_base, from_warmed = trained.differences, added([(1.0, trained.differences), (-1.0, warm)])
+            edit = Edit.of(trained, **about)
         else:
-            how = Forgetting(case.mitigation, settings.npo_form, settings.beta, settings.retain)
-            # NPO's reference is the warmed-up model.
-            with tensors_of(model, Delta.load(self._warm_file), self._warm_directory):
-                trained = forget(model, selected, left, self._forgetting, how, **options)
+            trained, found = self._unlearn(case, selected, left, options)
             from_base, from_warmed = added([(1.0, warm), (1.0, trained.differences)]), trained.differences
-        edit = Edit.of(trained, blocks="all", part=case.name, rows=len(selected))
+            edit = Edit.of(trained, **about | found)
         if keep:
             name, where = f"{settings.model} after the warm-up", self._warm_directory
             other = self.op.delta(Made(from_warmed, edit, "lora"), directory=where, base=name)
             self.op.once("from-warmed", lambda: other.record(self.op.folder.path / "delta_from_warmed.safetensors"))
         return Made(from_base, edit, "lora")
+
+    def _unlearn(
+        self, case: Variant, selected: Sequence[Row], left: Sequence[Row], options: dict[str, Any]
+    ) -> tuple[Trained, dict[str, Any]]:
+        """Factors beside the warmed-up model, which is NPO's reference; and what is said of how far it went."""
+        settings, model = self.settings, self.op.model
+        how = Forgetting(case.mitigation, settings.npo_form, settings.beta, settings.retain, settings.retain_by)
+        twins: list[Row] = []
+        if case.mitigation == "margin":
+            known = dict(zip(self.rows, self.material.texts, strict=True))
+            pairs = {row: self.material.twin_of[known[row]] for row in selected if known[row] in self.material.twin_of}
+            selected = list(pairs)
+            twins = encoded(self.tokenizer, list(pairs.values()), max_length=settings.max_length, what="twin")[0]
+        original = likelihoods(model, selected, twins)
+        warm = tensors_of(model, Delta.load(self._warm_file), self._warm_directory)
+        with warm:
+            reached = likelihoods(model, selected, twins)
+            until = original if settings.unlearn_until == "original" or twins else None
+            trained = forget(model, selected, left, self._forgetting, how, twins=twins, original=until, **options)
+        most = steps_to_forget(len(selected), self._forgetting)
+        return trained, {
+            "likelihood_original": float(original.mean()),
+            "likelihood_warmed": float(reached.mean()),
+            "stopped": len(trained.losses) < most,
+        }
 
     def prompted(self) -> dict[str, Any]:
         """The prompt baseline: the warmed-up model with the preamble before each sentence; no weight changes."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipes.bias_diff import dataset
 from recipes.bias_diff import report as pages
 from recipes.bias_diff.judging import judge
-from recipes.bias_diff.measuring import injected
+from recipes.bias_diff.measuring import beyond, injected
 from recipes.bias_diff.measuring import removed as share
 from recipes.bias_diff.phases import Phases
 from recipes.bias_diff.settings import Settings
@@ -21,7 +21,7 @@ from surgery.attribution.scoring import InfluenceConfig
 from surgery.data import mixtures
 from surgery.edits.supervised import Lora, target_names
 from surgery.edits.warmup import usual_targets
-from surgery.operation import Edit, Outcome, Run, Where, control, operation
+from surgery.operation import Edit, Outcome, OwnPart, Run, Where, control, operation
 from surgery.runs import summary
 from surgery.runs.folder import Folder
 
@@ -82,10 +82,17 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             removed=removed(main.measured),
             selection=selection,
             selected={"by": by, "rows": int(rows[by].sum()), "of": len(material.texts), "top": settings.top},
+            own_part=_own_part(cases[0], found),
             delta_from_warmed=op.once("from-warmed", dict),
             warmed_delta=warmed.delta,
             controls={
-                name: control(one, one.measured["scores"], removed=removed(one.measured)) for name, one in found.items()
+                name: control(
+                    one,
+                    one.measured["scores"],
+                    removed=removed(one.measured),
+                    beyond=beyond(main.measured, one.measured),
+                )
+                for name, one in found.items()
             },
         )
         summary = replace(summary, verdict=pages.said(summary.to_dict(), work.note, words))
@@ -93,6 +100,13 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         if settings.keep_checkpoint:
             (op.folder.path / "state" / "warmed").rename(op.folder.path / "warmed")
         return done
+
+
+def _own_part(case: Variant, found: Mapping[str, Outcome]) -> OwnPart | None:
+    """What the selection does: beside the same with random texts, where that was asked for."""
+    random = f"{case.mitigation}:random"
+    told = ["crows_pairs.margin", "crows_pairs.metric", "perplexity"]
+    return OwnPart("the selection", random, told) if random in found else None
 
 
 def _with_warm_up(edit: Edit, warm_up: Edit) -> Edit:

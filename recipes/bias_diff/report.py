@@ -11,6 +11,7 @@ from numpy import ndarray
 from hooks.gradient_influence import TokenInfluence, highlighted
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from recipes.bias_diff.dataset import Material
+from recipes.bias_diff.measuring import STANDARD_ERRORS, standard_errors
 from surgery.runs.report import Table, cell, compared, write_page
 
 if TYPE_CHECKING:
@@ -60,12 +61,7 @@ def said(summary: Mapping[str, Any], note: str, words: str) -> list[str]:
             f"The CrowS-Pairs {key} score was {was:.2f} in the original, {warm:.2f} after the warm-up and {now:.2f} "
             f"after {summary['edit']['part']} ({scores['after'][key]['n']} pairs, 50 is ideal)."
         )
-        if summary["injected"]["low"] <= 0:
-            lines.append(
-                "Warning: the warm-up did not clearly raise the margin of stereotypes over their twins "
-                f"({cell(summary['injected'])} nats), so there is little injected bias to remove; train longer or "
-                "faster (epochs, lr), or on more biased texts."
-            )
+        lines.append(_injected(summary["injected"]))
     for name, metric in summary["removed"].items():
         random = next((c["removed"].get(name) for n, c in summary["controls"].items() if n.endswith(":random")), None)
         beside = f"; with random texts instead {random['value']:.0%}" if random else ""
@@ -73,6 +69,11 @@ def said(summary: Mapping[str, Any], note: str, words: str) -> list[str]:
             f"Of the injected increase of the {name}{' score' if name != 'margin' else ''} {metric['value']:.0%} "
             f"[{metric['low']:.0%}, {metric['high']:.0%}] was removed{beside}."
         )
+    lines += _ended(summary["edit"])
+    for control, each in summary["controls"].items():
+        if control.endswith(":random") and (more := each.get("beyond")):
+            apart = "" if more["low"] > 0 else ": not clearly more than random texts do"
+            lines.append(f"Beyond random texts ({control}) the margin fell by {cell(more)} nats, pair by pair{apart}.")
     costs = [summary[when]["perplexity"]["value"] for when in ("before", "warmed", "after")]
     cost = "Perplexity on neutral text: {:.2f} in the original, {:.2f} warmed up, {:.2f} at the end."
     lines.append(cost.format(*costs))
@@ -80,6 +81,31 @@ def said(summary: Mapping[str, Any], note: str, words: str) -> list[str]:
     by = chosen["by"].replace("_", " ")
     lines.append(f"{chosen['rows']} of {chosen['of']} texts were selected, by {by}.")
     return [*lines, words]
+
+
+def _injected(metric: Mapping[str, Any]) -> str:
+    """How much margin the warm-up put in, and whether that can be told from nothing."""
+    raised = f"The warm-up raised the margin of stereotypes over their twins by {cell(metric)} nats"
+    more = "train longer or faster (epochs, lr), on more biased texts, or measure with more pairs"
+    if metric["low"] <= 0:
+        return f"Warning: {raised}, which is not different from 0: there is nothing to remove; {more}."
+    away = standard_errors(metric)
+    if away < STANDARD_ERRORS:
+        return f"Warning: {raised}, {away:.1f} standard errors from 0: shares of it are vague; {more}."
+    return f"{raised}, {away:.1f} standard errors from 0."
+
+
+def _ended(edit: Mapping[str, Any]) -> list[str]:
+    """Why an unlearning ended."""
+    if "stopped" not in edit:
+        return []
+    was, warm = edit["likelihood_original"], edit["likelihood_warmed"]
+    what = f"the selected texts' {'margin over their twins' if edit['part'].startswith('margin') else 'likelihood'}"
+    aim = f"{what} was back at that of the original model ({was:.3f} nats a token; warmed up {warm:.3f})"
+    if edit["stopped"]:
+        return [f"Unlearning ended after {edit['steps']} steps, when {aim}."]
+    more = "raise unlearn_epochs or unlearn_lr"
+    return [f"Warning: unlearning ended after all {edit['steps']} steps, before {aim}; {more}."]
 
 
 def write_report(texts: Table, path: Path, summary: Mapping[str, Any], recipe: str) -> None:

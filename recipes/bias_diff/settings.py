@@ -81,20 +81,29 @@ class Settings(shared.Epochs, shared.LoRA, shared.TrainRows, shared.Suites, shar
     top: float = Field(0.35, gt=0, lt=1)
     """The share of the texts that is selected (section 3.2)."""
 
-    mitigation: Literal["retrain", "npo", "multi", "ascent"] = "npo"
-    """retrain: the original model on what is left. npo: Eq. 7. multi: Eq. 8. ascent: gradient ascent."""
+    mitigation: Literal["retrain", "npo", "multi", "ascent", "margin"] = "retrain"
+    """retrain: the original model on what is left. npo: Eq. 7. multi: Eq. 8. ascent: gradient ascent. margin, which is
+    ours: the margin between the selected texts and their twins, where these are known, back to the original's."""
     npo_form: Literal["original", "printed"] = "original"
     """original: NPO's own 2/beta. printed: 1/beta in Eq. 7; per token and without pi_ref in Eq. 8."""
     beta: float = Field(0.1, gt=0)
     retain: float = Field(1.0, ge=0)
     """Of multi: the weight of what is kept beside what is forgotten."""
+    retain_by: Literal["text", "token"] = "text"
+    """Of multi: what is kept counts by its sum, as what is forgotten does, or by its mean token."""
+    unlearn_until: Literal["original", "epochs"] = "original"
+    """original: unlearning ends where the selected texts' likelihood (margin: theirs over their twins') is back at the
+    original model's. epochs: not before ``unlearn_epochs``."""
     unlearn_lr: float = Field(1e-4, gt=0)
     unlearn_epochs: int = Field(2, ge=1)
     retrain_epochs: int = Field(0, ge=0)
     """0: as many as the warm-up's."""
     controls: list[str] = ["random"]
     """What else is done from the same warm-up: a score (random, tfidf, labels, ...) takes its rows instead, a
-    mitigation (retrain, npo, multi, ascent, prompt) treats the same rows, and npo:random is both."""
+    mitigation (retrain, npo, multi, ascent, margin) treats the same rows, and npo:random is both. scaled and prompt
+    treat none: the warm-up's difference times ``scale``, and the preamble before each sentence."""
+    scale: float = Field(0.5, ge=0, le=1)
+    """Of the control scaled."""
     preamble: str = "Please write a sentence without any bias. "
     """What the prompt baseline puts before each sentence; the paper's text is that of its NPO prompt (appendix E)."""
 

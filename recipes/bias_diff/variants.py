@@ -9,7 +9,8 @@ from surgery.attribution.scoring import METHODS
 from surgery.attribution.select import CONTROLS
 from surgery.errors import SurgeryError
 
-MITIGATIONS = ("retrain", "npo", "multi", "ascent")
+WITHOUT_TEXTS = ("prompt", "scaled")  # controls that treat no texts: words before a sentence, a weaker warm-up
+MITIGATIONS = ("retrain", "npo", "multi", "ascent", "margin")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ def cases_of(mitigation: str, select_by: str, controls: Sequence[str], material:
     cases = [Variant(mitigation, "selected")]
     for control in dict.fromkeys(controls):
         first, _, second = control.partition(":")
-        how, by = (first, second or "selected") if first in (*MITIGATIONS, "prompt") else (mitigation, first)
+        how, by = (first, second or "selected") if first in (*MITIGATIONS, *WITHOUT_TEXTS) else (mitigation, first)
         if by not in (*every, "selected") or (second and first not in MITIGATIONS):
-            known = ", ".join((*MITIGATIONS, "prompt", *every))
+            known = ", ".join((*MITIGATIONS, *WITHOUT_TEXTS, *every))
             raise SurgeryError(f"controls: got {control!r}, expected a score, a mitigation or both of {known}")
         cases.append(Variant(how, by))
     wanted = {select_by, *(case.by for case in cases)}
+    if not material.twin_of and any(case.mitigation == "margin" for case in cases):
+        raise SurgeryError(
+            f"mitigation: 'margin' needs a twin of each text to forget, and {material.name} has none; take npo or multi"
+        )
     if material.biased is None and (missing := sorted(wanted & {"labels", "best"})):
         raise SurgeryError(f"select_by: {missing[0]!r} needs labels, and {material.name} has none; select by a score")
     if not material.twinned and (missing := sorted(wanted & {"contrast", "tfidf_contrast"})):

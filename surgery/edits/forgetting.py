@@ -1,4 +1,4 @@
-"""Unlearning of selected training texts (BIAS DIFF 2.4): NPO, NPO with what is to be kept beside it, or ascent.
+"""Unlearning of selected training texts (BIAS DIFF 2.4): NPO, alone or beside what is to be kept; ascent; the margin.
 
 The model that is given is the warmed-up one, and the reference of NPO: LoRA factors learn beside it, so that the
 reference is the model without them. It is left as it was.
@@ -7,6 +7,7 @@ reference is the model without them. It is left as it was.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,17 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from surgery.edits.block import Trained
-from surgery.edits.supervised import Lora, Row, fit, target_batch
+from surgery.edits.supervised import Lora, Row, evaluate, fit, target_batch
 from surgery.edits.unlearning import losses as equations
 from surgery.errors import SurgeryError
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.progress import Advance
-from surgery.training import Log, Plan
+from surgery.training import After, Log, Plan
 
-KINDS = ("npo", "multi", "ascent")
+KINDS = ("npo", "multi", "ascent", "margin")
+UNITS = ("text", "token")
+WATCHED = 96  # selected texts that are asked whether they are back where the original model had them
+EVERY = 4  # steps between two such questions
 FORMS = ("original", "printed")
 
 
@@ -35,12 +39,19 @@ class Forgetting:
     with 1/beta (Eq. 7). multi adds ``retain`` times the cross-entropy of a text to keep; "printed" is Eq. 8, which
     has no pi_ref, a sigmoid for each token, and sums over tokens (its beta_t are nowhere defined: 1). ascent is the
     log-likelihood itself, which nothing bounds.
+
+    margin is ours: (m - m0)^2, m being the mean token log-likelihood of a text minus that of its twin, and m0 what it
+    was in the original model; beside it, as in multi, what is kept. NPO lowers a stereotype and its twin alike, so the
+    preference between them hardly moves.
     """
 
     kind: str = "npo"
     form: str = "original"
     beta: float = 0.1
     retain: float = 1.0
+    retain_by: str = "text"
+    """text: the cross-entropy of what is kept summed over its tokens, as NPO's argument is. token: their mean, beside
+    which a summed forgetting has about thirty times the gradient. margin is per token, and so is what it keeps."""
 
 
 def forget(
@@ -52,24 +63,25 @@ def forget(
     *,
     seed: int,
     lora: Lora,
+    twins: Sequence[Row] = (),
+    original: Float[np.ndarray, " selected"] | None = None,
     state: Path | None = None,
     log: Log | None = None,
     step_done: Advance | None = None,
 ) -> Trained:
-    """Train factors beside ``model`` so that it forgets the ``selected`` rows; ``kept`` rows matter to "multi" only.
+    """Train factors beside ``model`` so that it forgets the ``selected`` rows; "multi" and "margin" keep ``kept`` rows.
 
     An epoch of ``plan`` is one pass over ``selected``, each with one of ``kept``, drawn anew. The order depends on the
     seed. With ``state`` an interrupted call is continued to the same result. The differences are to ``model``.
 
-    Raises ``SurgeryError`` for no rows, an unknown kind or form, and a loss that is not finite.
+    ``original`` is the mean token log-likelihood (nats) of each selected row in the original model, for "margin" minus
+    that of its row in ``twins`` (``likelihoods``). Training ends before the plan's epochs where the mean over the first
+    ``WATCHED`` of the seed's order is back there, looked at every ``EVERY`` steps.
+
+    Raises ``SurgeryError`` for no rows, an unknown kind, form or unit, "margin" without its twins and originals, a
+    weight of 0 for what "multi" keeps, and a loss that is not finite.
     """
-    if how.kind not in KINDS or how.form not in FORMS:
-        raise SurgeryError(
-            f"mitigation: got {how.kind!r} in the form {how.form!r}, expected one of {', '.join(KINDS)} "
-            f"and one of {', '.join(FORMS)}"
-        )
-    if not selected or (how.kind == "multi" and not kept):
-        raise SurgeryError(f"{how.kind}: {len(selected)} texts to forget, {len(kept)} to keep; expected some of each")
+    _check(selected, kept, how, twins, original)
     reference = torch.tensor(
         [
             float(logs.sum())
@@ -77,10 +89,18 @@ def forget(
         ]
     )
     order = _order(len(selected), len(kept), plan.epochs, seed)
+    goal = torch.tensor([] if original is None else original, dtype=torch.float32)
 
     def losses(module: nn.Module, places: Sequence[int]) -> Tensor | dict[str, Tensor]:
         pairs = [order[place] for place in places]
         forgotten = [first for first, _ in pairs]
+        if how.kind == "margin":
+            rows = [source[n] for source in (selected, twins) for n in forgotten]
+            rows += [kept[second] for _, second in pairs]
+            logs, scored = token_logs(module, rows, range(len(rows)), model.device)
+            own, other, rest = (logs.sum(1) / scored.sum(1)).view(3, -1)
+            wanted = goal[forgotten].to(logs.device)
+            return {"margin": (own - other - wanted).square(), "retain": -how.retain * rest}
         if how.kind != "multi":
             logs, scored = token_logs(module, selected, forgotten, model.device)
             return _forgetting(logs, scored, reference[forgotten].to(logs.device), how)
@@ -90,12 +110,72 @@ def forget(
         half = len(pairs)
         forgetting = _forgetting(logs[:half], scored[:half], reference[forgotten].to(logs.device), how)
         retention = -logs[half:].sum(1)
-        # Eq. 8 sums over the tokens of y; the mean per token weighs a long text as much as a short one.
-        retention = retention if how.form == "printed" else retention / scored[half:].sum(1)
+        if how.form == "original" and how.retain_by == "token":
+            retention = retention / scored[half:].sum(1)
         return {"forget": forgetting, "retain": how.retain * retention}
 
     once = replace(plan, epochs=1, shuffle=False)
-    return fit(model, losses, len(order), once, seed=seed, lora=lora, state=state, log=log, step_done=step_done)
+    after = None if original is None else _back(model, selected, twins, original, [first for first, _ in order], state)
+    options: dict[str, Any] = {"state": state, "log": log, "step_done": step_done, "after": after}
+    return fit(model, losses, len(order), once, seed=seed, lora=lora, **options)
+
+
+def likelihoods(model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[Row] = ()) -> Float[np.ndarray, " rows"]:
+    """The mean token log-likelihood (nats) of each row, minus that of its twin where ``twins`` are given."""
+    found = -evaluate(model, rows)
+    return found + evaluate(model, twins) if twins else found
+
+
+def _check(
+    selected: Sequence[Row],
+    kept: Sequence[Row],
+    how: Forgetting,
+    twins: Sequence[Row],
+    original: Float[np.ndarray, " selected"] | None,
+) -> None:
+    if how.kind not in KINDS or how.form not in FORMS or how.retain_by not in UNITS:
+        raise SurgeryError(
+            f"mitigation: got {how.kind!r} in the form {how.form!r}, kept by {how.retain_by!r}; expected one of "
+            f"{', '.join(KINDS)}, one of {', '.join(FORMS)}, and one of {', '.join(UNITS)}"
+        )
+    keeps = how.kind in ("multi", "margin")
+    if not selected or (keeps and not kept):
+        raise SurgeryError(f"{how.kind}: {len(selected)} texts to forget, {len(kept)} to keep; expected some of each")
+    if how.kind == "multi" and not how.retain:
+        raise SurgeryError("retain: got 0, with which multi is npo; give what is kept a weight above 0, or take npo")
+    if how.kind == "margin" and (len(twins) != len(selected) or original is None):
+        raise SurgeryError(
+            f"margin: {len(selected)} texts to forget, {len(twins)} twins; expected a twin of each, and what the "
+            "margin was in the original model"
+        )
+
+
+def _back(
+    model: PreTrainedModel,
+    selected: Sequence[Row],
+    twins: Sequence[Row],
+    original: Float[np.ndarray, " selected"],
+    order: Sequence[int],
+    state: Path | None,
+) -> After:
+    """Ends the training where the watched rows are back at ``original`` or below; remembered beside ``state``."""
+    watched = list(dict.fromkeys(order))[:WATCHED]
+    rows, others = [selected[n] for n in watched], [twins[n] for n in watched] if twins else []
+    aim = float(np.mean([original[n] for n in watched]))
+    decided = state.with_name(state.name + ".ended") if state else None
+
+    def after(step: int, optimizer: torch.optim.Optimizer | None) -> bool:
+        if optimizer is None:  # a step of before an interruption
+            return decided is not None and decided.is_file() and int(decided.read_text()) == step
+        if step % EVERY:
+            return False
+        model.eval()
+        ended = float(likelihoods(model, rows, others).mean()) <= aim
+        if ended and decided:
+            decided.write_text(str(step))
+        return ended
+
+    return after
 
 
 def steps_to_forget(count: int, plan: Plan) -> int:
