@@ -127,7 +127,8 @@ def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:
         ({"shares": [0.5, 0.6]}, "shares: got .0.5, 0.6. .sum 1.1. for 2 words"),
         ({"words": ["he", "she or"]}, "word 'she or'.*surgery eval --words-as continuations"),
         ({"words_as": "continuations"}, "words_as: got continuations, which are measured and not trained"),
-        ({"shares": "nowhere.toml"}, "cannot read nowhere.toml"),
+        ({"shares": ["nowhere.toml"]}, "cannot read nowhere.toml"),
+        ({"shares": ["a.toml", 0.4]}, "expected a number for each word, or the name of one file"),
         ({"controls": ["other"]}, "controls: got 'other', expected some of lftf, random, no_hold"),
         ({"block": [9]}, "blocks 0 to 3"),
     ],
@@ -154,10 +155,10 @@ def test_shares_of_a_file(tmp_path: Path, name: str, text: str, message: str) ->
     file = tmp_path / name
     file.write_text("she = 0.4\nhe = 0.6" if name.endswith("toml") else '{"she": 0.4, "he": 0.6}')
     if name != "a.csv":
-        assert dataset.shares(str(file), ("he", "she")) == [0.6, 0.4], "by word, not by their order in the file"
+        assert dataset.shares([str(file)], ("he", "she")) == [0.6, 0.4], "by word, not by their order in the file"
     file.write_text(text)
     with pytest.raises(SurgeryError, match=re.escape(message)):
-        dataset.shares(str(file), ("he", "she"))
+        dataset.shares([str(file)], ("he", "she"))
 
 
 def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """Other words to share the mass among than the prompt set's; any number from two."""
     words_as: Literal["tokens", "continuations"] = "tokens"
     """continuations, words of several tokens, are measured (surgery eval --words-as) and not trained."""
-    shares: str | list[float] = []
+    shares: list[str | int | float] = []
     """The share of each word, in the order of the words; equal ones where nothing is said. Or a .toml or .json file
     that gives each word its share (he = 0.53), from a census, say."""
     block: str | int | list[int] = "upper"
