@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_cli import surgery
 
+from surgery.delta import make
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.study import Method, Study, read
+from surgery.study import Method, Study, carry_out, read
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.verdict import objections, recommend, removed, removed_between, rows
@@ -49,11 +51,10 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
-    quick = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]"]
-    words = ["run", "lftf", "--model", checkpoint, "--out", tmp_path / "one", "--device", "cpu", *quick]
-    assert surgery(*words)[0] == 0
+    difference = {"model.norm.weight": np.full(32, 0.1, np.float32)}
+    make(difference, checkpoint, base="tiny", recipe="", seed=0).save(tmp_path / "delta.safetensors")
     text = FILE.replace("MODEL", json.dumps(str(checkpoint)))
-    text = text.replace("DELTA", json.dumps(str(tmp_path / "one" / "delta.safetensors")))
+    text = text.replace("DELTA", json.dumps(str(tmp_path / "delta.safetensors")))
     file, out = write(tmp_path / "s.toml", text), tmp_path / "out"
     words = ["study", file, "--out", out, "--device", "cpu"]
     code, stdout, stderr = surgery(*words)
@@ -108,6 +109,28 @@ def test_two_studies_in_one_folder_are_refused(checkpoint: Path, tmp_path: Path)
         assert code == 1 and "another study is at work in this folder" in stderr
         code, _, stderr = surgery("study", file, "--out", tmp_path / "out", "--share", "--device", "cpu")
         assert code == 0, stderr
+
+
+def test_a_cell_without_memory_is_a_row_and_is_tried_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, methods = Study(models=[str(checkpoint)], suites=["perplexity"]), [Method(name="a", recipe="lftf")]
+
+    def full(cell: Cell, opened: Any, resume: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.04 GiB.")
+
+    carry_out(asked, methods, tmp_path, full, device="cpu")
+    cells = {one["method"]: one for one in json.loads((tmp_path / "study.json").read_text())["cells"]}
+    assert "out of memory" in cells["a"]["refused"] and cells["untouched"]["scores"]
+    asked_again: list[str] = []
+    carry_out(
+        asked,
+        methods,
+        tmp_path,
+        lambda cell, *_: asked_again.append(cell.name) or full(cell, None, False),
+        device="cpu",
+    )
+    assert asked_again == ["a"]
 
 
 def metric(values: Any, direction: str = "lower", ideal: float = 0.0) -> Metric:

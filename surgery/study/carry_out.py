@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.errors import HookError
@@ -97,8 +98,8 @@ def _one(
         with _edited(cell, opened[cell.model], run):
             details: dict[str, Any] = {}
             scores = judge(model, tokenizer, judges, cell.method, details=details, progress=progress)
-    except (SurgeryError, HookError) as error:
-        reason = " ".join(str(error).split())
+    except (SurgeryError, HookError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())  # the other cells need not wait for more memory; this one is tried again
         progress.say(f"{label}: refused: {reason}")
         write_json(cell.folder / "refused.json", {"reason": reason})
         return Judged(cell, {}, reason)
