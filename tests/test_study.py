@@ -13,7 +13,8 @@ from test_cli import surgery
 from surgery.delta import make
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.study import Method, Study, carry_out, read
+from surgery.study import Method, Study, read
+from surgery.study.carry_out import carry_out
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.verdict import objections, recommend, removed, removed_between, rows
@@ -121,7 +122,7 @@ def test_a_cell_without_memory_is_a_row_and_is_tried_again(
 
     carry_out(asked, methods, tmp_path, full, device="cpu")
     cells = {one["method"]: one for one in json.loads((tmp_path / "study.json").read_text())["cells"]}
-    assert "out of memory" in cells["a"]["refused"] and cells["untouched"]["scores"]
+    assert "CUDA out of memory" in cells["a"]["refused"] and cells["untouched"]["scores"]
     asked_again: list[str] = []
     carry_out(
         asked,
