@@ -10,7 +10,8 @@ from hooks.natural_gain import GainConfig
 from surgery.data import genbias, neutral
 from surgery.forward.batching import by_length, pad
 from surgery.forward.tokens import encode, word_ids
-from surgery.locate.gain import GAIN_LIMIT, RETAIN, rank_by_gain, words_objective
+from surgery.locate.gain import GAIN_LIMIT, RETAIN, rank_by_gain
+from surgery.locate.objectives import words_objective
 
 
 def main(arguments: Sequence[str] = ("demo",)) -> None:

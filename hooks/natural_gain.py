@@ -29,7 +29,7 @@ from hooks.errors import HookError
 from hooks.gain_rankings import Gain, Place
 from hooks.gradient_influence.examples import Row, Text, rows
 from hooks.gradient_influence.layers import is_factor
-from hooks.gradient_sketch import Sketch, signed
+from hooks.gradient_sketch import Sketch, Squares, whitening
 from hooks.streaming import Progress, positions_limit
 
 # Losses of the examples `rows`, computed by calling the model: what a training loop minimises.
@@ -45,7 +45,8 @@ class GainConfig:
     retain texts in one backward pass; labels are sampled independently for every token, so that the square of their
     summed gradient is an unbiased estimate of the summed Fisher information, whatever their number (Liu et al. 2023,
     Sophia, Algorithm 2). cut: tokens of a retain text. sketch: numbers kept of a parameter's gradient, or None for all
-    of them, groups x parameters. An inner product is off by about sqrt(2 / sketch) of the norms' product.
+    of them, groups x parameters. An inner product is off by about sqrt(2 / sketch) of the norms' product. factored:
+    keep of F only the sums of a matrix's rows and columns, so that no number a parameter is held.
     """
 
     damping: float = 0.1
@@ -54,6 +55,7 @@ class GainConfig:
     per_draw: int = 2
     cut: int = 64
     sketch: int | None = 8192
+    factored: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +84,8 @@ def gain(
 
     objective: given the model and places in 0..count-1, the losses of these examples. retain: texts or token ids whose
     distribution should stay. The model is in evaluation mode meanwhile, and afterwards as it was bit for bit.
-    Memory above the weights: one float32 for each ranked parameter, the sketches, and one backward pass.
+    Memory above the weights: one float32 for each ranked parameter (none where factored), the sketches, and one
+    backward pass.
 
     Raises HookError for fewer examples than groups, fewer than two retain texts, quantised parameters, an objective
     without a gradient for the ranked parameters, and one that is not finite, naming the block.
@@ -111,15 +114,16 @@ def gain(
         if progress is not None:
             progress(done, total)
 
-    fisher = _fisher(model, places, parameters, texts, config, advance)
-    traces = np.array([float(square.sum(dtype=torch.float64)) for square in fisher])
+    fisher, traces = _fisher(model, places, parameters, texts, config, advance)
     sizes = np.array([parameter.numel() for parameter in parameters])
     mean = traces.sum() / sizes.sum()
     if not mean > 0:
         raise HookError("gain: the retain text has no gradient for the ranked parameters; are they used by the model?")
-    whiten = [signed(square, config.damping * mean, config.seed + place) for place, square in enumerate(fisher)]
-    del fisher
-    sketches = [Sketch(weight, config.groups, config.sketch) for weight in whiten]
+    damping = config.damping * mean
+    sketches = [
+        Sketch(parameter, whitening(squares, damping, config.seed + place), config.groups, config.sketch)
+        for place, (parameter, squares) in enumerate(zip(parameters, fisher, strict=True))
+    ]
     _edit(model, objective, places, parameters, portions, sketches, config, advance)
     whitened, plain = (np.stack([sketch.products(kind) for sketch in sketches]) for kind in (0, 1))
     if not plain.any():
@@ -176,12 +180,12 @@ def _fisher(
     texts: Sequence[Row],
     config: GainConfig,
     advance: Callable[[int], None],
-) -> list[Tensor]:
-    """The diagonal Fisher information a token, in float32, of each parameter: labels are the model's own draws."""
-    squares = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in parameters]
+) -> tuple[list[Squares], Float[np.ndarray, " parameter"]]:
+    """The diagonal Fisher information a token of each parameter, and its traces: labels are the model's own draws."""
+    squares = [Squares(parameter, factored=config.factored) for parameter in parameters]
 
     def take(place: int, gradient: Tensor) -> None:
-        squares[place].addcmul_(gradient.float(), gradient.float())
+        squares[place].add(gradient)
 
     ordered = sorted(texts, key=lambda row: (len(row.ids), row.place))
     with _gradients(model, parameters, take):
@@ -204,10 +208,10 @@ def _fisher(
             functional.cross_entropy(logits, labels, reduction="sum").backward()
             tokens += len(labels)
             advance(len(part))
-    for place, square in zip(places, squares, strict=True):
-        if not bool(torch.isfinite(square.div_(tokens).sum())):
-            raise _not_finite(model, place, "the retain text")
-    return squares
+    traces = np.array([square.divide(tokens) for square in squares])
+    if not np.isfinite(traces).all():
+        raise _not_finite(model, places[int(np.flatnonzero(~np.isfinite(traces))[0])], "the retain text")
+    return squares, traces
 
 
 def _edit(

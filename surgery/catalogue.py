@@ -11,8 +11,9 @@ from surgery.errors import SurgeryError
 
 RANKINGS = ("gain", "bmi", "lens", "patching", "attribution", "sensitivity")
 """Ways to rank blocks (``surgery.locate``)."""
-OBJECTIVES = ("equalize", "log")
-"""Whose gain is measured (``surgery.locate.gain``)."""
+PAIR_OBJECTIVES = ("npo", "dpo")
+OBJECTIVES = ("equalize", "log", *PAIR_OBJECTIVES)
+"""Whose gain is measured (``surgery.locate.objectives``): of words, of words or pairs, of pairs of sentences alone."""
 SUITES = ("genbias", "genhint", "locality", "facts_of_gender", "perplexity")
 """Judges that need no data folder (``surgery.metrics.suite``)."""
 FOLDER_SUITES = {
@@ -45,10 +46,14 @@ def rankings(by: str) -> tuple[str, ...]:
     return RANKINGS if by == "all" else (by,)
 
 
-def check_objective(name: str) -> None:
-    """Raises ``SurgeryError`` for an objective whose gain cannot be measured."""
+def check_objective(name: str, *, pairs: bool = False) -> None:
+    """Raises ``SurgeryError`` for an objective whose gain cannot be measured, of words or of ``pairs`` of sentences."""
     if name not in OBJECTIVES:
         raise SurgeryError(f"objective: got {name!r}, expected one of {', '.join(OBJECTIVES)}")
+    if name in PAIR_OBJECTIVES and not pairs:
+        raise SurgeryError(f"objective: {name} compares two sentences; name a file of them with --pairs")
+    if name == "log" and pairs:
+        raise SurgeryError("objective: log is of words after prompts; with --pairs expected equalize, npo or dpo")
 
 
 def check_device(name: str | None) -> None:

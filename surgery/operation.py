@@ -34,8 +34,9 @@ from typing import Any, Required, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.natural_gain import Objective
 from surgery import apply as disk
 from surgery import delta as deltas
 from surgery.apply.engine import Undo
@@ -136,6 +137,18 @@ class Operation:
         """
         with self.folder.stage(name.partition("-")[0]):
             return self.folder.once(name, compute)
+
+    def located(self, tokenizer: PreTrainedTokenizerBase, objective: Objective, count: int) -> dict[str, Any]:
+        """What ``block = "auto"`` stands for, as ``surgery.locate.gain.auto_block`` finds it, said in the log."""
+        from surgery.locate.gain import GAIN_LIMIT, RETAIN, auto_block
+
+        def find() -> dict[str, Any]:
+            with self.progress.work("locate by gain", min(count, GAIN_LIMIT) + RETAIN) as step:
+                return auto_block(self.model, tokenizer, objective, count, seed=self.settings.seed, step=step)
+
+        found: dict[str, Any] = self.once("located", find)
+        self.note(found["said"])
+        return found
 
     @contextmanager
     def tracking(self, name: str, steps: int) -> Iterator[Tracking]:

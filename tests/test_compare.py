@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
     methods = {
         "gain_natural",
         "gain_attention",
+        "gain_mlp",
         "raw",
         "final_norm",
         "lens",
@@ -243,9 +245,34 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
         "cross_attention",
     }
     assert set(numbers) == methods | {"comparison", "ablation"}
-    assert len(numbers["comparison"]["pairs"]) == 36 and len(numbers["comparison"]["stability"]) == 9
+    assert len(numbers["comparison"]["pairs"]) == 45 and len(numbers["comparison"]["stability"]) == 10
     assert {Ranking.from_dict(numbers[method]).count for method in methods - {"patching", "attribution"}} == {6}
     assert (tmp_path / "all.png").stat().st_size > 5000
+
+
+def test_the_gain_of_pairs_of_sentences(checkpoint: Path, tmp_path: Path) -> None:
+    """DPO's gain of a file of pairs, with matrices and halves on the terminal; what does not go together is refused."""
+    rows = [{"more": f"The engineer smiled because he {n} left", "less": f"The nurse {n} smiled"} for n in range(9)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def locate(*words: Any) -> Any:
+        given = ["locate", checkpoint, *words, "--quiet", "--device", "cpu"]
+        return CliRunner().invoke(app, [str(word) for word in given])
+
+    taken = locate("--by", "gain", "--objective", "dpo", "--pairs", file, "--sketch", "--json", tmp_path / "dpo.json")
+    assert taken.exit_code == 0, taken.output
+    assert "gain_natural by matrix, pairs of sentences, n = 9" in taken.stdout
+    assert re.search(r"two halves of the examples: block [+-]\d\.\d\d, attention .*, mlp .*, matrix ", taken.stdout)
+    assert set(json.loads((tmp_path / "dpo.json").read_text())) == {"gain_attention", "gain_natural", "gain_mlp"}
+    for words, line in {
+        ("--by", "gain", "--objective", "npo"): "npo compares two sentences; name a file of them with --pairs",
+        ("--by", "gain", "--objective", "log", "--pairs", file): "log is of words after prompts",
+        ("--by", "bmi", "--pairs", file): "--pairs: only gain reads pairs of sentences; got --by bmi",
+        ("--by", "gain", "--objective", "gains"): "objective: got 'gains', expected one of equalize, log, npo, dpo",
+    }.items():
+        refused = locate(*words)
+        assert refused.exit_code == 1 and line in refused.stderr, refused.output
 
 
 def test_one_method_and_its_default_number_of_prompts(checkpoint: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def test_products_are_rounded_while_training_and_not_while_measuring(
 
 def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:
     given = {"method": "lora", "words": ["he", "she", "they"], "shares": [0.4, 0.4, 0.2], "split": "profession"}
-    summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, **given)
+    summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, block="auto", **given)
+    assert summary["edit"]["blocks"] == [summary["edit"]["located"]["block"]]
     assert summary["delta"]["kind"] == "lora"
     assert summary["shares"] == [0.4, 0.4, 0.2]
 

@@ -1,6 +1,8 @@
 """hooks.gain: gradients as autograd gives them, a small case by hand, and a model left as it was."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,12 @@ from torch import Tensor, nn
 
 import hooks
 from hooks.errors import HookError
+from hooks.gradient_sketch import Squares
 from hooks.natural_gain import GainConfig, Objective, find_places
+from surgery.data.pairs import Pair
+from surgery.edits.equalize import losses_of, prepare, words_term
+from surgery.errors import SurgeryError
+from surgery.locate.objectives import pairs_objective, term_objective, words_objective
 from tests import families
 
 EXACT = GainConfig(groups=4, batch=3, sketch=None, per_draw=2)
@@ -107,6 +114,69 @@ def test_a_sketch_keeps_inner_products() -> None:
     assert (small.sizes > 1024).any()
     for method in ("natural", "ratio", "rgn"):
         np.testing.assert_allclose(small.ranking(method).scores, exact.ranking(method).scores, rtol=0.15)
+
+
+def test_rows_and_columns_stand_for_the_squares() -> None:
+    """Exact where the squares are an outer product; rows, columns and sum are always right; edges alone are held."""
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(2, 5, 7, generator=draw)
+    whole, edges = Squares(given), Squares(given, factored=True)
+    for one in (whole, edges):
+        for gradient in given.double().split(1):
+            one.add(gradient.expand(2, 5, 7))
+    assert sum(kept.numel() for kept in edges.sums) == 2 * 5 + 2 * 7
+    assert edges.divide(3) == pytest.approx(whole.divide(3)) == pytest.approx(2 / 3 * float(given.square().sum()))
+    for dim in (-1, -2):
+        torch.testing.assert_close(edges.whole().sum(dim), whole.whole().sum(dim))
+    outer = torch.randn(5, 1, generator=draw) * torch.randn(1, 7, generator=draw)
+    single = Squares(outer, factored=True)
+    single.add(outer)
+    torch.testing.assert_close(single.whole(), outer.square())
+    model: Any = families.build("llama")
+    exact, small = (
+        hooks.gain(model, objective(examples()), 10, retain(), config=replace(EXACT, factored=factored))
+        for factored in (False, True)
+    )
+    np.testing.assert_allclose(small.fisher, exact.fisher, rtol=1e-4)
+    np.testing.assert_array_equal(small.plain, exact.plain)
+    np.testing.assert_allclose(small.ranking("natural").scores, exact.ranking("natural").scores, rtol=0.3)
+
+
+def test_objectives_start_as_their_trainings_do(tiny: Any) -> None:
+    """Equalise has the loss and gradient of its prepared terms; those of NPO and DPO are known where they start."""
+    model, tokenizer = tiny
+    ids = [[5, 6, 7], [8, 9], [5, 9, 6, 8], [7, 5]]
+    term = words_term(ids, [10, 11], emphasis=2.0)
+    pairs = [Pair(f"{a} smiled because he left", f"{a} smiled", "all", a, a) for a in ("The nurse", "The engineer")]
+    weight = model.model.layers[1].mlp.up_proj.weight
+
+    def gradient(losses: Tensor) -> Tensor:
+        return torch.autograd.grad(losses.sum(), weight, retain_graph=True)[0]
+
+    with torch.enable_grad():
+        weight.requires_grad_(True)
+        got = term_objective(model, term)(model, range(4))
+        wanted = losses_of(model, model, prepare(model, [term]), [(0, row) for row in range(4)])
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(gradient(got), gradient(wanted), atol=1e-6, rtol=1e-4)
+        logs = []
+        for pair in pairs:
+            for text in (pair.more, pair.less):
+                row = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+                logits = model(row).logits[0, :-1].log_softmax(-1)
+                logs.append(logits.gather(1, row[0, 1:, None]).sum())
+        more, less = torch.stack(logs[::2]), torch.stack(logs[1::2])
+        dpo = pairs_objective(model, tokenizer, pairs, "dpo")(model, range(2))
+        npo = pairs_objective(model, tokenizer, pairs, "npo")(model, range(2))
+        assert dpo.tolist() == pytest.approx([math.log(2)] * 2)
+        assert npo.tolist() == pytest.approx([20 * math.log(2)] * 2)
+        torch.testing.assert_close(gradient(npo), gradient(more), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradient(dpo), 0.05 * gradient(more - less), atol=1e-6, rtol=1e-4)
+        weight.requires_grad_(False)
+    with pytest.raises(SurgeryError, match="objective: got 'log', expected equalize, npo or dpo for pairs"):
+        pairs_objective(model, tokenizer, pairs, "log")
+    with pytest.raises(SurgeryError, match="objective: got 'dpo', expected equalize or log"):
+        words_objective(model, ids, [10, 11], "dpo")
 
 
 def test_scores_of_known_products() -> None:

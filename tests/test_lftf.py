@@ -1,9 +1,11 @@
 """The whole operation on a tiny checkpoint: the folder it leaves, what its numbers mean, and what it refuses."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import state
@@ -133,9 +135,14 @@ def test_the_prefix_cache_changes_nothing_but_time(tiny: Any, checkpoint: Path, 
 
 
 def test_auto_takes_the_top_of_the_chosen_ranking(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
-    for column in ("raw", "final_norm"):
-        summary = operate(tiny, checkpoint, tmp_path / column, block="auto", rank_by=column, controls=["random"])
-        assert summary["edit"]["blocks"] == summary["ranking"]["order"][column][:1]
+    summary = operate(tiny, checkpoint, tmp_path / "bmi", block="auto", rank_by="final_norm")
+    assert summary["edit"]["blocks"] == summary["ranking"]["order"]["final_norm"][:1]
+    summary = operate(tiny, checkpoint, tmp_path / "gain", block="auto", controls=["random"])
+    located = summary["edit"]["located"]
+    assert [located["block"]] == summary["edit"]["blocks"] == [int(np.argmax(located["ranking"]["scores"]))]
+    assert "located" not in summary["controls"]["random"]["edit"]
+    assert located["said"].startswith(f"Block {located['block']} was chosen of 0 to ")
+    assert located["said"] in html.unescape((tmp_path / "gain" / "report.html").read_text())
 
 
 def test_all_positions_and_sums(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def run(
             return measuring.scores(label, start) | judge(tokenizer, settings, given, measuring, label)
 
         work = Work(op, settings, (), measure, "squared margin of pairs with an offset (the dose), and hold")
+        main = work.located(main, tokenizer, build(given.train, dict.fromkeys(given.wanted, 0.0))[0])
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         before = op.once("before", partial(measure, "measure before"))

@@ -57,6 +57,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         measuring = Measuring(model, asked, far, words, op.progress)
         terms = word_terms(settings, ids, words, shares)
         work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
+        main = work.located(main, tokenizer, terms[0])
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         before = op.once("before", measuring.before)

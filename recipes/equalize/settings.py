@@ -38,8 +38,8 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """The share of each word, in the order of the words; equal ones where nothing is said. Or a .toml or .json file
     that gives each word its share (he = 0.53), from a census, say."""
     block: str | int | list[int] = "upper"
-    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, numbers,
-    or blocks (all of them and nothing else, which is what pairs train)."""
+    """upper (two thirds of the depth to a fifteenth below the end), auto (one, by the gain), all, last, middle,
+    first, random, numbers, or blocks (all of them and nothing else, which is what pairs train)."""
     block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     method: Literal["dense", "lora"] = "dense"
     rank: shared.Count = 16

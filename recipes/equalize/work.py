@@ -1,11 +1,12 @@
 """The edit of a run and its controls: what each trains, on which terms, from where."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hooks import anatomy
 from surgery.edits.block import choose, fine_tune, names_of
@@ -16,6 +17,7 @@ from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
+from surgery.locate.objectives import term_objective
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
 
@@ -33,6 +35,8 @@ class Variant:
     name: str
     blocks: tuple[int, ...] | None
     part: str = "all"
+    located: Mapping[str, Any] | None = None
+    """Of the edit itself, where block is auto: how it was found."""
 
     @property
     def start(self) -> int:
@@ -74,6 +78,13 @@ class Work:
     own: Ids = ()
     """The prompt set's training prompts, which LFTF learns from, and its words."""
     words: Sequence[int] = ()
+
+    def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
+        """``main`` at the block that auto stands for, by the gain of ``term``; as it is where the settings say more."""
+        if self.settings.block != "auto":
+            return main
+        found = self.op.located(tokenizer, term_objective(self.op.model, term), term.count)
+        return replace(main, blocks=(found["block"],), located=found)
 
     def control(self, name: str, main: Variant) -> Variant:
         """The edit that stands beside ``main`` for comparison."""
@@ -148,6 +159,7 @@ class Work:
         blocks: Any = "all" if variant.blocks is None else list(variant.blocks)
         counts = {term.name: term.count for term in given.terms}
         about: Any = {"part": variant.part, "objective": self.objective, "matmul": self.settings.matmul}
+        about |= {"located": variant.located} if variant.located else {}
         edit = Edit.of(trained, blocks=blocks, terms=counts, **about)
         return Made(trained.differences, edit, "lora" if lora else "dense")
 

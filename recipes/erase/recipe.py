@@ -1,7 +1,7 @@
 """The steps of an erasure's run: fit and fold, or put a projection before the head; a random one beside."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,6 +21,7 @@ from surgery.edits.erasure.dama_values import Search, fit_dama, subjects
 from surgery.edits.erasure.folding import Fit
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import Ids, encode, word_ids
+from surgery.locate.objectives import words_objective
 from surgery.metrics.suite import material, measure, plain
 from surgery.modules.projection import Projection
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
@@ -66,6 +67,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     asked = material(model, tokenizer, prompts, seed=settings.split_seed, texts=settings.neutral or None)
     with operation("erase", model, settings, **where) as op:
         look = lambda: plain(measure(model, asked, progress=op.progress).scores)  # noqa: E731
+        if settings.block == "auto" and settings.site != "head":
+            ids = encode(tokenizer, [row.text for row in genbias.records("profession", "train", prompts=prompts)])
+            located = op.located(tokenizer, words_objective(model, ids, asked.words), len(ids))
+            work = replace(work, writers=_writers(model, settings, located["block"]), located=located)
         before = op.once("before", look)
         trains = [f"{name}.weight" for name in work.writers]
         steps = max(1, len(work.writers))
@@ -85,12 +90,12 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         return op.finish(done, _report)
 
 
-def _writers(model: PreTrainedModel, settings: Settings) -> list[str]:
-    """The modules to fold into; none where the head's input is projected."""
+def _writers(model: PreTrainedModel, settings: Settings, located: int | None = None) -> list[str]:
+    """The modules to fold into, those of the block that auto found; none where the head's input is projected."""
     if settings.site == "head":
         return []
     count = len(anatomy.find(model).blocks)
-    blocks = choose(settings.block, count, settings.seed)
+    blocks = choose(settings.block if located is None else located, count, settings.seed)
     parts = ["attention", "mlp"] if settings.site == "both" else [settings.site]
     return writers_of(model, range(count) if blocks is None else blocks, parts)
 
@@ -104,6 +109,7 @@ class _Work:
     settings: Settings
     prompts: PromptSet
     writers: Sequence[str]
+    located: Mapping[str, Any] | None = None
 
     def make(self, op: Operation, method: str, ranks: Mapping[str, int] | None, track: Tracking) -> Made:
         """The edit by ``method``; ``ranks`` are those of the run's own edit, which the random control takes over."""
@@ -122,8 +128,13 @@ class _Work:
         if made.mean_lost:
             op.note(f"{method}: {len(made.mean_lost)} matrices have no bias, so the erased mean is not put back")
         details = {"ranks": made.ranks, "prompts": len(given), "mean_lost": len(made.mean_lost)}
+        details |= {"located": self.located} if self.located else {}
         edit = Edit(
-            blocks="all", part=self.settings.site, objective=method, parameters=made.parameters, details=details
+            blocks=[self.located["block"]] if self.located else "all",
+            part=self.settings.site,
+            objective=method,
+            parameters=made.parameters,
+            details=details,
         )
         return Made(made.differences, edit)
 

@@ -16,7 +16,8 @@ class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
     site: Literal["head", "mlp", "attention", "both"] = "head"
     """head: what the head reads, as a module. The others: what these matrices of ``block`` write, folded into them."""
     block: str | int | list[int] = "upper"
-    """upper (two thirds of the depth to a fifteenth below the end), all, last, middle, first, random, or numbers."""
+    """upper (two thirds of the depth to a fifteenth below the end), auto (one, by the gain), all, last, middle, first,
+    random, or numbers."""
     rank: int = Field(0, ge=0)
     """Directions that go, at most: 0 takes 1 (SentenceDebias), 80 or an eighth of the width (INLP), a sixteenth (DAMA).
     LEACE needs one for two words."""

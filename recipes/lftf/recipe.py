@@ -19,6 +19,7 @@ from surgery.edits.kept_streams import KeptStreams
 from surgery.forward.next_token import rank_blocks
 from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import encode, word_ids
+from surgery.locate.objectives import words_objective
 from surgery.metrics.suite import Material, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
 from surgery.runs import summary
@@ -49,7 +50,11 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         at = Place(len(anatomy.find(model).blocks), settings.seed)
         main = main_variant(settings.block, settings.block_part, settings.trained_words, prompts.words, at)
         work = _Work(op, tokenizer, settings, prompts, KeptStreams(model, ids, asked, op.progress))
-        if settings.block == "auto":
+        if settings.block == "auto" and settings.rank_by == "gain":
+            objective = words_objective(model, ids, word_ids(tokenizer, main.words), "log")
+            located = op.located(tokenizer, objective, len(ids))
+            main = replace(main, blocks=(located["block"],), located=located)
+        if settings.block == "auto" and settings.rank_by != "gain":
             ranking = op.once("ranking", work.rank)
             main = replace(main, blocks=(ranking["order"][settings.rank_by][0],))
             controls = work.beside(main, names, at)
@@ -195,7 +200,12 @@ class _Work:
         )
         blocks = "all" if variant.blocks is None else list(variant.blocks)
         done = Edit.of(
-            trained, blocks=blocks, part=variant.part, objective=self.settings.objective, words=list(variant.words)
+            trained,
+            blocks=blocks,
+            part=variant.part,
+            objective=self.settings.objective,
+            words=list(variant.words),
+            **({"located": variant.located} if variant.located else {}),
         )
         return Made(trained.differences, done)
 

@@ -11,7 +11,7 @@ class Settings(shared.Training, shared.Dropout, shared.PromptSet, shared.Neutral
 
     renamed = {"data": "prompt_set", "part": "block_part"}
     block: str | int | list[int] = "last"
-    """last (the paper's), auto (top of the ranking ``rank_by``), first, middle, random, all, or numbers."""
+    """last (the paper's), auto (the first by ``rank_by``), first, middle, random, all, or numbers."""
     block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     objective: Literal["log", "as_printed"] = "log"
     """log: -log P(he) - log P(she). as_printed: P(he) + P(she), Eq. 5, which silences both words."""
@@ -26,7 +26,8 @@ class Settings(shared.Training, shared.Dropout, shared.PromptSet, shared.Neutral
     split: Literal["profession", "pairs"] = "profession"
     """profession: test professions are unseen in training. pairs: the paper's, where none is."""
     split_seed: int = genbias.SEED
-    rank_by: Literal["raw", "final_norm"] = "raw"
+    rank_by: Literal["gain", "raw", "final_norm"] = "gain"
+    """What auto goes by: the natural gain of attention, or the paper's BMI by either convention."""
     positions: Literal["last", "all"] = "last"
     aggregate: Literal["mean", "sum"] = "mean"
     controls: list[str] = ["random"]

@@ -1,7 +1,8 @@
 """The edits that one LFTF run makes: the edit itself and the controls of the paper's Table 8 beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class Variant:
     blocks: tuple[int, ...] | None
     part: str
     words: tuple[str, ...]
+    located: Mapping[str, Any] | None = None
+    """Of the edit itself: how its block was found."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def control_names(controls: list[str], ablations: bool, words: WordSet) -> list[
 
 def control_variant(name: str, main: Variant, at: Place) -> Variant:
     """The edit that stands beside ``main`` for comparison; the prompt baseline (pb) edits nothing."""
+    main = replace(main, located=None)
     if name == "pb":
         return replace(main, name=name, blocks=None, part="prompt")
     if name == "fpft":

@@ -20,6 +20,7 @@ from surgery.errors import SurgeryError
         "surgery locate ./checkpoint --json ranking.json --plot ranking.png",
         "surgery locate demo --by gain",
         "surgery locate ./checkpoint --by gain --objective log --retain texts.txt --limit 128",
+        "surgery locate ./checkpoint --by gain --objective dpo --pairs stereoset.jsonl --sketch",
         "surgery locate demo --by all --compare --limit 32",
     )
 )
@@ -53,8 +54,15 @@ def locate(
     positions: Annotated[str, typer.Option("--positions", help="Of bmi: last or all prompt tokens.")] = "last",
     aggregate: Annotated[str, typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",
     objective: Annotated[
-        str, typer.Option("--objective", help="Of gain: equalize, the words' mass shared out, or log, LFTF's.")
+        str,
+        typer.Option("--objective", help="Of gain: equalize (words or pairs), log (LFTF's), npo or dpo (of pairs)."),
     ] = "equalize",
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="Of gain: sentences in pairs, as StereoSet's, instead of prompts.")
+    ] = None,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="Of gain: hold no number a parameter, but sums of rows and columns.")
+    ] = False,
     retain: Annotated[
         Path | None, typer.Option("--retain", help="Of gain: texts that must stay, .txt or .jsonl; default neutral.")
     ] = None,
@@ -68,32 +76,42 @@ def locate(
     """Rank the blocks of a model by what they do to the prompts of a data set."""
     from surgery.catalogue import check_objective, rankings
     from surgery.data import genbias, neutral
+    from surgery.data.pairs import load
     from surgery.data.prompts import load_prompt_set
+    from surgery.data.rows import sample
     from surgery.files.atomic import write_json
     from surgery.progress import Progress
 
     chosen, progress = rankings(by), Progress(quiet)
-    check_objective(objective)
+    check_objective(objective, pairs=pairs is not None)
+    if pairs is not None and (by != "gain" or compare):
+        raise SurgeryError(f"--pairs: only gain reads pairs of sentences; got --by {by}{' --compare' * compare}")
+    sentences = load(pairs).rows if pairs else ()
     prompts = load_prompt_set(data)
     every = genbias.records("profession", "train", prompts=prompts)
     retained = neutral.sentences(retain)
     check_opening(model, device)
     from surgery.locate import LIMIT, check, key, picture, rank, tables
-    from surgery.locate.gain import GAIN_LIMIT, RETAIN
+    from surgery.locate.gain import GAIN_LIMIT, RETAIN, details, gain_of, rankings_of
 
     alone = by == "bmi" and not compare
     rows = every[: limit or (None if alone else GAIN_LIMIT if by == "gain" and not compare else LIMIT)]
-    texts = retained[:RETAIN]
     opened, tokenizer = open_model(model, quiet, device=device)
-    options: Any = {"seed": seed, "positions": positions, "aggregate": aggregate}
-    options |= {"objective": objective, "retain": texts}
-    found = []
+    of_gain: Any = {"objective": objective, "retain": retained[:RETAIN], "factored": sketch, "seed": seed}
+    options = {"positions": positions, "aggregate": aggregate, **of_gain}
+    found: list[Any] = []
+    said = ""
     for method in chosen:
         with progress.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
-            found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
-    if not alone:
+            if method == "gain":
+                given = sample(sentences, limit or GAIN_LIMIT, seed) if sentences else rows
+                measured = gain_of(opened, tokenizer, prompts, given, step=step, **of_gain)
+                found, said = found + rankings_of(measured), f"\n\n{details(measured)}"
+            else:
+                found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
+    if not alone and not sentences:
         print(f"the first {len(rows)} of {len(every)} training prompts of {prompts.name} (--limit)\n")
-    print(tables(found))
+    print(f"{tables(found)}{said}")
     numbers: dict[str, Any] = {key(ranking): ranking.to_dict() for ranking in found}
     if compare:
         with progress.work("two halves and mean-ablation", len(rows)) as step:

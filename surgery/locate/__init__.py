@@ -23,7 +23,7 @@ from surgery.catalogue import RANKINGS
 from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
-from surgery.locate.gain import KNOWN, auto_ranking, of_prompts
+from surgery.locate.gain import KNOWN, gain_of, rankings_of
 from surgery.progress import Advance
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def rank(
     aggregate: Literal["mean", "sum"] = "mean",
     objective: str = "equalize",
     retain: Sequence[str] | None = None,
+    factored: bool = False,
     step: Advance | None = None,
 ) -> list[Ranking]:
     """Block rankings by one of ``RANKINGS`` on ``rows``; the contrast is the set's first two words.
@@ -71,8 +72,8 @@ def rank(
         done = now
 
     if method == "gain":
-        measured = of_prompts(model, tokenizer, prompts, rows, objective=objective, retain=retain, seed=seed, step=step)
-        return [auto_ranking(measured), measured.ranking("natural")]
+        given: Any = {"objective": objective, "retain": retain, "factored": factored, "seed": seed, "step": step}
+        return rankings_of(gain_of(model, tokenizer, prompts, rows, **given))
     if method == "bmi":
         found = bmi(model, tokenizer, texts, positions=positions, aggregate=aggregate, data=data, progress=advance)
         return [found.raw, found.final_norm]

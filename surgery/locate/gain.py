@@ -2,29 +2,30 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.gain_rankings import Gain
+from hooks.gain_rankings import By, Gain
 from hooks.natural_gain import GainConfig, Objective, gain
 from hooks.ranking import Ranking
-from surgery.catalogue import check_objective
 from surgery.data import neutral
 from surgery.data.genbias import Prompt
+from surgery.data.pairs import Pair
 from surgery.data.prompts import PromptSet
-from surgery.edits.block import word_loss
-from surgery.edits.equalize import Prepared, losses_of, prepare, words_term
-from surgery.forward.batching import pad
-from surgery.forward.residual_cache import shortcut
+from surgery.data.rows import sample
+from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import encode, word_ids
+from surgery.locate.objectives import pairs_objective, words_objective
 from surgery.progress import Advance
 
 GAIN_LIMIT = 128
 """How many prompts by default when nothing else is ranked."""
 RETAIN = 64
 """How many texts stand for what must not change."""
+PER_DRAW = 8
+"""Retain texts in one backward pass; labels are drawn for each token, so that the Fisher information is as it was."""
 
 KNOWN = {
     "gain_attention": "named places 3 of 30, 1 of 30, 7 of 18, 1 of 18; Spearman +.71, +.89, +.64, +.57",
@@ -33,33 +34,6 @@ KNOWN = {
     "bmi final_norm": "named places 14 of 30, 10 of 30, 15 of 18, 11 of 18; Spearman +.10, +.14, -.55, -.53",
 }
 """What rankings predicted of equalise and hold at lr 1e-4: SmolLM2, its child, Gemma 3 270M, its child."""
-
-
-def words_objective(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], words: Sequence[int], name: str = "equalize"
-) -> Objective:
-    """The losses of the prompts ``ids``: equalise (the words' mass shared out equally), or LFTF's log form.
-
-    Raises ``SurgeryError`` for another name.
-    """
-    if name == "equalize":
-        return terms_objective(prepare(model, [words_term(ids, words)]))
-    check_objective(name)
-
-    def losses(module: nn.Module, rows: Sequence[int]) -> Float[Tensor, " rows"]:
-        with shortcut(model, call=module) as run:
-            return word_loss(run(pad(ids, rows, model.device)), words)
-
-    return losses
-
-
-def terms_objective(given: Prepared) -> Objective:
-    """The losses of the examples of the first term, such as words or pairs, as ``equalize`` would minimise them."""
-
-    def losses(module: nn.Module, rows: Sequence[int]) -> Float[Tensor, " rows"]:
-        return losses_of(module, module, given, [(0, row) for row in rows])  # type: ignore[arg-type]
-
-    return losses
 
 
 def rank_by_gain(
@@ -71,9 +45,13 @@ def rank_by_gain(
     retain: Sequence[str] | None = None,
     data: str = "prompts",
     seed: int = 0,
+    factored: bool = False,
     step: Callable[[int], None] | None = None,
 ) -> Gain:
-    """``hooks.gain`` against ``retain`` (default: the first ``RETAIN`` shipped neutral sentences)."""
+    """``hooks.gain`` against ``retain`` (default: the first ``RETAIN`` shipped neutral sentences).
+
+    Products of float32 matrices may be rounded to bfloat16, where the processor gains by it: ranks do not need more.
+    """
     texts = list(neutral.sentences()[:RETAIN] if retain is None else retain)
     groups = min(GainConfig.groups, count)
     done = 0
@@ -85,26 +63,48 @@ def rank_by_gain(
         done = now
 
     ids = encode(tokenizer, texts)
-    config = GainConfig(seed=seed, groups=groups)
-    return gain(model, objective, count, ids, config=config, data=data, progress=advance)
+    config = GainConfig(seed=seed, groups=groups, per_draw=PER_DRAW, factored=factored)
+    with matrix_products("medium"):
+        return gain(model, objective, count, ids, config=config, data=data, progress=advance)
 
 
-def of_prompts(
+def gain_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptSet,
-    rows: Sequence[Prompt],
+    rows: Sequence[Prompt] | Sequence[Pair],
     *,
     objective: str = "equalize",
-    retain: Sequence[str] | None = None,
-    seed: int = 0,
-    step: Advance | None = None,
+    **options: Any,
 ) -> Gain:
-    """The gain of equalising the set's words (or of LFTF's log form) after the prompts ``rows``."""
-    ids = encode(tokenizer, [row.text for row in rows])
-    losses = words_objective(model, ids, word_ids(tokenizer, prompts.words.words), objective)
-    data = f"{prompts.name} train"
-    return rank_by_gain(model, tokenizer, losses, len(ids), retain=retain, data=data, seed=seed, step=step)
+    """The gain of ``objective`` over ``rows``: of the set's words after prompts, or of pairs of sentences.
+
+    ``options`` are those of ``rank_by_gain``. Raises ``SurgeryError`` for an objective of the other kind.
+    """
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    texts = [row.text for row in rows if isinstance(row, Prompt)]
+    if pairs:
+        losses = pairs_objective(model, tokenizer, pairs, objective)
+    else:
+        losses = words_objective(model, encode(tokenizer, texts), word_ids(tokenizer, prompts.words.words), objective)
+    data = "pairs of sentences" if pairs else f"{prompts.name} train"
+    return rank_by_gain(model, tokenizer, losses, len(rows), data=data, **options)
+
+
+def rankings_of(found: Gain) -> list[Ranking]:
+    """By block: what ``auto`` takes, then whole blocks' natural gain, and that of the MLP where every block has one."""
+    rankings = [auto_ranking(found), found.ranking("natural")]
+    if "mlp" in _everywhere(found):
+        rankings.append(replace(found.ranking("natural", "mlp"), unit="block", method="gain_mlp"))
+    return list({ranking.method: ranking for ranking in rankings}.values())
+
+
+def details(found: Gain, count: int = 5) -> str:
+    """Plain text: the first matrices, and how far two halves of the examples agree, by what is ranked."""
+    matrices = found.ranking("natural", "matrix").table(count)
+    kinds: list[By] = ["block", *_everywhere(found), "matrix"]
+    agreement = ", ".join(f"{by} {found.stability('natural', by).value:+.2f}" for by in kinds)
+    return f"{matrices}\n\nSpearman's correlation between two halves of the examples: {agreement}"
 
 
 def auto_ranking(found: Gain) -> Ranking:
@@ -112,10 +112,16 @@ def auto_ranking(found: Gain) -> Ranking:
 
     Where a block has no attention, the whole blocks' natural gain; the ranking's method says which.
     """
-    attended = {place.block for place in found.places if place.part == "attention"}
-    if attended != {place.block for place in found.places}:
+    if "attention" not in _everywhere(found):
         return found.ranking("natural")
     return replace(found.ranking("natural", "attention"), unit="block", method="gain_attention")
+
+
+def _everywhere(found: Gain) -> list[By]:
+    """Those of attention and MLP that every block has."""
+    blocks = {place.block for place in found.places}
+    kinds: tuple[By, By] = ("attention", "mlp")
+    return [part for part in kinds if {place.block for place in found.places if place.part == part} == blocks]
 
 
 def auto_block(
@@ -126,10 +132,24 @@ def auto_block(
     *,
     seed: int = 0,
     step: Advance | None = None,
-) -> tuple[int, Ranking]:
-    """The block that ``block = "auto"`` stands for, and its ranking, on at most ``GAIN_LIMIT`` of ``count`` examples.
+) -> dict[str, Any]:
+    """What ``block = "auto"`` stands for: the ``block``, its ``ranking``, and in a sentence (``said``) why.
 
-    Raises ``HookError`` where the model has no gradient to rank by, such as with quantised weights.
+    At most ``GAIN_LIMIT`` of the ``count`` examples are measured, drawn by ``seed``. Raises ``HookError`` where the
+    model has no gradient to rank by, such as with quantised weights.
     """
-    ranking = auto_ranking(rank_by_gain(model, tokenizer, objective, min(count, GAIN_LIMIT), seed=seed, step=step))
-    return ranking.top()[0], ranking
+    drawn = sample(range(count), GAIN_LIMIT, seed)
+
+    def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
+        return objective(module, [drawn[row] for row in rows])
+
+    found = rank_by_gain(model, tokenizer, losses, len(drawn), seed=seed, step=step)
+    ranking = auto_ranking(found)
+    first = ranking.top(3)
+    what = "attention's natural gain" if ranking.method == "gain_attention" else "the natural gain"
+    said = (
+        f"Block {first[0]} was chosen of 0 to {len(ranking.scores) - 1}: {what} is largest there, over {len(drawn)} "
+        f"training examples against {found.settings['retain']} neutral sentences; next are {first[1:]}. "
+        "docs/which_block.md says how far such a choice can be trusted."
+    )
+    return {"block": first[0], "said": said, "ranking": ranking.to_dict()}

@@ -188,7 +188,7 @@ def write_page(
         folder / "report.html",
         *page(
             title=title,
-            lines=[*lines, *said(summary)],
+            lines=[*lines, *([located["said"]] if (located := summary["edit"].get("located")) else []), *said(summary)],
             tables=[*tables, *([beside(pairs)] if (pairs := summary.get("differences")) else [])],
             figures=figures,
             summary=summary,

@@ -2,7 +2,14 @@
 
 from surgery.edits.equalize.target import TOP, check_shares, divergence, keep, share_out
 from surgery.edits.equalize.terms import Term, hold_term, words_term
-from surgery.edits.equalize.training import Prepared, equalize, losses_of, prepare, prepare_each
+from surgery.edits.equalize.training import (
+    Prepared,
+    equalize,
+    losses_of,
+    losses_untouched,
+    prepare,
+    prepare_each,
+)
 
 __all__ = [
     "TOP",
@@ -14,6 +21,7 @@ __all__ = [
     "hold_term",
     "keep",
     "losses_of",
+    "losses_untouched",
     "prepare",
     "prepare_each",
     "share_out",

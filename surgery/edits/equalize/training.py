@@ -175,6 +175,17 @@ def losses_of(
     return torch.stack([value for value in found if value is not None])
 
 
+def losses_untouched(model: PreTrainedModel, term: Term, rows: Sequence[int]) -> Float[Tensor, " rows"]:
+    """The loss of some examples of ``term`` while ``model`` is untouched: their targets come from the same pass.
+
+    Only the gradient says something: where training starts, and which way it goes.
+    """
+    given = Prepared((term,), list(term.ids), (0,), (), None)
+    sequences = [(0, row * term.size + part) for row in rows for part in range(term.size)]
+    logits = _logits(model, model, given, sequences)
+    return term.loss(logits, term.target(logits.detach()), [row for _, row in sequences])
+
+
 LONGER = 1.5  # the longest sequence of a pass is at most so many times as long as its shortest example's longest
 
 
