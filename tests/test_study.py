@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_cli import surgery
 
+from surgery.cli.models import chosen_recipe
 from surgery.delta import make
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.runs.settings import build
 from surgery.study import Method, Study, read
 from surgery.study.carry_out import carry_out
 from surgery.study.cells import Cell, Judged
@@ -195,3 +197,6 @@ def test_the_shipped_studies_are_right() -> None:
     for path in (Path(__file__).parent.parent / "studies").glob("*.toml"):
         asked, methods = read(path)
         assert asked.models and methods
+        for method in (one for one in methods if one.recipe):
+            module, values, _ = chosen_recipe(method.recipe, None, [], None)
+            build(module.Settings, values | method.settings, f"{path}, {method.name}")
