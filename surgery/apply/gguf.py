@@ -15,6 +15,7 @@ from surgery.apply.requantise import CLIPPED
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
+from surgery.files.ahead import in_order
 from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.copying import OnBytes, copy_range, sync_file, write_exactly
 from surgery.files.gguf import GgufFile, open_gguf, quantise, read_rows, row_groups
@@ -220,13 +221,17 @@ class _Rewriter:
                 Edit(tensor.name, file.path.name, entry, target.sources, length, target.sha256, target.distance)
             )
         move = target.difference(self._delta)
-        for start, stop in row_groups(tensor):
-            raw, old = read_rows(file, source, tensor, start, stop)
-            moved = move(start, stop) * np.float32(self._scale)
-            stored, new = self._stored(target, raw, old, moved, start)
-            changed += int(np.count_nonzero(new != old))
-            lost += int(np.count_nonzero((new == old) & (moved != 0)))
-            data = np.ascontiguousarray(stored).reshape(-1)
+
+        def work(rows: tuple[int, int]) -> tuple[bytes, np.ndarray, int, int]:
+            raw, old = read_rows(file, source, tensor, *rows)
+            moved = move(*rows) * np.float32(self._scale)
+            stored, new = self._stored(target, raw, old, moved, rows[0])
+            same = new == old
+            kept = int(np.count_nonzero(same & (moved != 0)))
+            return raw, np.ascontiguousarray(stored).reshape(-1), same.size - int(np.count_nonzero(same)), kept
+
+        for raw, data, new, kept in in_order(work, row_groups(tensor)):
+            changed, lost = changed + new, lost + kept
             write_exactly(fd, place, data.data)
             place += data.size
             before.update(raw)

@@ -14,6 +14,7 @@ from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
+from surgery.files.ahead import in_order
 from surgery.files.gguf import SUBSTITUTE, WRITABLE, GgufFile, GgufTensor, read_rows, row_groups
 from surgery.files.k_quants import KINDS
 from surgery.files.rounding import refuse_not_finite
@@ -105,21 +106,26 @@ def make_plan(
     for name, shape in delta.shapes.items():
         for start in range(0, math.prod(shape), 2**20):
             refuse_not_finite(delta.read(name, start, min(start + 2**20, math.prod(shape))), name, "the delta")
-    targets, notes = [], []
+    notes = []
     fd = open_regular(file.path)
     try:
-        for name, sources in names.items():
+        for name in names:
             tensor = file.tensors[name]
             kind = _kind(tensor, touched_type, file)
             if kind != tensor.type:
                 notes.append(_swap_note(tensor, kind, chosen=touched_type is not None))
             if type_bytes(kind, tensor.shape) != tensor.end - tensor.begin:
                 _refuse_odd_padding(file, fd, tensor)
+
+        def target(name: str) -> Target:
+            tensor, sources = file.tensors[name], names[name]
+            kind = _kind(tensor, touched_type, file)
             if ".experts." in sources[0] and len(tensor.shape) == 3:
-                targets.append(_merged_experts(delta, file, fd, tensor, sources, kind))
-                continue
+                return _merged_experts(delta, file, fd, tensor, sources, kind)
             layout, order, sha, gap = _find_layout(delta, file, fd, tensor, sources[0])
-            targets.append(Target(tensor, sources, layout, order, kind, sha, gap))
+            return Target(tensor, sources, layout, order, kind, sha, gap)
+
+        targets = list(in_order(target, names))
     finally:
         os.close(fd)
     distances = {target.tensor.name: target.distance for target in targets}
