@@ -71,7 +71,7 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
     assert "block" in by["too deep", 0]["refused"] and not by["lftf", 1]["refused"]
     assert "perplexity" not in by["prompt", 0]["scores"] and "genbias.afgb.all" in by["prompt", 0]["scores"]
     page = (out / "study.html").read_text()
-    assert "Which edit to ship" in page and "data:image/png" in page and "What lftf changed" in page
+    assert "Which edit to ship" in page and "<svg" in page and "What lftf changed" in page
     # A recipe's delta, judged here, gives what its own run measured on the checkpoint as saved.
     run = json.loads(next(out.rglob("lftf/seed=0/run/run.json")).read_text())["after"]["genbias"]["afgb"]["all"]
     assert by["lftf", 0]["scores"]["genbias.afgb.all"]["value"] == pytest.approx(run["value"], rel=1e-5)

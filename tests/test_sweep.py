@@ -193,7 +193,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert code == 0, stderr
     assert "decay 0.4 (1 seed)" in stdout and "control vanilla" in stdout
     page = (tmp_path / "c.html").read_text()
-    assert "decay 0.4" in page and "0.6000 [0.5000, 0.7000]" in page and "data:image/png" in page
+    assert "decay 0.4" in page and "0.6000 [0.5000, 0.7000]" in page and "<svg" in page
     assert (tmp_path / "c_pareto.png").stat().st_size > 5000
     assert len(json.loads((tmp_path / "c.json").read_text())["cases"]) == 4
     code, stdout, _ = surgery("compare", a, b, "--metric", "gas")

@@ -42,16 +42,24 @@ class Measuring:
     reference: Reference | None = None
     untouched: bool = True
     """Whether the untouched model is still to be measured."""
+    probabilities: Any = None
+    """P(word) by prompt of the last measurement, or None."""
 
     def before(self) -> dict[str, Any]:
         """The scores of the untouched model, and what a run that goes on later needs of it (``take_up``)."""
-        scores = self.scores("measure before")
-        return {"scores": scores, "reference": self.reference.to_dict() if self.reference else None}
+        found = self.with_probabilities("measure before")
+        return found | {"reference": self.reference.to_dict() if self.reference else None}
 
     def take_up(self, before: Mapping[str, Any]) -> None:
         """Go on behind ``before``, measured now or by an interrupted run."""
         self.untouched = False
         self.reference = Reference.of(before["reference"]) if before["reference"] else None
+
+    def with_probabilities(self, label: str, start: int = 0) -> dict[str, Any]:
+        """``{"scores": ..., "probabilities": P(word) by prompt, or None}`` for JSON."""
+        scores = self.scores(label, start)
+        chances = self.probabilities
+        return {"scores": scores, "probabilities": None if chances is None else chances.tolist()}
 
     def scores(self, label: str, start: int = 0) -> dict[str, Any]:
         """Every score as plain values; from the kept streams entering block ``start`` where there are any."""
@@ -67,6 +75,7 @@ class Measuring:
         )
         self.untouched, self.reference = False, found.reference
         self.suites |= found.prefixes
+        self.probabilities = found.probabilities
         values = plain(found.scores, samples=True)
         if not self.far:
             return values
@@ -77,7 +86,7 @@ class Measuring:
                 seen = next_words(self.model, ids, self.words, keep=keep, prefix=kept.get(start), step=step)
                 self.streams.setdefault(kind, {}).update(seen.prefixes)
                 table = genbias_metric.score(seen.probabilities, rows, data=f"{kind}, professions unseen")
-                far[kind] = {name: plain(scales["all"]) for name, scales in table.items()}
+                far[kind] = {name: plain(scales["all"], samples=True) for name, scales in table.items()}
         return values | {"distances": far}
 
 

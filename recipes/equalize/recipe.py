@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack
+from functools import partial
+from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,10 +16,11 @@ from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits.equalize import check_shares
+from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics.suite import material
 from surgery.operation import Run, Where, control, operation
-from surgery.runs import summary
+from surgery.runs import examples, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,22 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         before = op.once("before", measuring.before)
         measuring.take_up(before)
-        edited = work.carry_out(main, keep=True)
+        settled, hints = ([row.text for row in rows] for rows in (asked.settled["locality"], asked.hints))
+        seen = examples.texts_to_show(asked.prompts, before["probabilities"], hints, settled)
+        look = partial(shown, model, tokenizer, seen, examples.words_to_show(prompts))
+        first = op.once("shown", look)
+
+        def measured(label: str, start: int) -> dict[str, Any]:
+            return measuring.with_probabilities(label, start) | {"shown": look()}
+
+        edited = replace(work, measure=measured).carry_out(main, keep=True)
         others = {name: work.carry_out(variant, keep=False) for name, variant in beside.items()}
         found = Summary(
             **op.about(edited),
             before=before["scores"],
-            after=edited.measured,
+            after=edited.measured["scores"],
+            cases=examples.cases(asked.prompts, before["probabilities"], edited.measured["probabilities"]),
+            shown={"before": first, "after": edited.measured["shown"]},
             controls={name: control(other, other.measured) for name, other in others.items()},
             words=list(prompts.words.words),
             shares=list(shares),

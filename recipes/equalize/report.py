@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.runs import examples
 from surgery.runs.caveats import caveats
 from surgery.runs.report import compared, write_page
-from surgery.runs.words_report import COMMANDS, before_after, controls, find
+from surgery.runs.words_report import COMMANDS, before_after, controls, find, in_short
 
 Summary = Mapping[str, Any]
 
@@ -23,7 +24,7 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         summary,
         recipe,
         lines=summary["verdict"],
-        tables=[compared(columns, ideal=False)],
+        tables=[in_short(summary), compared(columns, ideal=False), *examples.tables(summary)],
         figures=figures,
         commands=COMMANDS,
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
@@ -18,11 +17,12 @@ from surgery.edits import block as edit
 from surgery.edits.kept_streams import KeptStreams
 from surgery.forward.next_token import rank_blocks
 from surgery.forward.residual_cache import why_not
+from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import Material, material, measure, plain
+from surgery.metrics.suite import material, measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
-from surgery.runs import summary
+from surgery.runs import examples, summary
 from surgery.training import Plan, steps_of
 
 
@@ -63,6 +63,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             ranking = op.once("ranking", work.rank)
         before = op.once("before", partial(work.streams.before, "measure before"))
         work.streams.reference = before["reference"]
+        settled = [row.text for row in asked.settled["locality"]]
+        hints = [row.text for row in asked.hints]
+        work = replace(work, texts=examples.texts_to_show(asked.prompts, before["probabilities"], hints, settled))
+        first = op.once("shown", work.shown)
         if settings.objective == "as_printed":
             op.note("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
         edited = work.carry_out(main, keep=True)
@@ -73,7 +77,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             controls={control.name: work.control(control) for control in controls},
             words=list(prompts.words.words),
             ranking=ranking,
-            cases=_cases(asked, before["probabilities"], edited.measured["probabilities"]),
+            cases=examples.cases(asked.prompts, before["probabilities"], edited.measured["probabilities"]),
+            shown={"before": first, "after": edited.measured["shown"]},
         )
         return op.finish(summary, write_report)
 
@@ -81,27 +86,6 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 def _prompt_set(settings: Settings) -> PromptSet:
     prompts = load_prompt_set(settings.prompt_set)
     return replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
-
-
-def _cases(asked: Material, before: Any, after: Any, count: int = 5) -> list[dict[str, Any]]:
-    """The professions most biased before the edit (mean gap over their test prompts), before and after."""
-    if before is None or after is None:
-        return []
-    professions = np.array([prompt.profession for prompt in asked.prompts])
-    rows = []
-    for profession in dict.fromkeys(professions.tolist()):
-        chosen = professions == profession
-        was, now = np.array(before)[chosen], np.array(after)[chosen]
-        rows.append(
-            {
-                "profession": profession,
-                "gap": float((was.max(1) - was.min(1)).mean()),
-                "before": was.mean(0).tolist(),
-                "after": now.mean(0).tolist(),
-                "prompts": int(chosen.sum()),
-            }
-        )
-    return sorted(rows, key=lambda row: -row["gap"])[:count]
 
 
 @dataclass(frozen=True)
@@ -113,6 +97,12 @@ class _Work:
     settings: Settings
     prompts: PromptSet
     streams: KeptStreams
+    texts: Sequence[str] = ()
+    """Those that a reader is shown, before and after."""
+
+    def shown(self) -> list[dict[str, Any]]:
+        """What the model, as it is now, says after the texts."""
+        return shown(self.op.model, self.tokenizer, self.texts, examples.words_to_show(self.prompts))
 
     def beside(self, main: Variant, names: Sequence[str], at: Place) -> list[Variant]:
         """The controls of ``main``; the streams that it and they start from will be kept."""
@@ -154,12 +144,16 @@ class _Work:
         return self.op.carry_out(
             variant.name,
             partial(self._train, variant),
-            lambda: self.streams.measure(f"measure {variant.name}", start=self._start(variant, edited=True)),
+            partial(self._measure, variant, keep),
             trains=edit.names_of(self.op.model, variant.blocks, variant.part),
             steps=steps_of(len(self.streams.ids), self._plan),
             keep=keep,
             undo="record" if self.settings.keep_checkpoint else "none",
         )
+
+    def _measure(self, variant: Variant, keep: bool) -> dict[str, Any]:
+        found = self.streams.measure(f"measure {variant.name}", start=self._start(variant, edited=True))
+        return found | {"shown": self.shown() if keep else []}
 
     def control(self, variant: Variant) -> dict[str, Any]:
         """The same measurements for a control, as they stand in ``run.json``."""

@@ -9,8 +9,9 @@ import numpy as np
 from hooks.plots import block_bars
 from hooks.ranking import Ranking
 from surgery.metrics.metric import ideal_of
+from surgery.runs import examples
 from surgery.runs.report import Table, cell, edited, write_page
-from surgery.runs.words_report import COMMANDS, SHORT, before_after, comparison, controls, rows, verdict
+from surgery.runs.words_report import COMMANDS, SHORT, before_after, comparison, controls, in_short, rows, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,13 +24,12 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
     figures = {"ranking": _picture(summary), "before_after": before_after(summary)}
     if summary["controls"]:
         figures["controls"] = controls(summary)
-    cases = [_cases(summary)] if summary["cases"] else []
     write_page(
         folder,
         summary,
         recipe,
         lines=verdict(summary),
-        tables=[_scores(summary), *cases, _beside(summary), _where(summary)],
+        tables=[in_short(summary), _scores(summary), *examples.tables(summary), _beside(summary), _where(summary)],
         figures=figures,
         commands=COMMANDS,
     )
@@ -58,20 +58,6 @@ def _scores(summary: Summary) -> Table:
     )
     head = ["metric", "before [95 % interval]", "after, as saved [95 % interval]", "change", "ideal", "rows"]
     return Table("Before and after", head, cells, note, "before_after", hints)
-
-
-def _cases(summary: Summary) -> Table:
-    words = summary["words"]
-    head = ["profession", *(f"P({word}) {when}" for when in ("before", "after") for word in words), "prompts"]
-    cells = [
-        [case["profession"], *(f"{p:.4f}" for p in [*case["before"], *case["after"]]), f"{case['prompts']}"]
-        for case in summary["cases"]
-    ]
-    note = (
-        "Means over the profession's test prompts. Chosen by the gap before the edit, so they are the worst cases and "
-        "not typical ones."
-    )
-    return Table("Five professions that were most biased before", head, cells, note)
 
 
 def _beside(summary: Summary) -> Table:

@@ -169,6 +169,8 @@ def run(
     check_free(folder, resume=resume)
     check_opening(ready.model, device)
     ready.check()
+    for line in ready.cautions():
+        Progress(quiet).say(line)
     began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
@@ -212,7 +214,7 @@ def list_(debug: Debug = False) -> None:
 
 def _help(ctx: typer.Context, recipe: str, *, asked: bool) -> None:
     """The command's help and, of a named recipe, every setting with its type, default and meaning."""
-    from surgery.runs.settings import explain
+    from surgery.runs.explain import explain
 
     if not asked:
         ctx.fail("Missing argument 'recipe': a recipe's name (surgery list) or a TOML file.")

@@ -30,6 +30,11 @@ def report(prompts: PromptSet, tokens: Callable[[str], list[str]], *, seed: int 
         yield "  no hint templates: whether a hint is still followed will not be measured"
 
 
+def cautions(prompts: PromptSet, *, seed: int = genbias.SEED) -> list[str]:
+    """What is too small or too alike to train on or to judge by, a warning each; empty where nothing is."""
+    return list(dict.fromkeys(line for line in _parts(prompts, seed) if line.startswith("Warning")))
+
+
 def _parts(prompts: PromptSet, seed: int) -> Iterator[str]:
     """The parts of both splits, and what of one part stands in another."""
     for split in genbias.SPLITS:

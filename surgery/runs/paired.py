@@ -1,10 +1,12 @@
 """The edit of a run beside what stands next to it, number by number, as paired differences over the same rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.metrics.metric import Metric, difference, flat, from_dict
 
+FEW = 30
+"""Fewer rows than this are said to be few."""
 Differences = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -46,3 +48,38 @@ def _read(values: Any) -> Any:
     if {"value", "scorer"} <= set(values):
         return from_dict({key: values[key] for key in values if key in Metric.__dataclass_fields__})
     return {key: _read(value) for key, value in values.items()}
+
+
+def told(summary: Mapping[str, Any]) -> list[str]:
+    """How many numbers got better, worse, or moved within noise against the model before; and which rows are few."""
+    pairs = summary.get("differences", {}).get("before", {})
+    by: dict[str, list[str]] = {}
+    for path, pair in pairs.items():
+        by.setdefault(pair["verdict"], []).append(path.replace(".", " ").replace("_", " "))
+    lines = []
+    if pairs:
+        worse = by.get("worse", [])
+        named = f" ({', '.join(worse[:6])}{' and others' if len(worse) > 6 else ''})" if worse else ""
+        lines.append(
+            f"Of {len(pairs)} numbers, paired over the same rows with the model before: {len(by.get('better', []))} "
+            f"better, {len(worse)} worse{named}, {len(by.get('within noise', []))} within noise."
+        )
+    few = [(path, one["n"]) for path, one in _whole(summary.get("after", {})) if one["n"] < FEW]
+    if few:
+        names = ", ".join(f"{path} on {count}" for path, count in few[:4])
+        lines.append(
+            f"Warning: few rows: {names}{' and others' if len(few) > 4 else ''}. Intervals over so few are wide and "
+            "too narrow at once; do not read small changes."
+        )
+    return lines
+
+
+def _whole(scores: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Metrics over all rows of their kind, not those of a part such as a scale or a set."""
+    for key, value in scores.items() if isinstance(scores, Mapping) else ():
+        name = f"{path} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping) and {"value", "scorer"} <= set(value):
+            if not path.count(" ") or key in ("all", "overall"):
+                yield name, value
+        else:
+            yield from _whole(value, name)

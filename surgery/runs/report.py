@@ -3,8 +3,13 @@
 Every recipe says its own sentences and chooses its own tables; how they look is the same for all.
 """
 
-import base64
+import html
 import io
+import os
+import platform
+import re
+import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,12 +22,25 @@ import jinja2
 
 from surgery import __version__
 from surgery.metrics.metric import ideal_of
+from surgery.runs.definitions import defined
 from surgery.runs.mechanism import said
+from surgery.runs.paired import told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGAIN = ("surgery run recipe.toml --out again         # the same again, byte for byte, on the same machine",)
+
+PLACES = {
+    "upper": "from two thirds of the depth to a fifteenth below the end, where this did best on development parts",
+    "last": "the last one, which the paper edits",
+    "auto": "first of the ranking",
+    "random": "drawn at random",
+    "blocks": "all of them, without embeddings and head",
+    "first": "the first one",
+    "middle": "the middle one",
+}
+"""Why an edit is where it is, by what the recipe's key ``block`` says."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,8 @@ class Table:
     """Shown when its caption is clicked."""
     texts: bool = False
     """Its cells are sentences, which wrap."""
+    first: bool = False
+    """Stands before the page's sentences."""
 
 
 def leaves(scores: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -139,25 +159,28 @@ def page(
     summary: Mapping[str, Any] | None = None,
     recipe: str = "",
     commands: Sequence[str] = AGAIN,
+    more: Sequence[str] = (),
 ) -> tuple[str, dict[str, bytes]]:
     """The page as HTML, with the pictures in it, and those pictures as PNG files (name: bytes).
 
-    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. A figure's label is read to those
-    who do not see it. ``summary`` is ``run.json`` of the one run that the page is about, ``recipe`` its settings as
-    TOML, and ``commands`` are those that repeat it.
+    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. ``more`` are further ones, which
+    a click unfolds, but warnings. A figure's label is read to those who do not see it. ``summary`` is ``run.json`` of
+    the one run that the page is about, ``recipe`` its settings as TOML, and ``commands`` are those that repeat it.
     """
     files_of = {name: _png(figure) for name, figure in figures.items()}
     pictures = {
-        name: {"label": figures[name].get_label() or name.replace("_", " "), "data": base64.b64encode(data).decode()}
-        for name, data in files_of.items()
+        name: {"label": figure.get_label() or name.replace("_", " "), "svg": _svg(name, figure)}
+        for name, figure in figures.items()
     }
     placed = {table.picture for table in tables}
     text = files("surgery.runs").joinpath("report.html.jinja").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
     rendered = template.render(
         title=title,
-        about=_about(summary),
-        lines=lines,
+        about=_about(summary, recipe),
+        definitions=defined(heads(tables)),
+        lines=[*lines, *(line for line in more if line.startswith("Warning"))],
+        more=[line for line in more if not line.startswith("Warning")],
         at_top=[picture for name, picture in pictures.items() if name not in placed],
         tables=tables,
         pictures=pictures,
@@ -180,7 +203,8 @@ def write_page(
 ) -> None:
     """Write ``report.html`` of a run, and ``plots/NAME.png`` for each of ``figures``, into its folder.
 
-    To ``lines`` and ``tables`` comes what every run says: ``surgery.runs.mechanism.said``, and the paired differences.
+    To ``lines`` and ``tables`` comes what every run says: what moved beyond noise (``surgery.runs.paired.told``), what
+    the objective did (``surgery.runs.mechanism.said``), and the paired differences.
     """
     name, method = summary["recipe"], summary.get("method")
     title = f"{name}{f' ({method})' if method not in (None, name) else ''} on {summary['model']}"
@@ -188,7 +212,12 @@ def write_page(
         folder / "report.html",
         *page(
             title=title,
-            lines=[*lines, *([located["said"]] if (located := summary["edit"].get("located")) else []), *said(summary)],
+            lines=[
+                *([located["said"]] if (located := summary["edit"].get("located")) else []),
+                *lines,
+                *told(summary),
+            ],
+            more=said(summary),
             tables=[*tables, *([beside(pairs)] if (pairs := summary.get("differences")) else [])],
             figures=figures,
             summary=summary,
@@ -206,16 +235,53 @@ def save(file: Path, text: str, pictures: Mapping[str, bytes]) -> None:
     file.write_text(text, "utf-8")
 
 
-def _about(summary: Mapping[str, Any] | None) -> str:
+def heads(tables: Sequence[Table]) -> list[str]:
+    """What tables have in their heads and first columns: the names of which a reader may ask what they mean."""
+    return [str(text) for table in tables for text in (*table.head, *(row[0] for row in table.rows))]
+
+
+def _about(summary: Mapping[str, Any] | None, recipe: str) -> str:
     """When the page was written and by which versions; of a run also what was edited, how long, with which seed."""
     said = [f"{date.today()}: model-surgery {__version__}"]
     said += [f"{package} {version(package)}" for package in ("torch", "transformers")]
+    said += [f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}", _hardware()]
     line = f"{', '.join(said)}."
     if summary is None:
         return line
     edit = summary["edit"]
     counts = [f"{edit[key]:,} {label}" for key, label in (("parameters", "numbers"), ("steps", "steps")) if key in edit]
-    return f"{line} Edited: {', '.join([edited(edit), *counts])}, seed {summary['seed']}."
+    where = f"{edited(edit)}{f' ({reason})' if (reason := why(edit, recipe)) else ''}"
+    return f"{line} Edited: {', '.join([where, *counts])}, seed {summary['seed']}."
+
+
+def why(edit: Mapping[str, Any], recipe: str) -> str:
+    """Why an edit is where it is, by the key ``block`` of its recipe; "" where that says nothing."""
+    block = tomllib.loads(recipe).get("block") if recipe else None
+    if block is None or not isinstance(edit.get("blocks"), list):
+        return ""
+    return PLACES.get(block, "") if isinstance(block, str) else "named in the recipe"
+
+
+def _hardware() -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{os.cpu_count()} CPU cores"
+
+
+def _svg(name: str, figure: "Figure") -> str:
+    """The figure as an SVG element whose black is the page's ink, so that it can be read on a dark page too."""
+    from matplotlib import rc_context
+
+    data = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
+    text = data.getvalue()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    label = html.escape(str(figure.get_label() or name.replace("_", " ")), quote=True)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def _png(figure: "Figure") -> bytes:

@@ -1,7 +1,6 @@
 """Settings of a recipe: a flat TOML file, checked; a wrong key or value is answered with what was expected."""
 
 import difflib
-import json
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from surgery.catalogue import check_suites
-from surgery.data import neutral
+from surgery.data import checking, neutral
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
 
@@ -45,6 +44,10 @@ class Settings(BaseModel):
 
         Raises ``SurgeryError``. A recipe calls it first, and the command line before it imports anything heavy.
         """
+
+    def cautions(self) -> list[str]:
+        """What a user should know before a run of these settings, such as that the data are few; a sentence each."""
+        return []
 
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +161,10 @@ class PromptSet(Settings):
         """Also the prompt set."""
         super().check()
         load_prompt_set(self.prompt_set)
+
+    def cautions(self) -> list[str]:
+        """Also of a prompt set with few subjects."""
+        return [*super().cautions(), *checking.cautions(load_prompt_set(self.prompt_set))]
 
 
 class Neutral(Settings):
@@ -281,18 +288,3 @@ def dump(recipe: str, settings: Settings) -> str:
     """The resolved recipe as TOML text: ``surgery run`` on it repeats the run."""
     values = {key: value for key, value in settings.model_dump().items() if value is not None}
     return tomli_w.dumps({"recipe": recipe, **values})
-
-
-def explain(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, what it is) of every setting, as a person reads them."""
-    found = []
-    for key, field in kind.model_fields.items():
-        annotation = field.annotation
-        words = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        words = words.removeprefix("typing.").replace("Literal[", "one of [")
-        default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        # A recipe that changes a shared key's default alone leaves its description to the shared class.
-        kinds = [base for base in kind.__mro__ if issubclass(base, BaseModel) and key in base.model_fields]
-        told = next((text for base in kinds if (text := base.model_fields[key].description)), "")
-        found.append((key, words, default, " ".join(told.split())))
-    return found

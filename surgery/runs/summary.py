@@ -113,6 +113,8 @@ class Summary:
     applied: Applied | None = None
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    """What the model says after a few texts (``surgery.forward.shown``), "before" and "after"."""
     verdict: Sequence[str] | None = None
     own_part: OwnPart | None = None
 

@@ -7,8 +7,9 @@ import numpy as np
 
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.data import locality
+from surgery.metrics.metric import ideal_of
 from surgery.runs.caveats import caveats
-from surgery.runs.report import AGAIN
+from surgery.runs.report import AGAIN, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +62,30 @@ def rows(summary: Summary) -> list[dict[str, Any]]:
             change = 100 * (after["value"] / before["value"] - 1) if before["value"] else float("nan")
             found.append({"label": label, "before": before, "after": after, "change": change})
     return found
+
+
+HEADLINE = (
+    *(row for row in ROWS if row[0] in ("relative gap, all", "AFGB, all", "word mass, all", "UB-Score")),
+    ("relative gap, unseen templates", ("distances", "unseen templates", "relative_gap")),
+    *(row for row in ROWS if row[0] in ("wrong pronoun, gendered", "facts of gender, P(right)", "perplexity")),
+)
+
+
+def in_short(summary: Summary) -> Table:
+    """The few numbers that decide, each with its change and whether that is more than noise."""
+    pairs = summary.get("differences", {}).get("before", {})
+    found = []
+    for label, path in HEADLINE:
+        before, after = find(summary["before"], path), find(summary["after"], path)
+        if before and after:
+            change = f"{after['value'] / before['value'] - 1:+.1%}" if before["value"] else ""
+            verdict = pairs.get(".".join(path), {}).get("verdict", "not paired")
+            ideal = ideal_of(after)
+            found.append([label, f"{before['value']:.3f}", f"{after['value']:.3f}", change, verdict, ideal])
+    note = (
+        "After is the checkpoint as saved, on test rows that no training saw. All numbers with intervals stand below."
+    )
+    return Table("In short", ["number", "before", "after", "change", "paired", "ideal"], found, note, first=True)
 
 
 def comparison(summary: Summary) -> list[dict[str, Any]]:
@@ -138,9 +163,11 @@ def before_after(summary: Summary) -> "Figure":
     ]
     wanted: dict[str, tuple[str, ...]] = {"UB-Score (ideal 1)": ("genhint", "ub"), "perplexity": ("perplexity",)}
     single = [(label, path) for label, path in wanted.items() if find(summary["before"], path)]
-    figure = new_figure(11, 3.1)
+    count = len(panels) + len(single)
+    figure = new_figure(5.6, 0.5 + 2.1 * ((count + 1) // 2))  # narrow, so that it can be read on a telephone
     figure.set_label("Bars of each metric before and after the edit, with 95 % intervals")
-    axes = figure.subplots(1, len(panels) + len(single), width_ratios=[3] * len(panels) + [1.3] * len(single))
+    figure.set_layout_engine("constrained", h_pad=0.1)
+    axes = figure.subplots((count + 1) // 2, 2, squeeze=False).flatten()
     for place, (label, name) in enumerate(panels):
         scales = [
             scale for scale in ("word", "phrase", "sentence", "all") if scale in summary["before"]["genbias"][name]
@@ -148,7 +175,9 @@ def before_after(summary: Summary) -> "Figure":
         _pair(axes[place], label, scales, [[s["genbias"][name][k] for k in scales] for s in _both(summary)])
     for place, (label, path) in enumerate(single, len(panels)):
         _pair(axes[place], label, [""], [[find(scores, path)] for scores in _both(summary)])
-    axes[0].legend(frameon=False, fontsize=8)
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -185,7 +214,7 @@ def controls(summary: Summary) -> "Figure":
     table = comparison(summary)
     columns = [("relative gap (ideal 0)", 0), ("UB-Score (ideal 1)", 3), ("perplexity (lower is better)", 4)]
     columns = [(label, place) for label, place in columns if any(row["cells"][place] for row in table)]
-    figure = new_figure(3.2 * len(columns) + 1.2, 0.9 + 0.27 * len(table))
+    figure = new_figure(1.4 * len(columns) + 1.4, 1.1 + 0.27 * len(table))
     figure.set_label("Relative gap, UB-Score and perplexity of the edit and its controls")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, (label, place) in zip(axes, columns, strict=True):
@@ -203,7 +232,7 @@ def controls(summary: Summary) -> "Figure":
                     color=BLUE if main else GREY if line == 0 else ORANGE,
                     capsize=2,
                 )
-        axis.set_title(label, fontsize=9)
+        axis.set_title(label.replace(" (", "\n("), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(table)), [row["name"].replace("_", " ") for row in table])
