@@ -23,6 +23,7 @@ from surgery.data import genbias
 from surgery.data.prompts import Subject, load_prompt_set
 from surgery.errors import SurgeryError
 from surgery.locate import check, halves, pairs, rank
+from surgery.locate.summary import spark
 from tests.families import build, state
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [18, 19, 20]]
@@ -224,14 +225,19 @@ def test_halves_share_nothing_and_small_models_have_fewer_random_blocks(tiny: An
 
 
 def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> None:
-    words = ["locate", checkpoint, "--by", "all", "--compare", "--limit", 6, "--quiet", "--device", "cpu"]
+    words = ["locate", checkpoint, "--by", "all", "--compare", "--limit", 6, "--device", "cpu", "--verbose"]
     words += ["--json", tmp_path / "all.json", "--plot", tmp_path / "all.png"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     assert "the first 6 of 945 training prompts of genbias" in result.stdout
+    first = result.stdout[result.stdout.index("Where to cut") :].splitlines()
+    numbers = json.loads((tmp_path / "all.json").read_text())
+    gain = Ranking.from_dict(numbers["gain_attention"])
+    assert first[0].startswith(f"Where to cut: block {gain.top()[0]}, first by gain_attention;")
+    assert first[1].strip().startswith(spark(gain.scores)) and first[3].startswith("first by: gain_attention")
+    assert "half 2 by patching: 3 in" in result.stderr
     assert "what each predicted of an edit" in result.stdout and "gain_attention" in result.stdout
     assert "Spearman" in result.stdout and "stability" in result.stdout and "mean-ablation" in result.stdout
-    numbers = json.loads((tmp_path / "all.json").read_text())
     methods = {
         "gain_natural",
         "gain_attention",

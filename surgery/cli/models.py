@@ -67,6 +67,9 @@ def locate(
         Path | None, typer.Option("--retain", help="Of gain: texts that must stay, .txt or .jsonl; default neutral.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the counterparts, the halves, the random blocks.")] = 0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --compare: every ranking, correlation and ablation as well.")
+    ] = False,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture to this PNG file.")] = None,
     device: Device = None,
@@ -93,6 +96,8 @@ def locate(
     check_opening(model, device)
     from surgery.locate import LIMIT, check, key, picture, rank, tables
     from surgery.locate.gain import GAIN_LIMIT, RETAIN, details, gain_of, rankings_of
+    from surgery.locate.summary import picture as compared
+    from surgery.locate.summary import summary
 
     alone = by == "bmi" and not compare
     rows = every[: limit or (None if alone else GAIN_LIMIT if by == "gain" and not compare else LIMIT)]
@@ -111,18 +116,19 @@ def locate(
                 found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
     if not alone and not sentences:
         print(f"the first {len(rows)} of {len(every)} training prompts of {prompts.name} (--limit)\n")
-    print(f"{tables(found)}{said}")
     numbers: dict[str, Any] = {key(ranking): ranking.to_dict() for ranking in found}
     if compare:
-        with progress.work("two halves and mean-ablation", len(rows)) as step:
-            checked = check(opened, tokenizer, prompts, rows, chosen, found, **options)
-            step(len(rows))
-        print(f"\n{checked.table()}")
+        checked = check(opened, tokenizer, prompts, rows, chosen, found, progress=progress, **options)
         numbers |= checked.to_dict()
+        print(summary(found, checked.comparison, checked.ablation, checked.others))
+    if verbose or not compare:
+        print(("\n" if compare else "") + f"{tables(found)}{said}")
+    if compare and verbose:
+        print(f"\n{checked.table()}")
     if json_file:
         write_json(json_file, numbers)
     if plot:
-        picture(found).savefig(plot, dpi=130)
+        (compared if compare and len(found) > 1 else picture)(found).savefig(plot, dpi=130)
 
 
 @command(

@@ -24,7 +24,7 @@ from surgery.data.genbias import Prompt, records
 from surgery.data.prompts import PromptSet
 from surgery.errors import SurgeryError
 from surgery.locate.gain import KNOWN, gain_of, rankings_of
-from surgery.progress import Advance
+from surgery.progress import Advance, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,6 +174,7 @@ def check(
     rankings: Sequence[Ranking],
     *,
     seed: int = 0,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Check:
     """Compare ``rankings``, which the methods ``chosen`` gave on ``rows``; rank again on two random halves; ablate.
@@ -183,10 +184,13 @@ def check(
 
     Raises ``SurgeryError`` for fewer than four rows, ``HookError`` as ``hooks.compare.compare`` does.
     """
-    runs = [
-        [found for method in chosen for found in rank(model, tokenizer, prompts, half, method, seed=seed, **options)]
-        for half in halves(rows, seed)
-    ]
+    progress = progress or Progress(quiet=True)
+    runs: list[list[Ranking]] = []
+    for number, half in enumerate(halves(rows, seed), 1):
+        runs.append([])
+        for method in chosen:
+            with progress.work(f"half {number} by {method}", len(half)) as step:
+                runs[-1] += rank(model, tokenizer, prompts, half, method, seed=seed, step=step, **options)
     compared = compare(rankings, repeats=list(zip(*runs, strict=True)), seed=seed)
     tops = list(compared.tops.values())
     free = [block for block in range(compared.units) if block not in tops]
@@ -194,7 +198,9 @@ def check(
     others = tuple(sorted(int(block) for block in drawn))
     texts = [row.text for row in rows]
     data = f"{prompts.name} train"
-    ablated = mean_ablation(model, tokenizer, texts, [*tops, *others], _contrast(prompts), data=data)
+    with progress.work("mean-ablation", None) as step:
+        ablated = mean_ablation(model, tokenizer, texts, [*tops, *others], _contrast(prompts), data=data)
+        step(len(rows))
     return Check(compared, ablated, others)
 
 
