@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hooks.ablation import Ablation, mean_ablation
     from hooks.activations import capture, model_inputs, run_base
     from hooks.block_importance import BlockImportance, BmiReducer, Robustness, bmi, robustness
+    from hooks.conversations import Generated, capture_generation, chat
     from hooks.counterfactuals import counterfactual_pairs
     from hooks.engines import record
     from hooks.errors import HookError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         influence_windows,
         token_influence,
     )
+    from hooks.head_ablation import ablate_heads
     from hooks.interventions import edit
     from hooks.logit_lens import Lens, lens
     from hooks.natural_gain import GainConfig, gain
@@ -40,12 +42,15 @@ if TYPE_CHECKING:
     from hooks.reference_attention import CrossWeights, cross_attention, cross_attention_weights
     from hooks.running_means import Sensitivity
     from hooks.sensitivity import attention_to
+    from hooks.steering import Steering, steering_vector
     from hooks.streaming import Mean, stream, token_batches
+    from hooks.views import attention_view, sae_features
 
 _NAMES = {
     "ablation": ("Ablation", "mean_ablation"),
     "activations": ("capture", "model_inputs", "run_base"),
     "block_importance": ("BlockImportance", "BmiReducer", "Robustness", "bmi", "robustness"),
+    "conversations": ("Generated", "capture_generation", "chat"),
     "counterfactuals": ("counterfactual_pairs",),
     "engines": ("record",),
     "errors": ("HookError",),
@@ -64,6 +69,7 @@ _NAMES = {
         "influence_windows",
         "token_influence",
     ),
+    "head_ablation": ("ablate_heads",),
     "interventions": ("edit",),
     "logit_lens": ("Lens", "lens"),
     "natural_gain": ("GainConfig", "gain"),
@@ -73,7 +79,9 @@ _NAMES = {
     "reference_attention": ("CrossWeights", "cross_attention", "cross_attention_weights"),
     "running_means": ("Sensitivity",),
     "sensitivity": ("attention_to",),
+    "steering": ("Steering", "steering_vector"),
     "streaming": ("Mean", "stream", "token_batches"),
+    "views": ("attention_view", "sae_features"),
 }
 __all__ = [
     "Ablation",
@@ -83,6 +91,7 @@ __all__ = [
     "CrossWeights",
     "Gain",
     "GainConfig",
+    "Generated",
     "HookError",
     "Influence",
     "Lens",
@@ -93,14 +102,19 @@ __all__ = [
     "Ranking",
     "Robustness",
     "Sensitivity",
+    "Steering",
     "TokenInfluence",
+    "ablate_heads",
     "adam_moments",
     "anatomy",
     "attention_to",
+    "attention_view",
     "attribute",
     "attribution_patch",
     "bmi",
     "capture",
+    "capture_generation",
+    "chat",
     "combine",
     "compare",
     "counterfactual_pairs",
@@ -122,6 +136,8 @@ __all__ = [
     "record",
     "robustness",
     "run_base",
+    "sae_features",
+    "steering_vector",
     "stream",
     "token_batches",
     "token_influence",
