@@ -280,6 +280,7 @@ def _svg(name: str, figure: "Figure") -> str:
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=2)  # a page needs none
     label = html.escape(str(figure.get_label() or name.replace("_", " ")), quote=True)
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
