@@ -23,7 +23,7 @@ from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits.equalize import Prepared, check_shares, prepare_each
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import encode, word_ids
-from surgery.locate.gain import GAIN_LIMIT, auto_ranking, of_prompts
+from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Tracking, Where, operation
 from surgery.runs.paired import without_samples
@@ -209,7 +209,7 @@ def _ranking(
 ) -> dict[str, Any]:
     rows = genbias.records("profession", "train", settings.split_seed, prompts)[:GAIN_LIMIT]
     with op.progress.work("rank the blocks by gain", len(rows)) as step:
-        found = auto_ranking(of_prompts(op.model, tokenizer, prompts, rows, seed=settings.seed, step=step))
+        found = auto_ranking(gain_of(op.model, tokenizer, prompts, rows, seed=settings.seed, step=step))
     return {"method": found.method, "order": list(found.order()), "scores": found.scores.tolist(), "n": len(rows)}
 
 
