@@ -208,3 +208,19 @@ def test_what_an_edit_took_with_it_stands_on_the_page() -> None:
     lines = verdict(summary | {"before": scores[0], "after": scores[1]})
     assert any(line.startswith("Warning") and "0.750 to 0.700" in line for line in lines)
     assert not any(line.startswith("Warning") for line in verdict(summary | {"before": scores[0], "after": scores[0]}))
+
+
+def test_what_is_held_counts_the_words_ratio_by_its_own_weight() -> None:
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "texts")}
+    logits, other = torch.randn(2, 9), torch.randn(2, 9)
+    losses = []
+    for ratio in (0.0, 2.0):
+        terms = {
+            one.name: one for one in work.word_terms(equalize.Settings(hold_emphasis=ratio), ids, (5, 6), (0.5, 0.5))
+        }
+        one = terms["settled"]
+        losses.append(one.loss(other, one.target(logits), (0, 1)))
+        assert len(terms["texts"].target(logits)) == 2, "ordinary text has no words to compare"
+    among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
+    apart = (among[0].exp() * (among[0] - among[1])).sum(-1)
+    torch.testing.assert_close(losses[1] - losses[0], 2.0 * apart)

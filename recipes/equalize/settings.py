@@ -65,6 +65,8 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
     hold_texts: float = Field(1.0, ge=0)
+    hold_emphasis: float = Field(0.0, ge=0)
+    """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"

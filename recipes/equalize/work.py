@@ -61,7 +61,8 @@ def word_terms(
     for name, weight in weights.items():
         if weight and ids.get(name):
             at = settings.hold_positions if name == "texts" else "last"
-            found.append(hold_term(name, ids[name], positions=at, weight=weight, words=words, top=top))
+            ratio = settings.hold_emphasis if name != "texts" else 0.0
+            found.append(hold_term(name, ids[name], positions=at, weight=weight, words=words, emphasis=ratio, top=top))
     return found
 
 
