@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "files",
     "index",
+    "locate",
     "main",
     "models",
     "score",
