@@ -1,12 +1,18 @@
-"""A location from gradients: the natural gain against plain forward passes over the same texts, time and memory."""
+"""A location from gradients: the natural gain against plain forward passes over the same texts, time and memory.
 
+python -m benchmarks gain                          # the checkpoint, in float32 on the CPU
+python -m benchmarks gain --shape 8b --sketch      # a shape of benchmarks.scale, random bf16 weights, accelerator
+"""
+
+import argparse
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import AutoTokenizer
 
 import surgery
-from hooks.natural_gain import GainConfig
+from benchmarks.scale import SHAPES, drawn
 from surgery.data import genbias, neutral
 from surgery.forward.batching import by_length, pad
 from surgery.forward.tokens import encode, word_ids
@@ -15,34 +21,49 @@ from surgery.locate.objectives import words_objective
 
 
 def main(arguments: Sequence[str] = ("demo",)) -> None:
-    """128 prompts and 64 neutral sentences, in float32 on the CPU."""
-    (spec,) = arguments
-    model, tokenizer = surgery.load(spec, device="cpu")
+    """128 prompts and 64 neutral sentences."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gain")
+    parser.add_argument("model", help="a checkpoint; with --shape only its tokenizer is taken")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--sketch", action="store_true", help="as of surgery locate")
+    chosen = parser.parse_args(arguments)
+    if chosen.shape:
+        model, tokenizer = drawn(chosen.shape).eval(), AutoTokenizer.from_pretrained(chosen.model)
+    else:
+        model, tokenizer = surgery.load(chosen.model, device="cpu", dtype=torch.float32)
+    device = model.device
     prompts = [row.text for row in genbias.records("profession", "train")[:GAIN_LIMIT]]
     texts = neutral.sentences()[:RETAIN]
-    ids = encode(tokenizer, prompts)
+    ids, retained = encode(tokenizer, prompts), encode(tokenizer, texts)
 
     @torch.no_grad()
     def plain() -> None:
-        for given in (ids, encode(tokenizer, texts)):
+        for given in (ids, retained):
             for rows in by_length(given):
-                model(**pad(given, rows, "cpu").inputs(), use_cache=False)
+                model(**pad(given, rows, device).inputs(), use_cache=False)
 
     def gain() -> None:
         losses = words_objective(model, ids, word_ids(tokenizer, ("he", "she")))
-        rank_by_gain(model, tokenizer, losses, len(ids), retain=texts).ranking("natural")
+        found = rank_by_gain(model, tokenizer, losses, len(ids), retain=texts, factored=chosen.sketch)
+        found.ranking("natural")
 
     plain()
     once = min(_seconds(plain) for _ in range(2))
+    on_device = device.type != "cpu"
+    if on_device:
+        torch.accelerator.reset_peak_memory_stats()
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     taken = _seconds(gain)
-    held = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    peak = f", peak {torch.accelerator.max_memory_allocated() / 1e9:.1f} GB" if on_device else ""
     print(
-        f"gain            {len(ids)} prompts, {len(texts)} texts, {GainConfig.groups} groups   {taken:6.1f} s  "
-        f"{taken / once:5.2f} x a plain forward pass ({once:.1f} s); weights {held:.0f} MB"
+        f"gain            {len(ids)} prompts, {len(texts)} texts   {taken:6.1f} s  "
+        f"{taken / once:5.2f} x a plain forward pass ({once:.2f} s); weights {held:.2f} GB{peak}"
     )
 
 
 def _seconds(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - start

@@ -53,8 +53,16 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
 
 
 def make(shape: str, tokenizer: Path, out: Path) -> None:
-    """Write a checkpoint of that shape with random bf16 weights, drawn where there is room for them."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Write a checkpoint of that shape with random bf16 weights."""
+    from transformers import AutoTokenizer
+
+    drawn(shape).save_pretrained(out, max_shard_size="5GB")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+
+
+def drawn(shape: str) -> Any:
+    """A model of that shape with random bf16 weights, drawn where there is room for them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     width, inner, blocks, heads, groups, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -74,11 +82,9 @@ def make(shape: str, tokenizer: Path, out: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(own if room and own else "cpu"):
-            model = LlamaForCausalLM(config)
+            return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.save_pretrained(out, max_shard_size="5GB")
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
 
 
 def size(folder: Path) -> int:
