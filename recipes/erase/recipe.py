@@ -19,10 +19,12 @@ from surgery.edits.block import choose
 from surgery.edits.erasure import closed_form, erase, erase_last, writers_of
 from surgery.edits.erasure.dama_values import Search, fit_dama, subjects
 from surgery.edits.erasure.folding import Fit
+from surgery.edits.kept_streams import KeptStreams
 from surgery.errors import SurgeryError
+from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import Ids, encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import material, measure, plain
+from surgery.metrics.suite import material
 from surgery.modules.projection import Projection
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
 from surgery.runs import summary
@@ -66,12 +68,16 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     work = _Work(model, tokenizer, settings, prompts, _writers(model, settings))
     asked = material(model, tokenizer, prompts, seed=settings.split_seed, texts=settings.neutral or None)
     with operation("erase", model, settings, **where) as op:
-        look = lambda: plain(measure(model, asked, progress=op.progress).scores)  # noqa: E731
         if settings.block == "auto" and settings.site != "head":
             ids = encode(tokenizer, [row.text for row in genbias.records("profession", "train", prompts=prompts)])
             located = op.located(tokenizer, words_objective(model, ids, asked.words), len(ids))
             work = replace(work, writers=_writers(model, settings, located["block"]), located=located)
-        before = op.once("before", look)
+        first = work.first
+        streams = KeptStreams(model, (), asked, op.progress, keep=[first] if first else [])
+        before = op.once("before", partial(streams.before, "measure before"))["scores"]
+        kept = streams.measured.get(first)  # none in a continued run, which measures by plain passes
+        start = first if kept and why_not(model, next(iter(kept.values()))) is None else None
+        look = lambda: streams.measure("measure", start=start)["scores"]  # noqa: E731
         trains = [f"{name}.weight" for name in work.writers]
         steps = max(1, len(work.writers))
         carry_out = partial(op.carry_out, measure=look, trains=trains, steps=steps)
@@ -110,6 +116,13 @@ class _Work:
     prompts: PromptSet
     writers: Sequence[str]
     located: Mapping[str, Any] | None = None
+
+    @property
+    def first(self) -> int:
+        """The first block that changes; the last one where the head's input is projected."""
+        blocks = anatomy.find(self.model).blocks
+        inside = [n for n, block in enumerate(blocks) if any(w.startswith(f"{block.name}.") for w in self.writers)]
+        return min(inside, default=len(blocks) - 1)
 
     def make(self, op: Operation, method: str, ranks: Mapping[str, int] | None, track: Tracking) -> Made:
         """The edit by ``method``; ``ranks`` are those of the run's own edit, which the random control takes over."""

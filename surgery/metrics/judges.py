@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.metrics.locality import Reference
+    from surgery.metrics.suite import Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +95,16 @@ class Judges:
         preamble: str = "",
         reference: "Reference | None" = None,
         details: dict[str, Any] | None = None,
+        keep: Sequence[int] = (),
+        prefixes: "Prefixes | None" = None,
         progress: Progress,
     ) -> dict[str, Any]:
         """Every number of ``model`` as it is now, by suite, as ``Metric`` objects, which can be paired.
 
         ``preamble`` is put before prompts; ``reference`` gives locality its KL. ``details`` is filled with what the
         model wrote ("texts", see ``surgery.metrics.free_text``) and asked ("prompts": the text, its subject, and
-        the probability of each word). Raises ``SurgeryError``.
+        the probability of each word; with ``keep`` also "streams", those that enter these blocks, of the shipped
+        suites). ``prefixes`` are such streams, from which the model is measured. Raises ``SurgeryError``.
         """
         from surgery.metrics import lm_eval
         from surgery.metrics.suite import evaluate_suites, material, measure
@@ -118,7 +122,9 @@ class Judges:
                 preamble=preamble,
                 words_as=self.words_as,
             )
-            found = measure(model, given, reference=reference, progress=progress)
+            found = measure(model, given, keep=keep, prefixes=prefixes, reference=reference, progress=progress)
+            if details is not None and keep:
+                details["streams"] = found.prefixes
             scores |= found.scores
             if details is not None and found.probabilities is not None:
                 asked = zip(given.prompts, found.probabilities.tolist(), strict=True)

@@ -22,6 +22,7 @@ from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
 from surgery.study.report import write_report
 from surgery.study.settings import Method, Study
+from surgery.study.streams import Streams, first_edited
 
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -56,7 +57,7 @@ def carry_out(
     judged: list[Judged] = []
     elsewhere: list[str] = []
     with _held(out / "study.lock", shared=share):
-        opened: dict[str, Opened] = {}
+        opened: dict[str, tuple[Opened, Streams]] = {}
         every = cells(study, methods, out)
         for number, cell in enumerate(every, 1):
             label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
@@ -79,7 +80,7 @@ def _one(
     study: Study,
     judges: Judges,
     run: RunRecipe,
-    opened: dict[str, Opened],
+    opened: dict[str, tuple[Opened, Streams]],
     device: str | None,
     progress: Progress,
     label: str,
@@ -92,12 +93,13 @@ def _one(
     progress.say(label)
     if cell.model not in opened:
         opened.clear()  # one model at a time
-        opened[cell.model] = load(cell.model, dtype=study.dtype, device=device)
-    model, tokenizer = opened[cell.model]
+        opened[cell.model] = load(cell.model, dtype=study.dtype, device=device), Streams()
+    (model, tokenizer), streams = opened[cell.model]
     try:
-        with _edited(cell, opened[cell.model], run):
+        with _edited(cell, (model, tokenizer), run) as first:
             details: dict[str, Any] = {}
-            scores = judge(model, tokenizer, judges, cell.method, details=details, progress=progress)
+            given: Any = {"details": details, "streams": streams, "first": first, "progress": progress}
+            scores = judge(model, tokenizer, judges, cell.method, **given)
     except (SurgeryError, HookError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())  # the other cells need not wait for more memory; this one is tried again
         progress.say(f"{label}: refused: {reason}")
@@ -109,17 +111,20 @@ def _one(
 
 
 @contextmanager
-def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[None]:
-    """Inside, the model is edited as its checkpoint on disk would be; afterwards it is as before."""
+def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[int]:
+    """Inside, the model is edited as its checkpoint on disk would be; afterwards it is as before.
+
+    Gives the first block that the edit changes, 0 where nothing is known of it.
+    """
     method = cell.method
     if method is None or method.preamble:
-        yield
+        yield 0
         return
     if method.absent:
         raise SurgeryError(method.absent)
     if method.decoding:
         with counterfactual(*opened):
-            yield
+            yield 0
         return
     file = Path(method.delta)
     if method.recipe:
@@ -127,8 +132,9 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[None]:
         if not folder.exists():
             run(cell, opened, folder.with_name("run.part").exists())
         file = folder / "delta.safetensors"
-    with Delta.load(file).applied(opened[0], scale=method.scale, as_stored=True):
-        yield
+    delta = Delta.load(file)
+    with delta.applied(opened[0], scale=method.scale, as_stored=True):
+        yield first_edited(opened[0], delta)
 
 
 class BlockedError(SurgeryError):

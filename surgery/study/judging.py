@@ -17,6 +17,7 @@ from surgery.metrics.suite import plain
 from surgery.progress import Progress
 from surgery.study.cells import Flat
 from surgery.study.settings import PROMPT_SUITES, WRITING_SUITES, Method, Study
+from surgery.study.streams import Streams, blocks_to_keep
 
 
 def check(study: Study) -> tuple[Judges, dict[str, str]]:
@@ -39,19 +40,26 @@ def judge(
     method: Method | None,
     *,
     details: dict[str, Any],
+    streams: Streams,
+    first: int = 0,
     progress: Progress,
 ) -> Flat:
     """Every number of the judges for ``model`` as it is now, of those that fit the method.
 
     A preamble stands before prompts only; another way to decode changes no text that is written. ``details`` is filled
-    with what the page shows of it (``Judges.judge``).
+    with what the page shows of it (``Judges.judge``). The streams of the untouched model are kept, and an edit whose
+    first block is ``first`` is judged from there.
     """
     preamble = method.preamble if method else ""
     suites = [name for name in judges.suites if not preamble or name in PROMPT_SUITES]
     if method and method.decoding:
         suites = [name for name in suites if name not in WRITING_SUITES]
     asked = replace(judges, suites=tuple(suites))
-    return flat(asked.judge(model, tokenizer, preamble=preamble, details=details, progress=progress))
+    keep = blocks_to_keep(model) if method is None and asked.shipped else ()
+    given: Any = {"details": details, "keep": keep, "prefixes": streams.until(model, first), "progress": progress}
+    found = flat(asked.judge(model, tokenizer, preamble=preamble, **given))
+    streams.kept |= details.pop("streams", {})
+    return found
 
 
 def kept(folder: Path, study: Study, judges: Judges) -> Flat | None:
