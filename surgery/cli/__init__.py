@@ -9,6 +9,7 @@ from surgery.cli import (
     evaluate,
     files,
     index,
+    locate,
     models,
     score,
     study,
