@@ -67,9 +67,9 @@ def table(found: Survival) -> Table:
 def lines(found: Survival) -> list[str]:
     """The table for a terminal."""
     given = table(found)
-    widths = [max(len(row[n]) for row in [given.head, *given.rows]) for n in range(len(given.head))]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in [given.head, *given.rows]]  # fmt: skip
+    rows = [[str(text) for text in row] for row in [given.head, *given.rows]]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(given.head))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def picture(found: Survival) -> "Figure":
