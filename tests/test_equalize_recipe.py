@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def test_only_streams_of_the_untouched_model_are_kept(checkpoint: Path) -> None:
     assert after["locality"]["things"]["kl"]["value"] > 0
     by.take_up(json.loads(json.dumps(before)))  # as an interrupted run does
     assert by.scores("again", 0)["locality"]["things"]["kl"] == after["locality"]["things"]["kl"]
+
+
+def test_fewer_rows_are_a_sample_with_every_template(checkpoint: Path) -> None:
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    asked = material(model, tokenizer, load_prompt_set())
+    far = measuring.distances(tokenizer, load_prompt_set(), 0)
+    few, near = measuring.fewer(asked, far, 90, 0)
+    assert {name: len(rows) for name, rows in few.ids.items()} == {
+        name: 90 if name in ("genbias", "genhint") else len(rows) for name, rows in asked.ids.items()
+    }
+    own = dict(zip((row.text for row in asked.prompts), asked.ids["genbias"], strict=True))
+    assert [own[row.text] for row in few.prompts] == list(few.ids["genbias"]), "a prompt keeps its tokens"
+    assert Counter(row.template for row in few.prompts) == dict.fromkeys({row.template for row in asked.prompts}, 10)
+    assert all(len(rows) == len(ids) == 90 for rows, ids in near.values())
+    assert measuring.fewer(asked, far, 0, 0) == (asked, far)
 
 
 def test_products_are_rounded_while_training_and_not_while_measuring(

@@ -1,7 +1,7 @@
 """Three distances from what was trained on: the set's own templates, unseen ones, and other shapes of text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from recipes.equalize.dataset import of_people
 from surgery.data import genbias, shapes
 from surgery.data.genbias import Prompt
 from surgery.data.prompts import PromptSet
+from surgery.data.rows import sample
 from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import Ids, encode
@@ -21,6 +22,8 @@ from surgery.progress import Progress
 
 UNSEEN = 60  # templates of the test part
 EACH = {"unseen templates": 3, **dict.fromkeys(shapes.OTHERS, 1)}
+
+Far = dict[str, tuple[list[Prompt], Ids]]  # by kind of text
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Measuring:
 
     model: PreTrainedModel
     asked: Material
-    far: dict[str, tuple[list[Prompt], Ids]]
+    far: Far
     words: Sequence[int]
     progress: Progress
     keep: Sequence[int] = ()
@@ -90,9 +93,23 @@ class Measuring:
         return values | {"distances": far}
 
 
-def distances(
-    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, seed: int, part: str = "test"
-) -> dict[str, tuple[list[Prompt], Ids]]:
+def fewer(asked: Material, far: Far, limit: int, seed: int) -> tuple[Material, Far]:
+    """At most ``limit`` prompts of each set, drawn by the seed, templates in their proportions; 0 takes all."""
+
+    def drawn(rows: Sequence[Any]) -> list[int]:
+        return sample(range(len(rows)), limit, seed, lambda place: rows[place].template)
+
+    places = {"genbias": drawn(asked.prompts), "genhint": drawn(asked.hints)}
+    ids = {name: tuple(rows[at] for at in places.get(name, range(len(rows)))) for name, rows in asked.ids.items()}
+    prompts = [asked.prompts[at] for at in places["genbias"]]
+    asked = replace(asked, ids=ids, prompts=prompts, hints=[asked.hints[at] for at in places["genhint"]])
+    return asked, {
+        kind: ([rows[at] for at in drawn(rows)], tuple(ids[at] for at in drawn(rows)))
+        for kind, (rows, ids) in far.items()
+    }
+
+
+def distances(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, seed: int, part: str = "test") -> Far:
     """Prompts of ``part`` whose templates and people training never sees, and kinds of text that it never sees."""
     if not of_people(prompts):
         return {}

@@ -47,7 +47,7 @@ TRAIN = "stereoset/stereoset_train_union.jsonl"  # inside the data folder
 SUITES = {"stereoset": stereoset.FILE, "crows_pairs": crows_pairs.FILE}
 KEPT_BACK = 5  # one of so many parts of the groups, where there is no test file
 SHIPPED = ("locality", "facts_of_gender", "perplexity")  # suites
-OF_PAIRS = ("data", "dose", "doses", "folds", "scorers", "test_rows", "hold_unrelated")
+OF_PAIRS = ("data", "dose", "doses", "folds", "scorers", "hold_unrelated")
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "hints", "settled", "split"),
     *("hold_hints", "hold_settled", "hints_each", "settled_each"),

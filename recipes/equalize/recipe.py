@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from recipes.equalize import dataset, pairs
-from recipes.equalize.measuring import Measuring, distances
+from recipes.equalize.measuring import Measuring, distances, fewer
 from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
@@ -52,6 +52,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     ids = {name: encode(tokenizer, lines) for name, lines in texts.items() if lines}
     asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
+    asked, far = fewer(asked, far, settings.test_rows, settings.seed)
     main = Variant(
         "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
     )

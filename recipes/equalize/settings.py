@@ -27,7 +27,8 @@ class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neut
     scorers: list[str] = ["bos", "bias-bench"]
     """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""
     test_rows: shared.Limit = 0
-    """At most so many rows of StereoSet and CrowS-Pairs are measured, drawn by the seed; 0 takes all."""
+    """At most so many rows of StereoSet, CrowS-Pairs and each set of prompts are measured, drawn by the seed; 0 takes
+    all. Locality, facts of gender and perplexity are always measured whole."""
     hold_unrelated: float = Field(1.0, ge=0)
     """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
     words: list[str] = []
