@@ -11,7 +11,7 @@ import pytest
 from surgery.data.free_text import KINDS, Pair, Start, open_starts, pairs, words
 from surgery.metrics.free_text import evaluate, score, spoken_of, who
 from surgery.metrics.judges import ledger
-from surgery.metrics.ledger import LEDGER, absent
+from surgery.metrics.ledger import LEDGER, ROWS, absent
 
 
 def test_open_starts_say_no_gender_and_pairs_say_it_once() -> None:
@@ -87,4 +87,5 @@ def test_judges_without_their_data_are_named(tmp_path: Path) -> None:
     assert absent(["bbq"], "") == {"bbq": "no data folder was named"}
     assert str(tmp_path) in absent(LEDGER, tmp_path)["cloze"]
     judges, missing = ledger(tmp_path)
+    assert ledger("", rows={"free_text": 9})[0].rows["free_text"] == 9 != judges.rows["free_text"] == ROWS["free_text"]
     assert set(judges.suites) | set(missing) == set(LEDGER) and "bbq" in missing and "free_text" in judges.suites

@@ -149,6 +149,6 @@ def ledger(folder: str | Path, *, suites: Sequence[str] = LEDGER, **asked: Any) 
     ``asked`` are further fields of ``Judges``; its ``rows`` and ``limit`` go before the quick form's.
     """
     missing = absent(suites, folder)
-    rows = asked.pop("rows", None) or ({} if asked.get("limit") else ROWS)
+    rows = ({} if asked.get("limit") else ROWS) | asked.pop("rows", {})
     kept = tuple(name for name in suites if name not in missing)
     return Judges(suites=kept, folder=folder, rows=rows, **asked), missing

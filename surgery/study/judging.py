@@ -27,7 +27,7 @@ def check(study: Study) -> tuple[Judges, dict[str, str]]:
     """
     asked: dict[str, Any] = {"prompts": study.data, "scorer": study.scorer, "limit": study.limit}
     if not study.suites:
-        return ledger(study.folder, **asked)
+        return ledger(study.folder, rows=study.rows, **asked)
     judges = Judges(suites=tuple(dict.fromkeys(study.suites)), folder=study.folder, rows=study.rows, **asked)
     judges.check("folder =")
     return judges, {}
