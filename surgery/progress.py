@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich import progress as bars
-from rich.console import Console
-
 Advance = Callable[[int], None]
 
 
@@ -29,6 +26,9 @@ class Progress:
         if self.quiet:
             yield lambda n: None
         elif sys.stderr.isatty():
+            from rich import progress as bars
+            from rich.console import Console
+
             columns = (
                 bars.TextColumn("{task.description}"),
                 bars.BarColumn(),

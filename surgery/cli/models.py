@@ -43,9 +43,7 @@ def run(
         _help(ctx, recipe, asked=show_help)
         return
     from surgery.progress import Progress
-    from surgery.runs.mechanism import said
     from surgery.runs.settings import build
-    from surgery.runs.words_report import verdict
 
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
@@ -72,7 +70,11 @@ def run(
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
-    for line in [*verdict(finished.summary), *said(finished.summary)]:
+    from surgery.runs.mechanism import said
+    from surgery.runs.paired import told
+    from surgery.runs.words_report import verdict
+
+    for line in [*verdict(finished.summary), *told(finished.summary), *said(finished.summary)]:
         print(line)
     print(finished.folder / "report.html")
 
