@@ -13,7 +13,8 @@ from surgery import SurgeryError
 from surgery import delta as deltas
 from surgery.apply.gguf import RECORD, apply_gguf
 from surgery.apply.gguf_undo import undo_gguf
-from surgery.files.gguf import SUBSTITUTE, WRITABLE, open_gguf, quantise
+from surgery.files.gguf import SUBSTITUTE, WRITABLE, open_gguf
+from surgery.files.gguf_codes import quantise
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 40}
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 40}

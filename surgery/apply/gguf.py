@@ -18,7 +18,8 @@ from surgery.errors import SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.copying import OnBytes, copy_range, sync_file, write_exactly
-from surgery.files.gguf import GgufFile, open_gguf, quantise, read_rows, row_groups
+from surgery.files.gguf import GgufFile, open_gguf, read_rows, row_groups
+from surgery.files.gguf_codes import quantise
 from surgery.files.k_quants import KINDS, recode
 from surgery.files.rounding import ROUNDINGS, random16
 from surgery.files.safetensors_io import Entry, open_regular, parse_json, read_header

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
-from surgery.files.q4_k import quantise_q4_k
 from surgery.files.safetensors_io import check_name, open_regular, read_exactly
 
 MAX_HEADER_BYTES = 512 * 2**20
@@ -244,43 +243,3 @@ def row_groups(tensor: GgufTensor, elements: int = 2**21) -> Iterator[tuple[int,
     step = max(1, elements // tensor.shape[-1])
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)
-
-
-# codes of a block of 32: (lowest, highest, from the smallest value upwards). Q4_0 and Q5_0 put the value that is
-# largest in size at the lowest code, whatever its sign; Q4_1 and Q5_1 reach from the smallest to the largest.
-_CODES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-127, 127), "Q4_1": (0, 15), "Q5_1": (0, 31)}
-
-
-def quantise(values: np.ndarray, kind: str, draw: np.ndarray | None = None) -> np.ndarray:
-    """The stored bytes (uint8 [rows, bytes]) of fp32 values [rows, columns], by the library.
-
-    With `draw` (uniform in [0, 1), same shape) a block's codes are rounded up with the probability of their distance
-    to the lower one, between the block's own extremes, so that small edits survive on average.
-    """
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    if kind == "Q4_K":
-        return quantise_q4_k(values)
-    if draw is not None and kind in _CODES:
-        values = _on_codes(values.reshape(-1, 32), kind, draw.reshape(-1, 32)).reshape(values.shape)
-    stored = np.ascontiguousarray(quantize(values, GGMLQuantizationType[kind]))
-    return stored.view(np.uint8).reshape(values.shape[0], -1)
-
-
-def _on_codes(blocks: np.ndarray, kind: str, draw: np.ndarray) -> np.ndarray:
-    low, high = _CODES[kind]
-    zero = np.zeros((len(blocks), 1), np.float32)
-    if kind in ("Q4_1", "Q5_1"):
-        zero = blocks.min(axis=1, keepdims=True)
-        step = (blocks.max(axis=1, keepdims=True) - zero) / high
-    elif kind == "Q8_0":
-        step = np.abs(blocks).max(axis=1, keepdims=True) / high
-    else:
-        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
-        step = largest / low
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.where(step == 0, 0, (blocks - zero) / step)
-    # An extreme is a code but for the last bit of the division; rounding must not move it, or the step would change.
-    codes = np.where(np.abs(codes - np.rint(codes)) < 1e-4, np.rint(codes), np.floor(codes + draw))
-    return (np.clip(codes, low, high) * step + zero).astype(np.float32)

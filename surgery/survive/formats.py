@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hooks import anatomy
 from surgery.errors import SurgeryError
-from surgery.files.gguf import quantise
+from surgery.files.gguf_codes import quantise
 
 # The 16 codes of NormalFloat4 (Dettmers et al. 2023, appendix E), quantiles of a normal distribution in [-1, 1].
 NF4 = (
