@@ -179,6 +179,7 @@ def test_the_recipe_writes_what_was_measured(settings: Any, tiny: Any, checkpoin
     ready = recipe.Settings(model=str(checkpoint), prompts=12, **settings)
     found = recipe.run(*tiny, ready, out=tmp_path / "run").summary
     assert state(tiny[0]) == before
+    assert found["verdict"][0].startswith({"leace": "LEACE", "dama": "DAMA"}[settings["method"]])
     gaps = [one["genbias"]["afgb"]["all"]["value"] for one in (found["before"], found["after"])]
     assert gaps[0] != gaps[1]
     delta = Delta.load(tmp_path / "run" / "delta.safetensors")

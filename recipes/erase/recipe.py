@@ -30,6 +30,8 @@ from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, contr
 from surgery.runs import summary
 from surgery.runs.caveats import caveats
 from surgery.runs.report import compared, write_page
+from surgery.runs.summary import Scores
+from surgery.runs.words_report import find
 
 SOURCES = {
     "leace": "LEACE (arXiv 2306.03819), the library concept-erasure",
@@ -84,8 +86,10 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         main = carry_out(settings.method, partial(work.make, op, settings.method, None))
         ranks = main.edit.details["ranks"]
         found = {name: carry_out(name, partial(work.make, op, name, ranks), keep=False) for name in settings.controls}
+        random = found["random"].measured if found else None
         done = Summary(
             **op.about(main),
+            verdict=_verdict(SOURCES[settings.method], main.edit, before, main.measured, random),
             before=before,
             after=main.measured,
             words=list(prompts.words.words),
@@ -120,9 +124,12 @@ class _Work:
     @property
     def first(self) -> int:
         """The first block that changes; the last one where the head's input is projected."""
-        blocks = anatomy.find(self.model).blocks
-        inside = [n for n, block in enumerate(blocks) if any(w.startswith(f"{block.name}.") for w in self.writers)]
-        return min(inside, default=len(blocks) - 1)
+        return min(map(self._block_of, self.writers), default=len(anatomy.find(self.model).blocks) - 1)
+
+    def _block_of(self, writer: str) -> int:
+        """The number of the block that a module stands in."""
+        blocks = enumerate(anatomy.find(self.model).blocks)
+        return next(number for number, block in blocks if writer.startswith(f"{block.name}."))
 
     def make(self, op: Operation, method: str, ranks: Mapping[str, int] | None, track: Tracking) -> Made:
         """The edit by ``method``; ``ranks`` are those of the run's own edit, which the random control takes over."""
@@ -143,7 +150,7 @@ class _Work:
         details = {"ranks": made.ranks, "prompts": len(given), "mean_lost": len(made.mean_lost)}
         details |= {"located": self.located} if self.located else {}
         edit = Edit(
-            blocks=[self.located["block"]] if self.located else "all",
+            blocks=sorted({self._block_of(name) for name in made.ranks}),
             part=self.settings.site,
             objective=method,
             parameters=made.parameters,
@@ -179,13 +186,24 @@ class _Work:
         return {"ranks": {"ln_final": projection.settings["rank"]}, "prompts": len(given), "mean_lost": 0}
 
 
+def _verdict(source: str, edit: Edit, before: Scores, after: Scores, random: Scores | None) -> list[str]:
+    """What went, from where, and what it did to the words' gap; a random projection of the same rank beside."""
+    ranks = edit.details["ranks"]
+    lines = [
+        f"{source}: {sum(ranks.values())} directions at {len(ranks)} places ({edit.part}), from "
+        f"{edit.details['prompts']} prompts."
+    ]
+    for name, place in (("Relative gap", "relative_gap"), ("AFGB", "afgb"), ("Mass of the words", "mass")):
+        was, now = (find(scores, ("genbias", place, "all")) for scores in (before, after))
+        drawn = find(random, ("genbias", place, "all")) if random else None
+        if was and now:
+            beside = f"; with random directions {drawn['value']:.3f}" if drawn else ""
+            lines.append(f"{name}: {was['value']:.3f} to {now['value']:.3f}{beside}.")
+    return [*lines, *caveats(before, after)]
+
+
 def _report(folder: Path, summary: dict[str, Any], recipe: str) -> None:
     columns = {"before": summary["before"], "after": summary["after"]}
     columns |= {name: each["after"] for name, each in summary["controls"].items()}
-    ranks = summary["edit"]["ranks"]
-    lines = [
-        f"{summary['source']}: {sum(ranks.values())} directions at {len(ranks)} places "
-        f"({summary['edit']['part']}), from {summary['edit']['prompts']} prompts.",
-        *caveats(summary["before"], summary["after"]),
-    ]
-    write_page(folder, summary, recipe, lines=lines, tables=[compared(columns, ideal=False)], figures={})
+    tables = [compared(columns, ideal=False)]
+    write_page(folder, summary, recipe, lines=summary["verdict"], tables=tables, figures={})
