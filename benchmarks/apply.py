@@ -1,7 +1,7 @@
 """Time `surgery apply` against copying the files, against transformers and against mergekit, with peak
 memory.
 
-    python benchmarks/apply.py CHECKPOINT [CHECKPOINT ...] [--synthetic GB] [--repeat 5] [--mergekit PYTHON]
+    python -m benchmarks.apply CHECKPOINT [CHECKPOINT ...] [--synthetic GB] [--repeat 5] [--mergekit PYTHON]
 
 Each round runs every way once, in rotating order, and divides its time by that round's `cp -r` + sync;
 printed are the medians of the seconds and of the ratios. Every way ends durable on disk (ours calls fsync;
@@ -22,15 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shapes import Shape, write
 from surgery.apply import apply
 from surgery.delta import make
 from surgery.files.checkpoint_files import open_checkpoint
-from surgery.files.safetensors_io import header_bytes
 
 IN_PROCESS = """
 import resource, sys, time
@@ -112,60 +113,18 @@ def last_block_delta(base: Path, path: Path, megabytes: float) -> None:
 
 
 def synthetic(folder: Path, gigabytes: float, shards: int = 4) -> Path:
-    """A bf16 checkpoint with llama names, of about so many GB, written piece by piece."""
-    folder.mkdir()
-    hidden, inner, vocabulary = 4096, 14336, 32000
-    block: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (1024, hidden),
-        "self_attn.v_proj": (1024, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    per_block = 2 * sum(math.prod(shape) for shape in block.values())
-    layers = max(1, round((gigabytes * 1e9 - 4 * vocabulary * hidden) / per_block))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": vocabulary,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    """A bf16 checkpoint of an 8B's width and about so many GB, of one pattern again and again."""
+    empty = Shape(4096, 14336, 0, 32, 8, 32000)
+    one = replace(empty, blocks=1).bytes - empty.bytes
     noise = np.random.default_rng(0).standard_normal(2**20, dtype=np.float32) * np.float32(0.02)
     pattern = (noise.view(np.uint32) >> 16).astype("<u2").tobytes()
-    names = list(shapes)
-    weight_map: dict[str, str] = {}
-    for number in range(shards):
-        first, last = (len(names) * n // shards for n in (number, number + 1))
-        part = {name: ("BF16", shapes[name]) for name in names[first:last]}
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        with open(folder / file, "wb") as out:
-            head, order = header_bytes(part, {"format": "pt"})
-            out.write(head)
-            for name in order:
-                left = 2 * math.prod(shapes[name])
-                while left > 0:
-                    out.write(pattern[: min(left, len(pattern))])
-                    left -= len(pattern)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+
+    def draw(_: str, shape: tuple[int, ...]) -> Iterator[bytes]:
+        for left in range(2 * math.prod(shape), 0, -len(pattern)):
+            yield pattern[: min(left, len(pattern))]
+
+    blocks = max(1, round((gigabytes * 1e9 - empty.bytes) / one))
+    return write(folder, replace(empty, blocks=blocks), draw, shards)
 
 
 def ways(

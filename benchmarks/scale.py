@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.shapes import Shape, normal, write
+
 STAGES = ("start", "open", "ranking", "before", "train", "write", "apply", "after", "control", "report")
-# Width, inner width, blocks, heads, key-value heads, vocabulary: Llama 3.2 1B, Llama 3 8B, a 40B between, Llama 3 70B.
+# Llama 3.2 1B, Llama 3 8B, a 40B between, Llama 3 70B.
 SHAPES = {
-    "tiny": (64, 128, 4, 4, 2, 50_000),
-    "1b": (2048, 8192, 16, 32, 8, 128_256),
-    "8b": (4096, 14_336, 32, 32, 8, 128_256),
-    "40b": (8192, 28_672, 44, 64, 8, 128_256),
-    "70b": (8192, 28_672, 80, 64, 8, 128_256),
+    "tiny": Shape(64, 128, 4, 4, 2, 50_000),
+    "1b": Shape(2048, 8192, 16, 32, 8, 128_256),
+    "8b": Shape(4096, 14_336, 32, 32, 8, 128_256),
+    "40b": Shape(8192, 28_672, 44, 64, 8, 128_256),
+    "70b": Shape(8192, 28_672, 80, 64, 8, 128_256),
 }
 
 
@@ -56,7 +58,7 @@ def make(shape: str, tokenizer: Path, out: Path) -> None:
     """Write a checkpoint of that shape with random bf16 weights."""
     from transformers import AutoTokenizer
 
-    drawn(shape).save_pretrained(out, max_shard_size="5GB")
+    write(out, SHAPES[shape], normal, max(1, SHAPES[shape].bytes // 4_000_000_000))
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
 
 
@@ -64,25 +66,13 @@ def drawn(shape: str) -> Any:
     """A model of that shape with random bf16 weights, drawn where there is room for them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width, inner, blocks, heads, groups, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-        dtype=torch.bfloat16,
-    )
-    numbers = blocks * (2 * width * inner * 1.5 + 2 * width * width * (1 + groups / heads)) + 2 * vocabulary * width
     own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    room = own is not None and own.type == "cuda" and torch.cuda.mem_get_info()[0] > 2.5 * numbers
+    room = own is not None and own.type == "cuda" and torch.cuda.mem_get_info()[0] > 1.25 * SHAPES[shape].bytes
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(own if room and own else "cpu"):
-            return LlamaForCausalLM(config)
+            return LlamaForCausalLM(LlamaConfig.from_dict(SHAPES[shape].config()))
     finally:
         torch.set_default_dtype(torch.float32)
 

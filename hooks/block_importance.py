@@ -147,30 +147,37 @@ class BmiReducer:
         Errors are standard errors over prompts (of the mean, or of the sum), None for a single prompt.
         Raises HookError if nothing was fed, some block was fed less often than the others, or a score is NaN.
         """
-        if aggregate not in ("mean", "sum"):
-            raise HookError(f"aggregate is {aggregate!r}; expected 'mean' or 'sum'")
         counts = {self._counts.get(block, 0) for block in range(self.blocks)}
         if len(counts) != 1 or counts == {0}:
             raise HookError(f"BMI: the blocks were fed {sorted(counts)} prompts; expected the same number each, not 0")
         count = counts.pop()
         last = self.blocks if self._norm is not None else self.blocks - 1
         rows = [self._sums[row].double().cpu().numpy() for row in range(self.blocks)]
-        columns = {"raw": rows, "final_norm": [*rows[:-1], self._sums[last].double().cpu().numpy()]}
-        rankings = {}
-        for name, sums in columns.items():
-            table = np.array(sums)
-            broken = np.flatnonzero(~np.isfinite(table).all(1))
-            if broken.size:
-                raise HookError(f"BMI ({name}): the stream of block {broken[0]} holds NaN or infinite values")
-            total, squares = (table[:, 0], table[:, 1]) if aggregate == "mean" else (table[:, 2], table[:, 3])
-            scores = total / count if aggregate == "mean" else total
-            errors = None
-            if count > 1:
-                deviation = np.sqrt(np.maximum(squares - total**2 / count, 0.0) / (count - 1))
-                errors = deviation / count**0.5 if aggregate == "mean" else deviation * count**0.5
-            settings = {"positions": self.positions, "aggregate": aggregate, "stream": name}
-            rankings[name] = Ranking("bmi", "block", scores, data, count, errors, settings=settings)
-        return BlockImportance(**rankings)
+        columns = {"raw": np.array(rows), "final_norm": np.array([*rows[:-1], self._sums[last].double().cpu().numpy()])}
+        return ranked(columns, count, self.positions, aggregate, data)
+
+
+def ranked(
+    columns: dict[str, Float[np.ndarray, "blocks 4"]], count: int, positions: Positions, aggregate: Aggregate, data: str
+) -> BlockImportance:
+    """The rankings of both `columns`: of each block the sums over prompts of means over tokens, their squares, sums
+    over tokens, and their squares. Raises HookError for an unknown `aggregate` and a sum that is not finite."""
+    if aggregate not in ("mean", "sum"):
+        raise HookError(f"aggregate is {aggregate!r}; expected 'mean' or 'sum'")
+    rankings = {}
+    for name, table in columns.items():
+        broken = np.flatnonzero(~np.isfinite(table).all(1))
+        if broken.size:
+            raise HookError(f"BMI ({name}): the stream of block {broken[0]} holds NaN or infinite values")
+        total, squares = (table[:, 0], table[:, 1]) if aggregate == "mean" else (table[:, 2], table[:, 3])
+        scores = total / count if aggregate == "mean" else total
+        errors = None
+        if count > 1:
+            deviation = np.sqrt(np.maximum(squares - total**2 / count, 0.0) / (count - 1))
+            errors = deviation / count**0.5 if aggregate == "mean" else deviation * count**0.5
+        settings = {"positions": positions, "aggregate": aggregate, "stream": name}
+        rankings[name] = Ranking("bmi", "block", scores, data, count, errors, settings=settings)
+    return BlockImportance(**rankings)
 
 
 @anywhere

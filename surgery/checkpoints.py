@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +24,13 @@ from transformers import (
 
 from surgery.delta import Delta, DeltaFile
 from surgery.delta.live import attached, restored, touched
-from surgery.devices import check_room, device_named, dtype_named
+from surgery.devices import check_room, device_named, dtype_named, spread
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
 from surgery.files.converted import check_model, converted, demo_gguf
 from surgery.files.tensor_names import is_leftover
+from surgery.files.threads import ahead
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -46,14 +47,16 @@ def load(
     ``spec`` is a directory, a hub name, a ``.gguf`` file or ``"demo"``. The default dtype is float32 whatever
     the file holds: bf16 and fp16 weights are represented exactly, and scores do not depend on the machine's
     half-precision kernels; ``"auto"`` keeps the checkpoint's own. ``device`` defaults to the accelerator where
-    there is one. ``deltas`` are applied in memory, in order; the module of one
-    of kind "module" is put into the model.
+    there is one; "all" spreads the blocks over all of them. ``deltas`` are applied in memory, in order; the module of
+    one of kind "module" is put into the model.
 
     Raises ``SurgeryError`` when nothing that can be opened stands at ``spec``.
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_named(dtype)
-    place = device_named(device)
+    count = torch.accelerator.device_count() if spread(device) else 0
+    every = [device_named(f"{torch.accelerator.current_accelerator()}:{number}") for number in range(count)]
+    places = every or [device_named(device)]
     edits = [Delta.load(Path(path)) for path in deltas]
     directory = checkpoint_dir(spec)
     own = read_json(directory / "config.json")
@@ -65,8 +68,8 @@ def load(
             "and trust_remote_code=True, or give the base checkpoint and the delta"
         )
     check_shards(directory)
-    check_room(directory, dtype, place)
-    model, tokenizer = _open(directory, dtype, place)
+    check_room(directory, dtype, places)
+    model, tokenizer = _open(directory, dtype, places)
     model.eval()
     for delta in edits:
         delta.apply(model)
@@ -74,11 +77,12 @@ def load(
 
 
 def _open(
-    directory: Path, dtype: str | torch.dtype, place: torch.device
+    directory: Path, dtype: str | torch.dtype, places: Sequence[torch.device]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, as transformers reads them, whose load report was read. Raises ``SurgeryError``.
 
-    On an accelerator every tensor goes there as it is read, so that no second copy of the weights is made.
+    On an accelerator every tensor goes there as it is read, so that no second copy of the weights is made; on several,
+    each holds whole blocks.
     """
     import transformers
 
@@ -87,7 +91,7 @@ def _open(
     try:
         config = AutoConfig.from_pretrained(directory)
         options: Any = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        options |= {} if place.type == "cpu" else {"device_map": {"": place}}
+        options |= {} if places[0].type == "cpu" else {"device_map": "balanced" if places[1:] else {"": places[0]}}
         model, report = cast(Any, model_class(config)).from_pretrained(directory, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except ImportError as error:
@@ -96,7 +100,7 @@ def _open(
             "checkpoint that does without (unquantised, with the default attention)"
         ) from error
     except torch.OutOfMemoryError as error:
-        raise SurgeryError(f"{directory}: does not go onto {place} ({_first_line(error)}); try cpu") from error
+        raise SurgeryError(f"{directory}: does not go onto {places[0]} ({_first_line(error)}); try cpu") from error
     except Exception as error:  # whatever a damaged or unknown checkpoint makes transformers raise
         raise SurgeryError(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
@@ -245,6 +249,7 @@ def tensors_of(model: PreTrainedModel, delta: Delta | DeltaFile, directory: Path
         delta = Delta.load(delta.path)
     with restored(delta, model), attached(delta, model) if isinstance(delta, Delta) else nullcontext():
         found = touched(delta, model)
-        read = {name: torch.from_numpy(values(stored, name, 0, math.prod(delta.shapes[name]))) for name in delta.shapes}
-        found.write({name: numbers.reshape(delta.shapes[name]) for name, numbers in read.items()})
+        every = ahead(lambda name: values(stored, name, 0, math.prod(delta.shapes[name])), delta.shapes)
+        for (name, shape), numbers in zip(delta.shapes.items(), every, strict=True):
+            found.write({name: torch.from_numpy(numbers).reshape(shape)})
         yield

@@ -1,9 +1,11 @@
 """Where a model goes: the device and the dtype of a name, and whether the weights have room there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from surgery import processes
 from surgery.catalogue import check_device
 from surgery.errors import SurgeryError
 from surgery.files.safetensors_io import read_header
@@ -29,6 +31,23 @@ def device_named(device: str | torch.device | None) -> torch.device:
     return torch.device(own.type, torch.accelerator.current_device_index())
 
 
+def spread(device: str | torch.device | None) -> bool:
+    """Whether the weights are to be spread over all accelerators ("all"), whole blocks on each.
+
+    Raises ``SurgeryError`` where there is not more than one, or several processes would all do so.
+    """
+    if device != "all":
+        return False
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if count < 2 or processes.wanted() > 1:
+        shared = f" for {processes.wanted()} processes" if processes.wanted() > 1 else ""
+        raise SurgeryError(
+            f"device: all spreads one model over several accelerators; got {count} here{shared}; expected at least 2 "
+            "for one process; leave --device out"
+        )
+    return True
+
+
 def dtype_named(name: str) -> torch.dtype:
     """The torch dtype called ``name`` (float32, float16 or bfloat16); raises ``SurgeryError`` otherwise."""
     if name not in _DTYPES:
@@ -36,9 +55,10 @@ def dtype_named(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def check_room(directory: Path, dtype: str | torch.dtype, place: torch.device) -> None:
-    """Raises ``SurgeryError`` where the weights alone are larger than what is free on an accelerator."""
-    free = free_memory(place)
+def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch.device]) -> None:
+    """Raises ``SurgeryError`` where the weights alone are larger than what is free on the accelerators ``places``."""
+    known = [free_memory(place) for place in places]
+    free = None if None in known else sum(map(int, known))  # type: ignore[arg-type]
     if free is None or not any(directory.glob("*.safetensors")):
         return
     entries = [entry for file in directory.glob("*.safetensors") for entry in read_header(file).tensors.values()]
@@ -48,8 +68,8 @@ def check_room(directory: Path, dtype: str | torch.dtype, place: torch.device) -
     if needed > free:
         raise SurgeryError(
             f"{directory}: {count:,} numbers in {str(dtype).removeprefix('torch.')} are {needed / 1e9:.1f} GB, and "
-            f"{place} has {free / 1e9:.1f} GB free; expected all of them to fit there: take a 16-bit dtype, a larger "
-            "device, or --device cpu"
+            f"{' + '.join(map(str, places))} has {free / 1e9:.1f} GB free; expected all of them to fit there: take a "
+            "16-bit dtype, a larger device, several (--device all), or --device cpu"
         )
 
 

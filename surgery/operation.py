@@ -39,6 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.natural_gain import Objective
 from surgery import apply as disk
 from surgery import delta as deltas
+from surgery import processes
 from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.delta import Delta
@@ -175,11 +176,15 @@ class Operation:
         Without an undo record: it would hold the changed part of the base again, which stands where it stood. Where
         the folder is to be measured and removed, its files that do not change are hard links, if that can be.
         """
+        return Applied(**processes.told(partial(self._apply, file, saved, undo)))
+
+    def _apply(self, file: Path, saved: Path, undo: Undo) -> dict[str, Any]:
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
         options: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo}
         options |= {"link": not self.keep_checkpoint and can_link(self.directory, saved.parent)}
+        options |= {"sync": self.keep_checkpoint}
         report = disk.apply(file, self.directory, saved, **options)
-        return Applied(report.rounding, report.entries, report.changed, report.lost)
+        return Applied(report.rounding, report.entries, report.changed, report.lost).to_dict()
 
     def carry_out(
         self,
@@ -207,7 +212,8 @@ class Operation:
         with nullcontext() if keep else self.folder.stage("control"):
             made = self.folder.once(f"trained-{plain}", partial(self._trained, name, train, trains, steps, file))
             found = self.folder.once(f"measured-{plain}", saved)
-            if not keep:
+            processes.wait()
+            if not keep and processes.first():
                 file.unlink(missing_ok=True)
         return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], Applied(**found["applied"]))
 
@@ -217,7 +223,8 @@ class Operation:
             deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
             made = train(track)
         with stage("write"):
-            return {"edit": made.edit.to_dict(), "delta": self.delta(made).record(file)}
+            record = processes.told(lambda: self.delta(made).record(file))
+        return {"edit": made.edit.to_dict(), "delta": record}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
         saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)
@@ -227,7 +234,8 @@ class Operation:
             applied = self.apply(file, saved, undo=undo)
         with self.folder.stage("after"), tensors_of(self.model, delta, saved):
             measured = measure()
-        if not self.keep_checkpoint:
+        processes.wait()
+        if not self.keep_checkpoint and processes.first():
             shutil.rmtree(saved)
         return {"measured": measured, "applied": applied.to_dict()}
 
@@ -246,17 +254,21 @@ class Operation:
 
         Scores that ``measure`` gave with their bootstrap samples (``plain(..., samples=True)``) are paired.
         """
+        return Run(self.out, processes.told(partial(self._finish, summary, report)))
+
+    def _finish(self, summary: Summary, report: Report) -> dict[str, Any]:
         values = summary.to_dict()
         values = without_samples(values | {"differences": differences(values)}) | self._cost()
         with self.folder.stage("report"):
             report(self.folder.path, values, self.recipe)
         values |= self._cost()
         write_json(self.folder.path / "run.json", values)
-        return Run(self.out, values)
+        return values
 
     def _cost(self) -> dict[str, Any]:
-        """The seconds of each stage, and on an accelerator the most memory that was taken there."""
-        peak = {} if self.model.device.type == "cpu" else {"peak_bytes": torch.accelerator.max_memory_allocated()}
+        """The seconds of each stage, and the most memory that was taken on one accelerator."""
+        every = range(0 if self.model.device.type == "cpu" else torch.accelerator.device_count())
+        peak = {"peak_bytes": max(torch.accelerator.max_memory_allocated(one) for one in every)} if every else {}
         return {"seconds": self.folder.seconds(), **peak}
 
 

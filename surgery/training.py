@@ -1,10 +1,11 @@
 """The only training loop: chosen parameters of a live model, per-example losses, any number of processes.
 
-It runs through Accelerate: alone in a notebook, data parallel under ``accelerate launch`` or ``torchrun``.
+Alone in a notebook or data parallel under ``accelerate launch``: the parts of a step (``Plan.parts``) are then shared
+over the processes, and their gradients added in the order of the parts, so that the result does not depend on how many
+processes there are. A step of one part is computed by every process alike.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.errors import SurgeryError
 from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved, total
+from surgery.processes import count as processes
+from surgery.processes import first as is_first
+from surgery.processes import joined, mine, wait
 from surgery.training_state import TrainingState
 
 Log = Callable[[dict[str, Any]], None]
@@ -44,6 +47,8 @@ class Plan:
     """The share of the steps in which the learning rate rises linearly from 0."""
     shuffle: bool = True
     """Take the examples of each epoch in an order drawn by the seed, not as they are numbered."""
+    parts: int = 1
+    """In how many passes a step's examples are taken: so many processes can share them. To rounding the same result."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step ``step`` (from 0) of ``steps``."""
@@ -117,59 +122,92 @@ def train(
     if plan.schedule not in ("constant", "linear"):
         raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
     device = next(iter(parameters.values())).device
-    # The flag chooses how processes progress; alone it would only forbid a later training on another device.
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    accelerator = Accelerator(cpu=together and device.type == "cpu", device_placement=False)
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     first = _first(count, plan, seed)
     with _deterministic(device):
         before = ask(model, parameters, asked or losses, first, half=half)
     check_gradient(before, len(parameters))
     model.train(plan.dropout)
-    # Alone there is nothing to prepare, and preparing would leave a mark on the user's model.
-    module = accelerator.prepare_model(model, device_placement=False) if accelerator.num_processes > 1 else model
     optimizer = _optimizer(parameters, plan, rates or {}, device)
     kept = TrainingState(state, parameters, optimizer, plan, seed) if state is not None else None
     done = kept.take_up() if kept else []
     steps = steps_of(count, plan)
     ended = [after(step + 1, None) for step in range(len(done))] if after else []
-    try:
-        with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
-            for step, rows in enumerate(_portions(count, plan, seed)):
-                if step < len(done):
-                    continue
-                if any(ended):
-                    break
-                rate = plan.rate(step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["factor"]  # of ``rates``, or set by ``after``; saved with the optimizer
-                torch.manual_seed(seed * 1_000_003 + step) if plan.dropout else None
-                with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                    loss = _shared_loss(accelerator, losses, module, rows)
-                optimizer.zero_grad()
-                accelerator.backward(loss)
-                value = float(accelerator.reduce(loss.detach(), "mean"))
-                _check_loss(value, plan, step + 1)
-                optimizer.step()
-                done.append(value)
-                if log:
-                    log({"step": step + 1, "loss": value, "lr": rate})
-                if step_done:
-                    step_done(1)
-                if after:
-                    ended.append(after(step + 1, optimizer))
-                    model.train(plan.dropout)
-                if kept and accelerator.is_main_process:
-                    kept.save_when_due(done)
-        _check_finite(parameters, plan, len(done))
-        optimizer.zero_grad()
-        with _deterministic(device):
-            after_all = ask(model, parameters, asked or losses, first, half=half)
-    finally:
-        accelerator.free_memory()
-    if kept and accelerator.is_main_process:
+    if processes() > 1:
+        wait()  # the state was read by all before one writes it anew
+    with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
+        for step, rows in enumerate(_portions(count, plan, seed)):
+            if step < len(done):
+                continue
+            if any(ended):
+                break
+            rate = plan.rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]  # of ``rates``, or set by ``after``; saved with the optimizer
+            optimizer.zero_grad()
+            drawn = seed * 1_000_003 + step if plan.dropout else None
+            value = _gradients(model, parameters, losses, rows, plan.parts, half, drawn)
+            _check_loss(value, plan, step + 1)
+            optimizer.step()
+            done.append(value)
+            if log:
+                log({"step": step + 1, "loss": value, "lr": rate})
+            if step_done:
+                step_done(1)
+            if after:
+                ended.append(after(step + 1, optimizer))
+                model.train(plan.dropout)
+            if kept and is_first():
+                kept.save_when_due(done)
+    _check_finite(parameters, plan, len(done))
+    optimizer.zero_grad()
+    with _deterministic(device):
+        after_all = ask(model, parameters, asked or losses, first, half=half)
+    if kept and is_first():
         kept.file.unlink(missing_ok=True)
     return done, moved(before, after_all)
+
+
+def _gradients(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    losses: Losses,
+    rows: list[int],
+    parts: int,
+    half: torch.dtype | None,
+    drawn: int | None,
+) -> float:
+    """The mean loss of ``rows``; its gradient is left in the parameters, the same however many processes there are.
+
+    A part's random numbers (dropout) are those of ``drawn`` and its number.
+    """
+    device = next(iter(parameters.values())).device
+    pieces = [piece.tolist() for piece in np.array_split(rows, min(parts, len(rows)))]
+    shared = len(pieces) > 1 and processes() > 1
+    values = np.zeros(len(pieces))
+    found: dict[int, tuple[Tensor | None, ...]] = {}
+    for number in mine(range(len(pieces))) if shared else range(len(pieces)):
+        if drawn is not None:
+            torch.manual_seed(drawn + 7_368_787 * number)
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+            loss = total(losses(model, pieces[number])).float().mean() * (len(pieces[number]) / len(rows))
+        values[number] = float(loss.detach())
+        if shared:
+            found[number] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        else:
+            loss.backward()
+    if not shared:
+        return float(sum(values))
+    for place, parameter in enumerate(parameters.values()):
+        every = parameter.new_zeros(len(pieces), *parameter.shape)
+        for number, gradients in found.items():
+            if (gradient := gradients[place]) is not None:
+                every[number] = gradient
+        every = joined(every)
+        parameter.grad = every[0]
+        for gradient in every[1:]:  # in this order, as one process adds them up
+            parameter.grad = parameter.grad + gradient
+    return float(sum(joined(values)))
 
 
 def _optimizer(
@@ -188,14 +226,6 @@ def _optimizer(
         weight_decay=plan.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-
-
-def _shared_loss(accelerator: Accelerator, losses: Losses, module: nn.Module, rows: list[int]) -> Float[Tensor, ""]:
-    """This process's part of the rows' loss; its mean over the processes is the rows' mean loss."""
-    with accelerator.split_between_processes(rows) as mine:
-        # A process without a row of the last small batch still takes part, with weight 0.
-        weight = len(mine) * accelerator.num_processes / len(rows)
-        return total(losses(module, mine or rows[:1])).float().mean() * weight
 
 
 def steps_of(count: int, plan: Plan) -> int:

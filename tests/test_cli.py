@@ -77,7 +77,7 @@ def test_eval_with_a_delta_in_memory(run: Path, checkpoint: Path, tmp_path: Path
     assert surgery(*arguments, tmp_path / "after.json", "--delta", run / "delta.safetensors")[0] == 0
     before, after = (json.loads((tmp_path / name).read_text()) for name in ("before.json", "after.json"))
     assert before["genbias"]["afgb"]["all"]["value"] != after["genbias"]["afgb"]["all"]["value"]
-    assert set(before) == {"genbias", "model", "deltas"}
+    assert set(before) == {"genbias", "model", "dtype", "deltas"}
 
 
 def test_eval_of_two_checkpoints_is_paired_and_says_what_got_worse_first(

@@ -21,6 +21,7 @@ from surgery import delta as deltas
 from surgery.delta import Delta
 from surgery.files import rounding
 from surgery.files import weight_fingerprint as sketch
+from surgery.files.threads import MOST, ahead
 
 fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -454,3 +455,17 @@ def test_stochastic_fp16_is_right_on_average_for_small_and_negative_numbers(valu
     drawn = rounding.narrow(values, "F16", "stochastic", 0, "t", 0).astype(np.float64)
     step = max(2.0**-24, abs(value) * 2.0**-10)
     assert abs(drawn.mean() - np.float32(value)) < 0.01 * step and len(set(drawn)) == 2
+
+
+def test_pieces_in_threads_come_in_order_a_few_ahead_and_the_first_failure_is_raised() -> None:
+    begun: list[int] = []
+
+    def piece(number: int) -> int:
+        begun.append(number)
+        return 100 // (50 - number)
+
+    found = ahead(piece, range(100))
+    assert next(found) == 2 and len(begun) <= 2 * MOST
+    with pytest.raises(ZeroDivisionError):
+        list(found)
+    assert set(range(51)) <= set(begun) and max(begun) <= 50 + MOST + 1

@@ -194,3 +194,11 @@ def test_broken_weights_and_a_missing_head_are_named() -> None:
     with pytest.raises(SurgeryError, match="sequence 0 are not finite"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         token_log_probabilities(model, [[3, 4], [3, 5]])
+
+
+def test_sequences_that_differ_in_their_last_token_only_are_run_once() -> None:
+    found = packs([[1, 2, 3], [1, 2, 4], [1, 2]], [2, 2, 1], shared=False)
+    assert [(pack.ids, sorted(pack.wanted)) for pack in found] == [
+        ([1], [(0, 2, 2, 0)]),
+        ([1, 2], [(1, 3, 0, 0), (1, 4, 1, 0)]),
+    ]

@@ -12,7 +12,7 @@ from surgery.runs import settings as shared
 CONTROLS = ("lftf", "random", "no_hold")
 
 
-class Settings(shared.Training, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
+class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
     """This project's own method; the defaults were chosen on development parts of SmolLM2-135M-Instruct."""
 
     renamed = {"part": "block_part", "top": "kept_tokens"}

@@ -3,10 +3,9 @@
 import hashlib
 import math
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, wri
 from surgery.files.quantised_rows import open_target
 from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import read_exactly
+from surgery.files.threads import ahead
 
 Undo = Literal["record", "reference", "none"]
 
@@ -81,6 +81,7 @@ def apply(
     tied: Tied | None = None,
     vocabulary: Vocabulary = "refuse",
     progress: OnBytes | None = None,
+    sync: bool = True,
 ) -> ApplyReport:
     """Write to the new folder `out` the checkpoint with scale * difference added, rounded once to each
     tensor's dtype.
@@ -101,6 +102,7 @@ def apply(
             or the reverse.
         vocabulary: "first" changes the first rows of an extended vocabulary, if the tokenizers agree on them.
         progress: called with (bytes done, bytes in all), from more than one thread but never at once.
+        sync: wait until all is on the disk; not for a result that is read once and removed.
 
     Raises:
         SurgeryError: refused or failed; then nothing was created and the source is as it was.
@@ -126,14 +128,15 @@ def apply(
             edited = sorted({edit.file for edit in plan.edits})
             links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
             total = sum((stored.path / name).stat().st_size for name in stored.files)
-            with Copier(stored.path, part, links, total, progress) as copier:
+            with Copier(stored.path, part, links, total, progress, sync=sync) as copier:
                 copier.copy(edited)
                 copier.start([name for name in stored.files if name not in edited])
                 changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
             if writer:
                 writer.finish()
             names = [*stored.files, *([record] if record else [])]
-            sync_tree(part, [name for name in names if name not in links])
+            if sync:
+                sync_tree(part, [name for name in names if name not in links])
             size = sum((part / name).stat().st_size for name in names)
             publish(part, out)
     except OSError as error:
@@ -176,21 +179,20 @@ def _rewrite(
     codes: str,
 ) -> list[TensorChange]:
     changes = []
-    with ThreadPoolExecutor(1) as helper:
-        for edit in plan.edits:
-            path = folder / edit.file
-            fd = open_writable(path)
-            try:
-                if edit.layer is not None:
-                    if writer:
-                        writer.begin(edit)
-                    done = rewrite_layer(delta, edit, stored, fd, path, (scale, codes, seed), writer)
-                    name, size = edit.layer.name, edit.layer.elements
-                    changes.append(TensorChange(name, edit.file, edit.layer.kind, size, *done, edit.distance))
-                    continue
-                changes.append(_rewrite_tensor(delta, edit, fd, path, scale, rounding, seed, writer, helper))
-            finally:
-                os.close(fd)
+    for edit in plan.edits:
+        path = folder / edit.file
+        fd = open_writable(path)
+        try:
+            if edit.layer is not None:
+                if writer:
+                    writer.begin(edit)
+                done = rewrite_layer(delta, edit, stored, fd, path, (scale, codes, seed), writer)
+                name, size = edit.layer.name, edit.layer.elements
+                changes.append(TensorChange(name, edit.file, edit.layer.kind, size, *done, edit.distance))
+                continue
+            changes.append(_rewrite_tensor(delta, edit, fd, path, scale, rounding, seed, writer))
+        finally:
+            os.close(fd)
     return changes
 
 
@@ -203,23 +205,14 @@ def _rewrite_tensor(
     rounding: str,
     seed: int,
     writer: RecordWriter | None,
-    helper: ThreadPoolExecutor,
 ) -> TensorChange:
     dtype, kind = edit.entry.dtype, STORED[edit.entry.dtype]
     before, after = hashlib.sha256(), hashlib.sha256()
     changed = lost = 0
 
-    def account(raw: bytes, old: np.ndarray, new: np.ndarray) -> None:
-        """Hash and record one chunk; beside the next one's arithmetic, since hashlib and zlib release the GIL."""
-        before.update(raw)
-        after.update(new.view(np.uint8).data)
-        if writer:
-            writer.feed(old, new)
-
-    if writer:
-        writer.begin(edit)
-    pending: Future[None] | None = None
-    for start, stop in chunks(edit.entry, edit.elements):
+    def chunk(at: tuple[int, int]) -> tuple[bytes, np.ndarray, int, int]:
+        """Add to one chunk and write it: its bytes before, its numbers now, how many changed, how many were lost."""
+        start, stop = at
         offset = edit.entry.begin + start * kind.itemsize
         raw = read_exactly(fd, offset, (stop - start) * kind.itemsize, path)
         old = np.frombuffer(raw, kind)
@@ -227,26 +220,21 @@ def _rewrite_tensor(
         for name in edit.sources[1:]:
             difference = difference + delta.read(name, start, stop)
         # The delta's name keys the random bits: a renamed or resharded target gets the same numbers.
-        new = add(
-            old,
-            difference,
-            dtype,
-            scale=scale,
-            rounding=rounding,
-            seed=seed,
-            name=edit.sources[0],
-            start=start,
-        )
-        new = np.ascontiguousarray(new, kind)
+        options: Any = {"rounding": rounding, "seed": seed, "name": edit.sources[0], "start": start}
+        new = np.ascontiguousarray(add(old, difference, dtype, scale=scale, **options), kind)
         same = new.view(f"<u{kind.itemsize}") == old.view(f"<u{kind.itemsize}")
-        changed += int(same.size - np.count_nonzero(same))
-        lost += int(np.count_nonzero(same & (difference != 0))) if scale else 0
         write_exactly(fd, offset, new.view(np.uint8).data)
-        if pending:
-            pending.result()  # one chunk at a time: memory stays flat, the order is kept
-        pending = helper.submit(account, raw, old, new)
-    if pending:
-        pending.result()
+        gone = int(np.count_nonzero(same & (difference != 0))) if scale else 0
+        return raw, new, int(same.size - np.count_nonzero(same)), gone
+
+    if writer:
+        writer.begin(edit)
+    for raw, new, here, gone in ahead(chunk, chunks(edit.entry, edit.elements)):
+        changed, lost = changed + here, lost + gone
+        before.update(raw)
+        if writer:
+            after.update(new.view(np.uint8).data)
+            writer.feed(np.frombuffer(raw, kind), new)
     if before.hexdigest() != edit.sha256:
         raise SurgeryError(f"{path.name}: {edit.target!r} changed while it was being copied; run the command again")
     if writer:

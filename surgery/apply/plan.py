@@ -19,6 +19,7 @@ from surgery.files.quantised_rows import measure_layer
 from surgery.files.rounding import refuse_not_finite
 from surgery.files.safetensors_io import Entry
 from surgery.files.tensor_names import common_prefix, is_vocabulary, same_tensors, translate
+from surgery.files.threads import ahead
 
 Tied = Literal["embed", "head", "both"]
 Vocabulary = Literal["refuse", "first"]
@@ -83,19 +84,17 @@ def make_plan(
     check_architecture(delta, stored)
     targets = _targets(delta, stored, rename, tied)
     sizes = {target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()}
-    for name, shape in delta.shapes.items():
-        step = 2**20
-        for start in range(0, math.prod(shape), step):
-            refuse_not_finite(delta.read(name, start, min(start + step, math.prod(shape))), name, "the delta")
-    edits, moved = [], []
-    for target, sources in targets.items():
-        base = delta.metadata["tensors"][sources[0]]
-        layer = stored.layers.get(target)
-        found: Measured | None
+    _refuse_not_finite(delta)
+
+    def look(target: str) -> Measured | None:
+        base, layer = delta.metadata["tensors"][targets[target][0]], stored.layers.get(target)
         if layer is not None:
-            found = measure_layer(stored, layer)
-        else:
-            found = measure(stored, target, sizes[target], known=base["sha256"])
+            return measure_layer(stored, layer)
+        return measure(stored, target, sizes[target], known=base["sha256"])
+
+    edits, moved = [], []
+    for (target, sources), found in zip(targets.items(), ahead(look, targets), strict=True):
+        base, layer = delta.metadata["tensors"][sources[0]], stored.layers.get(target)
         gap = 0.0
         if found is not None:
             gap = sketch.distance(found.sketch, found.norm, unpack_sketch(base["sketch"]), base["norm"])
@@ -117,6 +116,17 @@ def make_plan(
     farthest, gap = sketch.judged(distances, shapes)
     edits.sort(key=lambda edit: (edit.file, edit.entry.begin))
     return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
+
+
+def _refuse_not_finite(delta: Differences) -> None:
+    def look(at: tuple[str, int]) -> None:
+        name, start = at
+        stop = min(start + 2**20, math.prod(delta.shapes[name]))
+        refuse_not_finite(delta.read(name, start, stop), name, "the delta")
+
+    places = ((name, start) for name, shape in delta.shapes.items() for start in range(0, math.prod(shape), 2**20))
+    for _ in ahead(look, places):
+        pass
 
 
 def _holds(delta: Differences, moved: list[tuple[str, np.ndarray]]) -> bool:

@@ -1,14 +1,17 @@
 """What the commands share: the application, the options, and one clear line for every failure."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from surgery import processes
 from surgery.errors import SurgeryError
 
 app = typer.Typer(
@@ -23,8 +26,10 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one.")
+    str | None,
+    typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one; all: several."),
 ]
+SILENT = {"quiet": True, "json_file": None, "plot": None}  # options of the processes beside the first
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
 
 
@@ -35,10 +40,13 @@ def group(name: str, text: str) -> typer.Typer:
     return found
 
 
-def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    under: typer.Typer = app, *, shared: bool = False, **kwargs: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command whose failures are one line on standard error and exit code 1, and whose notes are a line each.
 
-    ``under``: a ``group``; without one the command stands on its own.
+    ``under``: a ``group``; without one the command stands on its own. ``shared``: processes that ``accelerate launch``
+    started share its work, and the first one prints and writes; any other command refuses to run several times at once.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -54,11 +62,15 @@ def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., 
 
             plain, warnings.showwarning = warnings.showwarning, show
             try:
-                function(*args, **options)
+                if not shared:
+                    _refuse_several(function.__name__)
+                with processes.started(options.get("device")):
+                    _by_the_first(function)(*args, **options)
             except (SurgeryError, HookError) as error:
                 if options.get("debug"):
                     raise
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                if processes.says():
+                    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
@@ -69,6 +81,27 @@ def command(under: typer.Typer = app, **kwargs: Any) -> Callable[[Callable[..., 
         return under.command(**kwargs)(guarded)
 
     return wrap
+
+
+def _refuse_several(name: str) -> None:
+    if processes.wanted() > 1:
+        raise SurgeryError(
+            f"{name}: got {processes.wanted()} processes, which would all do the same; expected one: start it without "
+            "accelerate launch (run, eval and attribute build share their work)"
+        )
+
+
+def _by_the_first(function: Callable[..., None]) -> Callable[..., None]:
+    """The command as this process carries it out: only the first says anything and writes the user's files."""
+    if processes.first():
+        return function
+
+    def silent(*args: Any, **options: Any) -> None:
+        silenced = {key: value for key, value in SILENT.items() if key in options}
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            function(*args, **(options | silenced))
+
+    return silent
 
 
 def examples(*lines: str) -> str:

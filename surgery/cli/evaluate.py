@@ -12,6 +12,7 @@ from surgery.errors import SurgeryError
 
 
 @command(
+    shared=True,
     name="eval",
     epilog=examples(
         "surgery eval demo",
@@ -20,6 +21,7 @@ from surgery.errors import SurgeryError
         "surgery eval demo --suite stereoset --suite crows_pairs --data ./data --scorer bias-bench",
         "surgery eval demo --data jobs.toml --words-as continuations",
         "surgery eval demo --lm-eval mmlu,hellaswag --limit 200",
+        "accelerate launch --num_processes 4 -m surgery eval ./checkpoint --suite stereoset --data ./data",
     ),
 )
 def evaluate(
@@ -55,6 +57,9 @@ def evaluate(
     limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Draws the rows of --limit.")] = 0,
     json_file: JsonFile = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto, the checkpoint's own.")
+    ] = "float32",
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -93,7 +98,7 @@ def evaluate(
     from surgery.metrics.suite import plain
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
-        opened = open_model(spec, quiet, device=device, deltas=deltas)
+        opened = open_model(spec, quiet, dtype=dtype, device=device, deltas=deltas)
         return judges.judge(*opened, progress=progress)
 
     reference = measured_on(against, []) if against is not None else None
@@ -104,7 +109,7 @@ def evaluate(
         pairs = sum(1 for _ in leaves(differences(reference, measured)))
         found = differences(reference, measured, axes=pairs)
     if json_file:
-        about = {"model": model, "deltas": [str(path) for path in delta or []]}
+        about = {"model": model, "dtype": dtype, "deltas": [str(path) for path in delta or []]}
         second = {"against": {"model": against, "scores": plain(reference)}, "differences": found}
         write_json(json_file, scores | about | (second if reference is not None else {}))
     if reference is None:

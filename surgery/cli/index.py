@@ -30,6 +30,7 @@ Contrast = Annotated[
 
 @command(
     attribute,
+    shared=True,
     epilog=examples(
         "surgery attribute build demo --data mixture.jsonl --out index --targets q_proj,v_proj",
         "surgery attribute build ./checkpoint --adapter ./lora --data mixture.jsonl --out index --resume",

@@ -1,26 +1,27 @@
 """The commands run and list, and what commands that open a model share."""
 
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from surgery import processes
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples
 from surgery.errors import SurgeryError
 
 
 @command(
+    shared=True,
     add_help_option=False,
     epilog=examples(
         "surgery run lftf --help",
         "surgery run lftf --model demo --set lr=1e-4 --out runs/first",
         "surgery run runs/first/recipe.toml --out runs/again",
         "surgery run lftf --model demo --set ablations=true --set block=25",
+        "accelerate launch --num_processes 4 -m surgery run equalize --model ./checkpoint --set parts=4",
     ),
 )
 def run(
@@ -48,12 +49,15 @@ def run(
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
     folder = out or Path("runs") / path.stem
-    # Every process of a distributed run computes the same; the first one writes, the others into a scratch folder.
-    if int(os.environ.get("RANK", "0")) > 0:
-        quiet, folder, resume = True, Path(tempfile.mkdtemp()) / "run", False
     from surgery.runs.folder import check_free
 
-    check_free(folder, resume=resume)
+    if processes.count() > 1 and not module.Settings.shares_work:
+        raise SurgeryError(
+            f"{path.stem}: got {processes.count()} processes, and this recipe works in one; expected one: start it "
+            "without accelerate launch"
+        )
+    if processes.first():
+        check_free(folder, resume=resume)
     check_opening(ready.model, device)
     ready.check()
     for line in ready.cautions():
@@ -124,7 +128,7 @@ def check_opening(model: str, device: str | None) -> None:
     from surgery.catalogue import check_device
     from surgery.files.converted import check_model
 
-    check_device(device)
+    check_device(None if device == "all" else device)
     check_model(model)
 
 

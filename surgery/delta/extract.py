@@ -1,6 +1,7 @@
 """Make a delta: from the differences an edit found in a live model, or from two checkpoints on disk."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from surgery.files.architecture import is_embedding, is_head, tokenizer_fingerpr
 from surgery.files.checkpoint_files import CheckpointFiles, measure, open_checkpoint
 from surgery.files.converted import public_name
 from surgery.files.rounding import refuse_not_finite
+from surgery.files.threads import ahead
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +106,8 @@ def _assemble(
 ) -> Delta:
     """The delta of `tensors` with what the checkpoint says of the `changed` ones, and the fields of `about`."""
     entries: dict[str, dict[str, Any]] = {}
-    for name in changed:
-        found = measure(stored, name)
+    names = list(changed)
+    for name, found in zip(names, ahead(partial(measure, stored), names), strict=True):
         assert found is not None  # no hash was given to compare with
         entries[name] = {
             "shape": list(stored.entry(name).shape),

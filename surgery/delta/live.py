@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import brief, differences, facts
 from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
 from surgery.files.tensor_names import is_vocabulary
+from surgery.files.threads import ahead
 from surgery.modules import cross_attention, projection
 
+PIECE = 2**21  # numbers that are added and rounded at a time
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -177,38 +180,41 @@ def _edited(
     how, drawn = rounding_of(delta.metadata, rounding, seed)
     found = touched(delta, model)
     held = {name: tensor for name, tensor in found.read().items() if name in delta.shapes}
-    _check_related(delta, held, force)
+    before = {name: to_stored(tensor) for name, tensor in held.items()}
+    _check_related(delta, before, {name: _DTYPES[tensor.dtype] for name, tensor in held.items()}, force)
     as_stored |= any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-    edited = {}
-    for name, tensor in held.items():
-        difference = delta.read(name, 0, tensor.numel())
+
+    def piece(at: tuple[str, int]) -> np.ndarray:
+        name, start = at
+        stop = min(start + PIECE, before[name].size)
+        difference = delta.read(name, start, stop)
         refuse_not_finite(difference, name, "the delta")
-        dtype = _DTYPES[tensor.dtype]
-        result = add(
-            to_stored(tensor),
-            difference,
-            dtype,
-            scale=scale,
-            rounding=how,
-            seed=drawn,
-            name=name,
-            start=0,
-        )
+        dtype = _DTYPES[held[name].dtype]
+        options: Any = {"rounding": how, "seed": drawn, "name": name, "start": start}
+        result = add(before[name][start:stop], difference, dtype, scale=scale, **options)
         wanted = delta.metadata["tensors"][name]["dtype"]
         if as_stored and dtype == "F32" and wanted in STORED:
-            result = widen(narrow(result, wanted, how, drawn, name, 0), wanted)
-        edited[name] = from_stored(result, tensor)
-    return found, edited
+            result = widen(narrow(result, wanted, **options), wanted)
+        return result
+
+    after = {name: np.empty_like(numbers) for name, numbers in before.items()}
+    places = [(name, start) for name, numbers in before.items() for start in range(0, numbers.size, PIECE)]
+    for (name, start), numbers in zip(places, ahead(piece, places), strict=True):
+        after[name][start : start + numbers.size] = numbers
+    return found, {name: from_stored(after[name], tensor) for name, tensor in held.items()}
 
 
-def _check_related(delta: Differences, held: Mapping[str, torch.Tensor], force: bool) -> None:
-    distances = {}
-    for name, tensor in held.items():
-        entry = delta.metadata["tensors"][name]
+def _check_related(delta: Differences, held: Mapping[str, np.ndarray], dtypes: Mapping[str, str], force: bool) -> None:
+    """held: what the model has, as `to_stored` gives it."""
+
+    def distance(name: str) -> float:
+        entry, numbers = delta.metadata["tensors"][name], held[name]
         sketcher = sketch.Sketcher()
-        sketcher.feed(widen(to_stored(tensor), _DTYPES[tensor.dtype]))
-        sums, norm = sketcher.finish()
-        distances[name] = sketch.distance(sums, norm, unpack_sketch(entry["sketch"]), entry["norm"])
+        for start in range(0, numbers.size, PIECE):
+            sketcher.feed(widen(numbers[start : start + PIECE], dtypes[name]))
+        return sketch.distance(*sketcher.finish(), unpack_sketch(entry["sketch"]), entry["norm"])
+
+    distances = dict(zip(held, ahead(distance, held), strict=True))
     if distances:
         sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
 

@@ -25,16 +25,23 @@ class Copier:
     """Copies files of `source` into `out`, some at once (`copy`), the rest in a second thread (`start`).
 
     Inside `with`; at its end the second thread has finished, after an exception it is stopped at the next
-    piece. Files in `link` become hard links.
+    piece. Files in `link` become hard links. Without `sync` the copies need not survive the machine.
 
     Raises:
         OSError: the disk is full, ...; SurgeryError: a hard link is impossible.
     """
 
     def __init__(
-        self, source: Path, out: Path, link: frozenset[str], total: int, progress: OnBytes | None = None
+        self,
+        source: Path,
+        out: Path,
+        link: frozenset[str],
+        total: int,
+        progress: OnBytes | None = None,
+        *,
+        sync: bool = True,
     ) -> None:
-        self._source, self._out, self._link = source, out, link
+        self._source, self._out, self._link, self._sync = source, out, link, sync
         self._total, self._progress, self._done = total, progress, 0
         self._lock, self._stop = Lock(), Event()
         self._thread = ThreadPoolExecutor(1)
@@ -48,7 +55,7 @@ class Copier:
             if name in self._link:
                 self._hard_link(name, target)
             else:
-                copy_file(self._source / name, target, self._seen)
+                copy_file(self._source / name, target, self._seen, sync=self._sync)
 
     def start(self, names: Iterable[str]) -> None:
         """Copy in the second thread."""
@@ -93,15 +100,18 @@ def can_link(source: Path, out: Path) -> bool:
     return True
 
 
-def copy_file(source: Path, target: Path, seen: Callable[[int], None]) -> None:
-    """Content, mode and times: by reference where the file system can, else inside the kernel, else read and write."""
+def copy_file(source: Path, target: Path, seen: Callable[[int], None], *, sync: bool = True) -> None:
+    """Content, mode and times: by reference where the file system can, else inside the kernel, else read and write.
+
+    Without ``sync`` nothing is begun that makes it durable.
+    """
     fd_in = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(fd_in).st_size
             if not _clone(fd_in, fd_out):
-                copy_range(fd_in, fd_out, size, seen)
+                copy_range(fd_in, fd_out, size, seen, sync=sync)
             else:
                 seen(size)
         finally:
@@ -123,7 +133,16 @@ def _clone(fd_in: int, fd_out: int) -> bool:
     return True
 
 
-def copy_range(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None], *, start: int = 0, at: int = 0) -> None:
+def copy_range(
+    fd_in: int,
+    fd_out: int,
+    size: int,
+    seen: Callable[[int], None],
+    *,
+    start: int = 0,
+    at: int = 0,
+    sync: bool = True,
+) -> None:
     """Copy `size` bytes from byte `start` to byte `at`, inside the kernel where it can."""
     done, in_kernel = 0, sys.platform == "linux"
     while done < size:
@@ -142,7 +161,7 @@ def copy_range(fd_in: int, fd_out: int, size: int, seen: Callable[[int], None], 
             raise SurgeryError(f"a source file became shorter while it was copied (at byte {start + done})")
         # Begin to write this piece to the disk now, not at the fsync: Linux starts the write-back of dirty
         # pages that it is told will not be needed, and keeps them until they are written.
-        if sys.platform == "linux":
+        if sync and sys.platform == "linux":
             os.posix_fadvise(fd_out, at + done, moved, os.POSIX_FADV_DONTNEED)
         done += moved
         seen(moved)

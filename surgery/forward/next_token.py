@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hooks.activations import capture
-from hooks.block_importance import BlockImportance, BmiReducer
+from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
+from surgery.forward.batching import Ids, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.processes import count, gathered, joined, mine
 
 Step = Callable[[int], None]
 
@@ -64,24 +65,26 @@ def next_words(
 
     Raises ``SurgeryError`` when a probability is not finite.
     """
-    found = np.empty((len(ids), len(words)))
-    kept = _Kept(ids, keep)
+    found = np.zeros((len(ids), len(words)))
+    kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
+        batches = mine(batches_for(model, ids))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
-        kept.attach(model, stack)
-        if watch is not None:
+        if batches:  # what is looked at must come by
+            kept.attach(model, stack)
+        if watch is not None and batches:
             feed = watch.feed
             stack.enter_context(
                 capture(
                     model,
                     watch.sites,
-                    reducer=lambda *seen: feed(kept.batch.rows, *seen),
+                    reducer=lambda *seen: feed(kept.rows, *seen),
                     positions=watch.positions,
                 )
             )
-        for rows in batches_for(model, ids):
+        for rows in batches:
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
-            kept.batch = batch
+            kept.rows = batch.rows
             logits = run(batch)
             logs = (logits if shortcuts else batch.at_last(logits)).float().log_softmax(-1)
             found[rows] = logs[:, list(words)].exp().double().cpu().numpy()
@@ -89,6 +92,7 @@ def next_words(
                 seen(rows, logs)
             if step:
                 step(len(rows))
+    found = joined(found)
     if not np.isfinite(found).all():
         where = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
         raise SurgeryError(
@@ -113,21 +117,23 @@ def token_losses(
     short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
     if short:
         raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
-    sums, counts = np.empty(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
-    kept = _Kept(ids, keep)
+    sums, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
+    kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
+        batches = mine(batches_for(model, ids, tokens=logit_budget(model)))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
-        kept.attach(model, stack)
-        for rows in batches_for(model, ids, tokens=logit_budget(model)):
+        if batches:
+            kept.attach(model, stack)
+        for rows in batches:
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
-            kept.batch = batch
+            kept.rows = batch.rows
             logits = run(batch)[:, :-1].float()
             targets = batch.ids[:, 1:]
             losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
             sums[rows] = (losses * batch.mask[:, 1:]).sum(1).double().cpu().numpy()
             if step:
                 step(len(rows))
-    return sums, counts, kept.prefixes()
+    return joined(sums), counts, kept.prefixes()
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def rank_blocks(
     reducer = BmiReducer.of(model, positions=positions)
     entering: list[Tensor] = []
     own: dict[tuple[str, int], list[Tensor]] = {}  # each prompt's BMI, by ranking and block, in the order of the pass
-    order: list[int] = []
+    order: list[int] = []  # the prompts of this process
 
     def feed(rows: Sequence[int], site: str, stream: Tensor, mask: Tensor) -> None:
         block = int(site.split(".")[1])
@@ -173,38 +179,58 @@ def rank_blocks(
     # The shortcut cuts the last block to the last position, where nothing else is looked at.
     watch = Watch(("blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"), feed, positions)
     seen = next_words(model, ids, words, keep=keep, watch=watch, step=step, shortcuts=positions == "last")
+    tables = {name: np.zeros((len(ids), reducer.blocks)) for name in ("raw", "final_norm")}
+    for (name, block), values in own.items():
+        tables[name][order, block] = torch.cat(values).double().cpu().numpy()
+    tables = {name: joined(table) for name, table in tables.items()}
     size = min(100, len(ids))
     draws = [np.random.default_rng(seed).choice(len(ids), size=size, replace=False) for seed in range(1, 6)]
-    variances = {}
-    for column in ("raw", "final_norm"):
-        table = np.empty((len(ids), reducer.blocks))
-        for block in range(reducer.blocks):
-            table[order, block] = torch.cat(own[column, block]).double().cpu().numpy()
-        variances[column] = float(np.var([table[draw].mean(axis=0) for draw in draws], axis=0, ddof=1).mean())
-    return Located(reducer.result(aggregate=aggregate, data="training prompts"), seen.prefixes, variances)
+    variances = {
+        name: float(np.var([table[draw].mean(axis=0) for draw in draws], axis=0, ddof=1).mean())
+        for name, table in tables.items()
+    }
+    lengths = np.array([[len(row) if positions == "all" else 1] for row in ids])
+    sums = {name: (table, table**2, table * lengths, (table * lengths) ** 2) for name, table in tables.items()}
+    columns = {name: np.stack([each.sum(0) for each in four], 1) for name, four in sums.items()}
+    importance = ranked(columns, len(ids), positions, aggregate, "training prompts")
+    return Located(importance, seen.prefixes, variances)
 
 
-class _Kept:
+class Kept:
     """Collects the stream entering some blocks, batch by batch, into one tensor a block."""
 
-    def __init__(self, ids: Ids, blocks: Sequence[int]) -> None:
-        self.ids = tuple(tuple(row) for row in ids)
-        self.rows: dict[str, list[Tensor]] = {
-            f"blocks.{block}.hook_resid_pre": [torch.empty(0)] * len(ids) for block in blocks
-        }
-        self.batch = Batch((), torch.empty(0), torch.empty(0))
+    def __init__(self, ids: Ids, blocks: Sequence[int], device: torch.device) -> None:
+        self.ids, self.device = tuple(tuple(row) for row in ids), device
+        self.starts = np.cumsum([0, *map(len, self.ids)])
+        self.flat: dict[str, Tensor | None] = {f"blocks.{block}.hook_resid_pre": None for block in blocks}
+        self.rows: tuple[int, ...] = ()
+        """Of the batch that is under way."""
 
     def attach(self, model: PreTrainedModel, stack: ExitStack) -> None:
-        if self.rows:
-            stack.enter_context(capture(model, list(self.rows), reducer=self._take))
+        if self.flat:
+            stack.enter_context(capture(model, list(self.flat), reducer=self._take))
 
     def _take(self, site: str, stream: Tensor, mask: Tensor) -> None:
-        for place, row in enumerate(self.batch.rows):
-            self.rows[site][row] = stream[place, : len(self.ids[row])].clone()
+        flat, width, rows = self.flat[site], stream.shape[1], self.rows
+        if flat is None:
+            flat = self.flat[site] = stream.new_zeros(int(self.starts[-1]) + 1, stream.shape[-1])
+        lengths = [len(self.ids[row]) for row in rows]
+        here = np.concatenate([place * width + np.arange(length) for place, length in enumerate(lengths)])
+        there = np.concatenate(
+            [self.starts[row] + np.arange(length) for row, length in zip(rows, lengths, strict=True)]
+        )
+        chosen, into = (torch.from_numpy(index).to(stream.device) for index in (here, there))
+        flat[into] = stream.flatten(0, 1)[chosen]
 
     def prefixes(self) -> dict[int, ResidualCache]:
+        """The streams of all prompts, also of those that other processes computed."""
         made = {}
-        for site, rows in self.rows.items():
+        for site, flat in self.flat.items():
             block = int(site.split(".")[1])
-            made[block] = ResidualCache(block, self.ids, torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[-1])]))
+            if count() > 1:
+                about = gathered(None if flat is None else (flat.shape, flat.dtype))
+                shape, dtype = next(each for each in about if each is not None)
+                flat = joined(torch.zeros(shape, dtype=dtype, device=self.device) if flat is None else flat)
+            assert flat is not None
+            made[block] = ResidualCache(block, self.ids, flat)
         return made

@@ -100,7 +100,8 @@ def shortcut(
             running.append(batch)
             try:
                 logits: Tensor = (call or model)(**batch.inputs(), use_cache=False).logits
-                return batch.at_last(logits) if last and not cut else logits
+                logits = batch.at_last(logits) if last and not cut else logits
+                return logits.to(model.device)  # from another one where a model is spread over several
             finally:
                 handed.clear()
                 running.clear()

@@ -27,6 +27,7 @@ from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, logit_budget
 from surgery.forward.evaluation import evaluating
+from surgery.processes import joined, mine
 from surgery.progress import Advance
 
 Ids = Sequence[Sequence[int]]
@@ -57,7 +58,8 @@ class Pack:
 
 
 def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
-    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); one a pack if not ``shared``.
+    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); if not ``shared`` only those
+    that are equal but for their last token, which is never run, stand in one.
 
     The log-probabilities of the tokens from ``starts[i]`` (at least 1) on are wanted of sequence i.
     """
@@ -66,11 +68,12 @@ def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
     for row in sorted(range(len(rows)), key=lambda row: tuple(rows[row])):
         inputs = rows[row][:-1]
         common = 0
-        if found and shared:
+        if found:
             ids = found[-1].ids
             while common < min(len(inputs), len(path)) and ids[path[common]] == inputs[common]:
                 common += 1
-        if not (found and shared) or len(found[-1].ids) + len(inputs) - common > size:
+        again = common == len(inputs) == len(path)  # the same tokens, of which another next one is asked
+        if not (again or (shared and found and len(found[-1].ids) + len(inputs) - common <= size)):
             found.append(Pack([], [], [], [], []))
             common = 0
         pack = found[-1]
@@ -88,11 +91,18 @@ def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
 
 
 def token_log_probabilities(
-    model: PreTrainedModel, rows: Ids, *, starts: Sequence[int] | None = None, step: Advance | None = None
+    model: PreTrainedModel,
+    rows: Ids,
+    *,
+    starts: Sequence[int] | None = None,
+    size: int = PACK,
+    share: bool = True,
+    step: Advance | None = None,
 ) -> list[Float[np.ndarray, " tokens"]]:
     """For each sequence the natural log of P(token | all tokens before it), of its tokens from ``starts[i]`` on.
 
     ``starts`` defaults to 1: every token that has one before it. Softmax over the full vocabulary, in float32.
+    ``size`` is how many tokens a tree has at most; without ``share`` nothing but equal sequences is run together.
     ``step`` is told of finished sequences. The model is in evaluation mode inside and as it was afterwards.
 
     Raises ``SurgeryError`` for a sequence with nothing to predict, one longer than the model's context, and values
@@ -109,11 +119,11 @@ def token_log_probabilities(
         if limit and len(ids) > limit:
             raise SurgeryError(f"sequence {row}: {len(ids)} tokens, the model takes {limit}; shorten or remove it")
     with evaluating(model):
-        reason = why_not_shared(model, rows)
+        reason = why_not_shared(model, rows, size) if share else None
         if reason:
             said = f"{type(model).__name__}: shared beginnings are encoded each time: {reason}"
             warnings.warn(said, Note, stacklevel=2)
-        found = _run(model, rows, starts, shared=reason is None, step=step)
+        found = _run(model, rows, starts, _size(model, size), shared=share and reason is None, step=step)
     broken = next((row for row, values in enumerate(found) if not np.isfinite(values).all()), None)
     if broken is not None:
         raise SurgeryError(
@@ -138,7 +148,7 @@ def continuation_probabilities(
     return np.exp([values.sum() for values in found]).reshape(len(prompts), len(words))
 
 
-def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
+def why_not_shared(model: PreTrainedModel, rows: Ids, size: int = PACK) -> str | None:
     """Why this model cannot take trees, or None: the tree of the longest sequence against plain passes of rows alone.
 
     Its first and last sequence are far apart in the row and the longest spans most positions, so that a sliding
@@ -148,14 +158,17 @@ def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
     if len(rows) < 2:
         return None
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-    tree = next(pack for pack in packs(rows, [1] * len(rows), size=_size(model)) if longest in pack.rows)
+    most = _size(model, size)
+    tree = next(pack for pack in packs(rows, [1] * len(rows), size=most) if longest in pack.rows)
     compared = list(dict.fromkeys((tree.rows[0], longest, tree.rows[-1])))
 
     def plain() -> list[Tensor]:
-        return [torch.from_numpy(_run(model, [rows[row]], [1], shared=False)[0]) for row in compared]
+        return [torch.from_numpy(_run(model, [rows[row]], [1], 1, shared=False, alone=True)[0]) for row in compared]
 
     try:
-        fast = _run(model, [rows[row] for row in tree.rows], [1] * len(tree.rows), shared=True)
+        fast = _run(
+            model, [rows[row] for row in tree.rows], [1] * len(tree.rows), _size(model, size), shared=True, alone=True
+        )
     except Exception as error:  # an unknown architecture may break anywhere; the reason is said
         return f"it takes no tree-shaped mask ({type(error).__name__}: {error})"[:200]
     quick = [torch.from_numpy(fast[tree.rows.index(row)]) for row in compared]
@@ -164,10 +177,19 @@ def why_not_shared(model: PreTrainedModel, rows: Ids) -> str | None:
 
 
 def _run(
-    model: PreTrainedModel, rows: Ids, starts: Sequence[int], *, shared: bool, step: Advance | None = None
+    model: PreTrainedModel,
+    rows: Ids,
+    starts: Sequence[int],
+    size: int,
+    *,
+    shared: bool,
+    step: Advance | None = None,
+    alone: bool = False,
 ) -> list[Float[np.ndarray, " tokens"]]:
-    found = [np.empty(len(ids) - start) for ids, start in zip(rows, starts, strict=True)]
-    for batch in _batches(model, packs(rows, starts, size=_size(model), shared=shared)):
+    """The values of each sequence, shared over the processes unless each has to do all of it ``alone``."""
+    found = [np.zeros(len(ids) - start) for ids, start in zip(rows, starts, strict=True)]
+    every = _batches(model, packs(rows, starts, size=size, shared=shared))
+    for batch in every if alone else mine(every):
         width = max(len(pack.ids) for pack in batch)
         nodes = [
             (place * width + node, token, row, at)
@@ -186,7 +208,9 @@ def _run(
             found[row][at] = value
         if step:
             step(sum(len(pack.rows) for pack in batch))
-    return found
+    if alone or not found:
+        return found
+    return np.split(joined(np.concatenate(found)), np.cumsum([len(values) for values in found])[:-1])
 
 
 def _head(model: PreTrainedModel) -> str:
@@ -198,15 +222,21 @@ def _head(model: PreTrainedModel) -> str:
     return found
 
 
-def _size(model: PreTrainedModel) -> int:
+def _size(model: PreTrainedModel, size: int) -> int:
     """Tokens of a tree; some architectures keep a mask as wide as their context and take no wider row."""
-    return min(PACK, context_limit(model) or PACK)
+    return min(size, context_limit(model) or size)
 
 
 def _batches(model: PreTrainedModel, every: list[Pack]) -> list[list[Pack]]:
     """Packs of like size, as many as the budget of logits allows and the model takes at once."""
     longest_first = sorted(every, key=lambda pack: -len(pack.ids))
-    groups = batches_for(model, [pack.ids for pack in longest_first], tokens=logit_budget(model))
+    # Only some tokens go through the head: few of prompts with their options, most of sentences.
+    read = sum(len({node for node, *_ in pack.wanted}) for pack in every)
+    share = read / sum(len(pack.ids) for pack in every) if read else 1.0
+    most = 2048 if model.device.type == "cpu" else 16384
+    groups = batches_for(
+        model, [pack.ids for pack in longest_first], tokens=min(most, int(logit_budget(model) / share))
+    )
     return [[longest_first[place] for place in group] for group in reversed(groups)]
 
 
@@ -225,10 +255,11 @@ def _logits(
     where = index.to(device)
 
     def cut(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[where], *args[1:])
+        return (args[0].flatten(0, 1)[where.to(args[0].device)], *args[1:])
 
     handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
     try:
-        return model(**inputs, use_cache=False).logits
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits.to(device)
     finally:
         handle.remove()

@@ -22,16 +22,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hooks.batching import context_limit
+from hooks.batching import context_limit, takes_positions
+from hooks.errors import HookError
 from surgery.data import bios, genbias
 from surgery.data.prompts import read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
-from surgery.forward.batching import batches_for, pad
+from surgery.forward.batching import batches_for
 from surgery.forward.evaluation import evaluating
 from surgery.forward.generation import plain_generation
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.processes import gathered, mine
 from surgery.progress import Advance
 
 MALE = (
@@ -213,21 +215,40 @@ def generate(
         tuple(row) + (0,) * sampling.length for row in repeated
     ]  # a row grows to this width; those of one width need no padding
     with evaluating(model), plain_generation(model):
-        for group in batches_for(model, width_of, tokens=tokens, equal=True):
-            batch = pad(repeated, group, model.device)
+        for group in mine(batches_for(model, width_of, tokens=tokens, equal=not _pads_left(model))):
+            padded, mask = _left([repeated[row] for row in group], model.device)
             draw = _Draw(torch.from_numpy(uniforms[group]).to(model.device), sampling)
             out = generate_ids(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
+                input_ids=padded,
+                attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([draw]),
             )
-            added = out[:, 1:] if model.config.is_encoder_decoder else out[:, batch.ids.shape[1] :]
+            added = out[:, 1:] if model.config.is_encoder_decoder else out[:, padded.shape[1] :]
             for row, text in zip(group, tokenizer.batch_decode(added, skip_special_tokens=True), strict=True):
                 texts[row] = text
             if step:
                 step(len([row for row in group if row % sampling.samples == 0]))
-    return texts
+    return ["".join(each) for each in zip(*gathered(texts), strict=True)]  # each text is of one process, else empty
+
+
+def _pads_left(model: PreTrainedModel) -> bool:
+    """Whether prompts of different lengths may grow side by side: found out, where the model has only a decoder."""
+    if model.config.is_encoder_decoder:
+        return False
+    try:
+        takes_positions(model)  # or not: it is the padding that must not show
+    except HookError:
+        return False
+    return True
+
+
+def _left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The token ids padded on the left with 0, and their mask."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + list(row) for row in rows]
+    masks = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(masks, device=device)
 
 
 class _Draw(LogitsProcessor):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surgery.data.locality import PRONOUNS, SETS, Row
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.processes import gathered, joined
 
 TOP = 256
 """Tokens kept of the untouched model's distribution; KL of these and the rest as one is at most the whole KL."""
@@ -60,6 +61,14 @@ class Distributions:
         if tokens.shape[1] == logs.shape[1]:  # every token is kept, there is no rest
             target, whole = target[:, :-1], mine
         self.kl[list(rows)] = (target.exp() * (target - whole)).sum(-1).clamp(min=0).double().cpu().numpy()
+
+    def join(self) -> None:
+        """Take over what other processes were given."""
+        self.kl = joined(self.kl)
+        own = {row: pair for row, pair in enumerate(self.rows) if len(pair[0])}
+        for others in gathered(own):
+            for row, pair in others.items():
+                self.rows[row] = pair
 
     def made(self) -> Reference:
         """The reference that the batches were; the given one where there was one."""

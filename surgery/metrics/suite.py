@@ -181,6 +181,8 @@ def measure(
                 far = Distributions(len(ids), reference) if suite == "locality" else None
                 asked: Any = {"keep": keep, "prefix": start.get(suite), "step": step, "seen": far}
                 seen = next_words(model, ids, given.asked(suite), **asked)
+                if far:
+                    far.join()
                 found, chances = seen.prefixes, seen.probabilities
                 if given.continuations and suite in WORD_SUITES:
                     chances = np.hstack([continuation_probabilities(model, ids, given.continuations), chances])

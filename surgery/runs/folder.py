@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import HookError
+from surgery import processes
 from surgery.errors import SurgeryError
 from surgery.files import atomic
 
@@ -34,6 +35,8 @@ class Folder:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``, with the time in seconds since the epoch."""
+        if not processes.first():
+            return
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
 
@@ -63,11 +66,12 @@ class Folder:
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of ``compute()``; a continued run takes it from the folder instead."""
         file = self.path / "state" / f"{name}.json"
-        if file.is_file():
+        if processes.told(file.is_file):
             return json.loads(file.read_text("utf-8"))
         value = compute()
-        atomic.write_json(file, value)
-        return value
+        if processes.first():
+            atomic.write_json(file, value)
+        return processes.told(lambda: value)
 
     def state(self, name: str) -> Path:
         """A file that outlives an interruption and is gone from the finished run."""
@@ -85,10 +89,15 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False, again: str = AGA
     Whatever ends it before, an interruption or any failure, what was finished stays in the ``.part`` folder and the
     error's line says so; only what is half written goes, and a failure before anything was finished leaves nothing.
     ``resume`` takes the folder up if its ``recipe.toml`` is the same; ``again`` is the command that does so. One
-    process writes it at a time.
+    process writes it at a time; of several that share a run (``surgery.processes``) the first one, and the others read.
 
     Raises ``SurgeryError`` when ``out`` or a ``.part`` stands in the way, or another process writes there.
     """
+    if not processes.first():
+        processes.wait()
+        yield Folder(out.with_name(out.name + ".part"))
+        processes.wait()
+        return
     part = check_free(out, resume=resume)
     written = part / "recipe.toml"
     if resume and written.read_text("utf-8") != recipe:
@@ -104,7 +113,9 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False, again: str = AGA
         try:
             _drop_half_written(part)
             written.write_text(recipe, "utf-8")
+            processes.wait()
             yield Folder(part)
+            processes.wait()
             shutil.rmtree(part / "state", ignore_errors=True)
             part.rename(out)
         except KeyboardInterrupt:

@@ -35,6 +35,7 @@ class Settings(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """Keys of this recipe that had another name: the old name and the new one. The old one is still understood."""
 
+    shares_work: ClassVar[bool] = False  # whether processes of one accelerate launch may carry it out together
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
     seed: int = 0
@@ -84,15 +85,22 @@ class Epochs(Rates):
         """The training that these settings ask for."""
         from surgery.training import Plan
 
-        return Plan(
-            self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, self.schedule, self.warmup
-        )
+        how: Any = {"schedule": self.schedule, "warmup": self.warmup, "parts": getattr(self, "parts", 1)}
+        return Plan(self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, **how)
 
 
 class Training(Epochs):
     """And by which optimizer."""
 
     optimizer: Literal["adam", "adamw"] = "adamw"
+
+
+class SharedTraining(Training):
+    """And in how many passes a step is taken, which several processes can share."""
+
+    shares_work = True
+    parts: Count = 1
+    """Passes of a step, each over a part of its examples: so many processes share training. To rounding the same."""
 
 
 class Dropout(Settings):

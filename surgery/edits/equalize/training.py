@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hooks import anatomy
-from hooks.activations import capture
+from surgery import processes
 from surgery.edits.block import Trained, names_of
 from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.edits.supervised import Lora, fit, target_names
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
+from surgery.forward.next_token import Kept
 from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
+from surgery.processes import mine
 from surgery.progress import Advance
 from surgery.training import Log, Plan
 
@@ -60,36 +62,39 @@ def prepare_each(
     _check_apart(terms)
     ids = [tuple(row) for term in terms for row in term.ids]
     first = [sum(len(term.ids) for term in terms[:number]) for number in range(len(terms))]
-    targets: list[Target] = [()] * len(ids)
-    sites = {f"blocks.{start}.hook_resid_pre": start for start in starts if start}
-    streams: dict[int, list[Tensor]] = {start: [torch.empty(0)] * len(ids) for start in sites.values()}
+    targets: dict[int, Target] = {}
     plain = Prepared(tuple(terms), ids, tuple(first), (), None)
-    rows: list[int] = []  # of the batch that is under way
-
-    def take(site: str, entering: Tensor, mask: Tensor) -> None:
-        for place, row in enumerate(rows):
-            streams[sites[site]][row] = entering[place][mask[place].bool()].clone()
-
+    kept = Kept(ids, [start for start in dict.fromkeys(starts) if start], model.device)
     with evaluating(model), ExitStack() as stack:
-        if sites:
-            stack.enter_context(capture(model, list(sites), reducer=take))
-        for number, term in enumerate(terms):
-            for chosen in batches_for(model, term.ids, tokens=min(2048, logit_budget(model))):
-                rows[:] = [first[number] + row for row in chosen]
-                kept = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
-                pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in kept]
-                for place, row in enumerate(rows):
-                    targets[row] = tuple(piece[place].clone() for piece in pieces)
-                if step:
-                    step(len(rows))
-    whole = replace(plain, targets=tuple(targets))
-    return {start: _entering(model, whole, start, streams[start]) if start else whole for start in starts}
+        size = min(2048, logit_budget(model))
+        batches = mine(
+            [(n, rows) for n, term in enumerate(terms) for rows in batches_for(model, term.ids, tokens=size)]
+        )
+        if batches:  # what is looked at must come by
+            kept.attach(model, stack)
+        for number, chosen in batches:
+            term, kept.rows = terms[number], tuple(first[number] + row for row in chosen)
+            found = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
+            pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in found]
+            for place, row in enumerate(kept.rows):
+                targets[row] = tuple(piece[place].clone() for piece in pieces)
+            if step:
+                step(len(chosen))
+    whole = replace(plain, targets=_of_all(targets, len(ids), model.device))
+    streams = kept.prefixes()
+    return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
 
 
-def _entering(model: PreTrainedModel, whole: Prepared, start: int, stream: Sequence[Tensor]) -> Prepared:
-    """With the stream entering block ``start``, or with the reason why it cannot be used."""
-    flat = torch.cat([*stream, stream[0].new_zeros(1, stream[0].shape[-1])])
-    prefix = ResidualCache(start, tuple(map(tuple, whole.ids)), flat)
+def _of_all(targets: dict[int, Target], count: int, device: torch.device) -> tuple[Target, ...]:
+    """The targets of all sequences, also of those that other processes ran."""
+    if processes.count() > 1:
+        found = processes.gathered({row: tuple(piece.cpu() for piece in each) for row, each in targets.items()})
+        targets = {row: tuple(piece.to(device) for piece in each) for part in found for row, each in part.items()}
+    return tuple(targets[row] for row in range(count))
+
+
+def _entering(model: PreTrainedModel, whole: Prepared, prefix: ResidualCache) -> Prepared:
+    """With the stream entering its block, or with the reason why it cannot be used."""
     with evaluating(model):
         note = why_not(model, prefix) or ""
     return replace(whole, prefix=None if note else prefix, note=note)
@@ -126,7 +131,7 @@ def _logits(
         )
 
         def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0].flatten(0, 1)[flat][None], *args[1:])
+            return (args[0].flatten(0, 1)[flat.to(args[0].device)][None], *args[1:])
 
         handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
         try:

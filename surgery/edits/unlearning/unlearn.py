@@ -255,11 +255,7 @@ class _Watch:
     def _exploded(self, step: int, optimizer: torch.optim.Optimizer | None) -> bool:
         if optimizer is None:
             return self.exploded == step
-        ratio = torch.tensor(self.ratio)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ratio = ratio.to(optimizer.param_groups[0]["params"][0].device)
-            torch.distributed.all_reduce(ratio, torch.distributed.ReduceOp.MAX)  # all processes stop together
-        self.exploded = step if float(ratio) > self.control.explosion else 0
+        self.exploded = step if self.ratio > self.control.explosion else 0
         if self.exploded:
             self._write()
         return bool(self.exploded)
