@@ -26,11 +26,11 @@ from surgery.delta import Delta, DeltaFile
 from surgery.delta.live import attached, restored, touched
 from surgery.devices import check_room, device_named, dtype_named, spread
 from surgery.errors import SurgeryError
+from surgery.files.ahead import in_order
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
 from surgery.files.converted import check_model, converted, demo_gguf
 from surgery.files.tensor_names import is_leftover
-from surgery.files.threads import ahead
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -249,7 +249,7 @@ def tensors_of(model: PreTrainedModel, delta: Delta | DeltaFile, directory: Path
         delta = Delta.load(delta.path)
     with restored(delta, model), attached(delta, model) if isinstance(delta, Delta) else nullcontext():
         found = touched(delta, model)
-        every = ahead(lambda name: values(stored, name, 0, math.prod(delta.shapes[name])), delta.shapes)
+        every = in_order(lambda name: values(stored, name, 0, math.prod(delta.shapes[name])), delta.shapes)
         for (name, shape), numbers in zip(delta.shapes.items(), every, strict=True):
             found.write({name: torch.from_numpy(numbers).reshape(shape)})
         yield

@@ -21,7 +21,7 @@ from surgery import delta as deltas
 from surgery.delta import Delta
 from surgery.files import rounding
 from surgery.files import weight_fingerprint as sketch
-from surgery.files.threads import MOST, ahead
+from surgery.files.ahead import MOST, in_order
 
 fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -464,7 +464,7 @@ def test_pieces_in_threads_come_in_order_a_few_ahead_and_the_first_failure_is_ra
         begun.append(number)
         return 100 // (50 - number)
 
-    found = ahead(piece, range(100))
+    found = in_order(piece, range(100))
     assert next(found) == 2 and len(begun) <= 2 * MOST
     with pytest.raises(ZeroDivisionError):
         list(found)

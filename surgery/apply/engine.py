@@ -16,13 +16,13 @@ from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.delta.metadata import rounding_of
 from surgery.errors import SurgeryError
+from surgery.files.ahead import in_order
 from surgery.files.atomic import check_outside, publish, temporary
 from surgery.files.checkpoint_files import CheckpointFiles, chunks
 from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
 from surgery.files.quantised_rows import open_target
 from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import read_exactly
-from surgery.files.threads import ahead
 
 Undo = Literal["record", "reference", "none"]
 
@@ -229,7 +229,7 @@ def _rewrite_tensor(
 
     if writer:
         writer.begin(edit)
-    for raw, new, here, gone in ahead(chunk, chunks(edit.entry, edit.elements)):
+    for raw, new, here, gone in in_order(chunk, chunks(edit.entry, edit.elements)):
         changed, lost = changed + here, lost + gone
         before.update(raw)
         if writer:

@@ -11,6 +11,7 @@ from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
+from surgery.files.ahead import in_order
 from surgery.files.architecture import brief, differences, is_embedding, is_head, tokenizer_fingerprint
 from surgery.files.checkpoint_files import CheckpointFiles, Measured, measure, require_float
 from surgery.files.quantised import Layer
@@ -19,7 +20,6 @@ from surgery.files.quantised_rows import measure_layer
 from surgery.files.rounding import refuse_not_finite
 from surgery.files.safetensors_io import Entry
 from surgery.files.tensor_names import common_prefix, is_vocabulary, same_tensors, translate
-from surgery.files.threads import ahead
 
 Tied = Literal["embed", "head", "both"]
 Vocabulary = Literal["refuse", "first"]
@@ -93,7 +93,7 @@ def make_plan(
         return measure(stored, target, sizes[target], known=base["sha256"])
 
     edits, moved = [], []
-    for (target, sources), found in zip(targets.items(), ahead(look, targets), strict=True):
+    for (target, sources), found in zip(targets.items(), in_order(look, targets), strict=True):
         base, layer = delta.metadata["tensors"][sources[0]], stored.layers.get(target)
         gap = 0.0
         if found is not None:
@@ -125,7 +125,7 @@ def _refuse_not_finite(delta: Differences) -> None:
         refuse_not_finite(delta.read(name, start, stop), name, "the delta")
 
     places = ((name, start) for name, shape in delta.shapes.items() for start in range(0, math.prod(shape), 2**20))
-    for _ in ahead(look, places):
+    for _ in in_order(look, places):
         pass
 
 

@@ -14,11 +14,11 @@ from surgery.delta.metadata import FORMAT, KINDS, MODULE, check_metadata, encode
 from surgery.delta.naming import Joined, place
 from surgery.delta.pairing import changes
 from surgery.errors import SurgeryError
+from surgery.files.ahead import in_order
 from surgery.files.architecture import is_embedding, is_head, tokenizer_fingerprint
 from surgery.files.checkpoint_files import CheckpointFiles, measure, open_checkpoint
 from surgery.files.converted import public_name
 from surgery.files.rounding import refuse_not_finite
-from surgery.files.threads import ahead
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _assemble(
     """The delta of `tensors` with what the checkpoint says of the `changed` ones, and the fields of `about`."""
     entries: dict[str, dict[str, Any]] = {}
     names = list(changed)
-    for name, found in zip(names, ahead(partial(measure, stored), names), strict=True):
+    for name, found in zip(names, in_order(partial(measure, stored), names), strict=True):
         assert found is not None  # no hash was given to compare with
         entries[name] = {
             "shape": list(stored.entry(name).shape),

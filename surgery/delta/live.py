@@ -15,10 +15,10 @@ from surgery.delta.metadata import rounding_of, unpack_sketch
 from surgery.delta.naming import Names, held_by
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
+from surgery.files.ahead import in_order
 from surgery.files.architecture import brief, differences, facts
 from surgery.files.rounding import STORED, add, narrow, refuse_not_finite, widen
 from surgery.files.tensor_names import is_vocabulary
-from surgery.files.threads import ahead
 from surgery.modules import cross_attention, projection
 
 PIECE = 2**21  # numbers that are added and rounded at a time
@@ -199,7 +199,7 @@ def _edited(
 
     after = {name: np.empty_like(numbers) for name, numbers in before.items()}
     places = [(name, start) for name, numbers in before.items() for start in range(0, numbers.size, PIECE)]
-    for (name, start), numbers in zip(places, ahead(piece, places), strict=True):
+    for (name, start), numbers in zip(places, in_order(piece, places), strict=True):
         after[name][start : start + numbers.size] = numbers
     return found, {name: from_stored(after[name], tensor) for name, tensor in held.items()}
 
@@ -214,7 +214,7 @@ def _check_related(delta: Differences, held: Mapping[str, np.ndarray], dtypes: M
             sketcher.feed(widen(numbers[start : start + PIECE], dtypes[name]))
         return sketch.distance(*sketcher.finish(), unpack_sketch(entry["sketch"]), entry["norm"])
 
-    distances = dict(zip(held, ahead(distance, held), strict=True))
+    distances = dict(zip(held, in_order(distance, held), strict=True))
     if distances:
         sketch.refuse_unrelated(distances, delta.shapes, "the model", force)
 

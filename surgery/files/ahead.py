@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Piece, Result = TypeVar("Piece"), TypeVar("Result")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+MOST = 8  # threads; more only wait for the memory
 
 
 def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
     """``work(piece)`` of each piece, in order; no more than a few pieces are ahead, so that memory stays flat."""
-    threads = max(1, min(4, len(os.sched_getaffinity(0))))
+    threads = max(1, min(MOST, len(os.sched_getaffinity(0))))
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
