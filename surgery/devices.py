@@ -73,6 +73,13 @@ def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch
         )
 
 
+def peak_memory(place: torch.device) -> int | None:
+    """The most bytes that were taken on one accelerator so far; None for the CPU."""
+    if place.type == "cpu":
+        return None
+    return max(torch.accelerator.max_memory_allocated(number) for number in range(torch.accelerator.device_count()))
+
+
 def free_memory(place: torch.device) -> int | None:
     """The bytes that are free on an accelerator; None for the CPU, and where a backend does not say."""
     return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, Required, TypedDict
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,6 +43,7 @@ from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.delta import Delta
 from surgery.delta.module import NewPart, module_delta
+from surgery.devices import peak_memory
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.files.copying import can_link
@@ -180,10 +180,9 @@ class Operation:
 
     def _apply(self, file: Path, saved: Path, undo: Undo) -> dict[str, Any]:
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-        options: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo}
-        options |= {"link": not self.keep_checkpoint and can_link(self.directory, saved.parent)}
-        options |= {"sync": self.keep_checkpoint}
-        report = disk.apply(file, self.directory, saved, **options)
+        how: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo, "sync": self.keep_checkpoint}
+        link = not self.keep_checkpoint and can_link(self.directory, saved.parent)
+        report = disk.apply(file, self.directory, saved, link=link, **how)
         return Applied(report.rounding, report.entries, report.changed, report.lost).to_dict()
 
     def carry_out(
@@ -223,8 +222,7 @@ class Operation:
             deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
             made = train(track)
         with stage("write"):
-            record = processes.told(lambda: self.delta(made).record(file))
-        return {"edit": made.edit.to_dict(), "delta": record}
+            return {"edit": made.edit.to_dict(), "delta": processes.told(lambda: self.delta(made).record(file))}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
         saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)
@@ -258,18 +256,14 @@ class Operation:
 
     def _finish(self, summary: Summary, report: Report) -> dict[str, Any]:
         values = summary.to_dict()
-        values = without_samples(values | {"differences": differences(values)}) | self._cost()
+        values = without_samples(values | {"differences": differences(values)}) | self.folder.cost(
+            peak_memory(self.model.device)
+        )
         with self.folder.stage("report"):
             report(self.folder.path, values, self.recipe)
-        values |= self._cost()
+        values |= self.folder.cost(peak_memory(self.model.device))
         write_json(self.folder.path / "run.json", values)
         return values
-
-    def _cost(self) -> dict[str, Any]:
-        """The seconds of each stage, and the most memory that was taken on one accelerator."""
-        every = range(0 if self.model.device.type == "cpu" else torch.accelerator.device_count())
-        peak = {"peak_bytes": max(torch.accelerator.max_memory_allocated(one) for one in every)} if every else {}
-        return {"seconds": self.folder.seconds(), **peak}
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class Folder:
                 found[row["stage"]] = round(found.get(row["stage"], 0.0) + row["seconds"], 3)
         return found
 
+    def cost(self, peak: int | None) -> dict[str, Any]:
+        """What ``run.json`` says of a run's cost: the seconds of its stages, and the peak memory of an accelerator."""
+        return {"seconds": self.seconds()} | ({} if peak is None else {"peak_bytes": peak})
+
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of ``compute()``; a continued run takes it from the folder instead."""
         file = self.path / "state" / f"{name}.json"
