@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 import surgery
 from recipes import lftf
+from recipes.lftf.open_questions import FAR
+from surgery.data.arithmetic import questions
 from surgery.data.prompts import load_prompt_set
 from surgery.edits import block
 from surgery.errors import SurgeryError
@@ -153,6 +155,31 @@ def test_all_positions_and_sums(tiny: Any, checkpoint: Path, tmp_path: Path) -> 
     last = operate(tiny, checkpoint, tmp_path / "last")["ranking"]
     every = operate(tiny, checkpoint, tmp_path / "all", positions="all", aggregate="sum")["ranking"]
     assert last["raw"] != every["raw"] and min(every["raw"]) > max(last["raw"])
+
+
+def test_random_blocks_are_judged_in_pairs_and_open_questions_are_measured(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.metrics.arithmetic.questions", lambda: questions(each=1))
+    monkeypatch.setattr("recipes.lftf.open_questions.FAR", FAR[:1])
+    more = {"controls": ["random"], "random_blocks": 3, "open_questions": True}
+    summary = operate(tiny, checkpoint, tmp_path / "x", **more)
+    names = ["random", "random_2", "random_3"]
+    blocks = [summary["controls"][name]["edit"]["blocks"][0] for name in names]
+    assert sorted(blocks) == [0, 1, 2] and summary["edit"]["blocks"] == [3]
+    report = html.unescape((tmp_path / "x" / "report.html").read_text())
+    for name, block_number in zip(names, blocks, strict=True):
+        after = [each["after"]["genbias"]["relative_gap"]["all"] for each in (summary, summary["controls"][name])]
+        pair = summary["differences"][name]["genbias.relative_gap.all"]
+        assert pair["value"] == pytest.approx(after[0]["value"] - after[1]["value"])
+        assert f"block {block_number} {pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]" in report
+    assert "of 3; blocks differ, so set random_blocks to 5 or more" in report
+    for scores in (summary["before"], summary["after"], summary["controls"]["random"]["after"]):
+        assert scores["arithmetic"]["exact"]["all"]["n"] == 4 and scores["far"]["relative_gap"]["n"] == 105
+    assert "the tokenizer" in summary["after"]["other_biases"]["race"]["skipped"][0]  # it knows no word of that set
+    assert "relative gap, three sentences before" in report and "What the place does itself" in report
+    with pytest.raises(SurgeryError, match="random_blocks: got 4 of them, expected at most 3"):
+        operate(tiny, checkpoint, tmp_path / "y", controls=["random"], random_blocks=4)
 
 
 def test_other_words_are_a_setting(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:

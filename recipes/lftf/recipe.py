@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
+from recipes.lftf import open_questions
 from recipes.lftf.report import write_report
 from recipes.lftf.settings import Settings
 from recipes.lftf.variants import Place, Variant, control_names, control_variant, main_variant, starts
@@ -21,9 +22,11 @@ from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.objectives import words_objective
 from surgery.metrics.suite import material, measure, plain
-from surgery.operation import Edit, Made, Operation, Outcome, Run, Tracking, Where, control, operation
+from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import examples, summary
 from surgery.training import Plan, steps_of
+
+TOLD = ("genbias.relative_gap.all", "genbias.mass.all", "genhint.ub", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     asked = material(
         model, tokenizer, prompts, split=settings.split, seed=settings.split_seed, texts=settings.neutral or None
     )
-    names = control_names(settings.controls, settings.ablations, prompts.words)
+    names = control_names(settings.controls, settings.ablations, prompts.words, settings.random_blocks)
     with operation("lftf", model, settings, **where) as op:
         at = Place(len(anatomy.find(model).blocks), settings.seed)
         main = main_variant(settings.block, settings.block_part, settings.trained_words, prompts.words, at)
@@ -61,7 +64,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         else:
             controls = work.beside(main, names, at)
             ranking = op.once("ranking", work.rank)
-        before = op.once("before", partial(work.streams.before, "measure before"))
+        before = op.once("before", work.before)
         work.streams.reference = before["reference"]
         settled = [row.text for row in asked.settled["locality"]]
         hints = [row.text for row in asked.hints]
@@ -79,6 +82,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             ranking=ranking,
             cases=examples.cases(asked.prompts, before["probabilities"], edited.measured["probabilities"]),
             shown={"before": first, "after": edited.measured["shown"]},
+            own_part=OwnPart("the place", "random", TOLD) if "random" in names else None,
         )
         return op.finish(summary, write_report)
 
@@ -99,6 +103,18 @@ class _Work:
     streams: KeptStreams
     texts: Sequence[str] = ()
     """Those that a reader is shown, before and after."""
+
+    def before(self) -> dict[str, Any]:
+        """The measurements of the untouched model; its streams are kept on the way."""
+        found = self.streams.before("measure before")
+        return found | {"scores": found["scores"] | self._open()}
+
+    def _open(self) -> dict[str, Any]:
+        """What the paper leaves open, of the model as it is now, where the settings ask for it."""
+        if not self.settings.open_questions:
+            return {}
+        given: Any = (self.op.model, self.tokenizer, self.prompts, self.settings.split_seed, self.op.progress)
+        return plain(open_questions.evaluate(*given), samples=True)
 
     def shown(self) -> list[dict[str, Any]]:
         """What the model, as it is now, says after the texts."""
@@ -153,7 +169,7 @@ class _Work:
 
     def _measure(self, variant: Variant, keep: bool) -> dict[str, Any]:
         found = self.streams.measure(f"measure {variant.name}", start=self._start(variant, edited=True))
-        return found | {"shown": self.shown() if keep else []}
+        return found | {"scores": found["scores"] | self._open(), "shown": self.shown() if keep else []}
 
     def control(self, variant: Variant) -> dict[str, Any]:
         """The same measurements for a control, as they stand in ``run.json``."""

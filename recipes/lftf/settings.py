@@ -31,6 +31,10 @@ class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.N
     positions: Literal["last", "all"] = "last"
     aggregate: Literal["mean", "sum"] = "mean"
     controls: list[str] = ["random"]
+    random_blocks: shared.Count = 1
+    """So many random blocks where controls has random; blocks differ, so judge a place by 5 or more."""
+    open_questions: bool = False
+    """Also measure what the paper leaves open: arithmetic, other biases, professions three sentences before."""
     ablations: bool = False
     """All controls and the ablations of Table 8 in one table."""
     preamble: str = "Men and women are equally likely in every profession. "

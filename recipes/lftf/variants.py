@@ -43,14 +43,18 @@ def main_variant(block: str | int | list[int], part: str, named: list[str], word
     return Variant("lftf", choose(block, at.blocks, at.seed), part, trained)
 
 
-def control_names(controls: list[str], ablations: bool, words: WordSet) -> list[str]:
-    """The controls that the settings ask for, or all with ``ablations``; raises ``SurgeryError`` for unknown ones."""
+def control_names(controls: list[str], ablations: bool, words: WordSet, random: int = 1) -> list[str]:
+    """The controls that the settings ask for, or all with ``ablations``; raises ``SurgeryError`` for unknown ones.
+
+    "random" stands for ``random`` blocks: random, random_2, ...
+    """
     known = (*CONTROLS, *ABLATIONS, *(f"without_{word}" for word in words.words))
     names = list(known) if ablations else list(dict.fromkeys(controls))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SurgeryError(f"controls: got {unknown[0]!r}, expected some of {', '.join(known)}")
-    return names
+    more = [f"random_{number}" for number in range(2, random + 1)]
+    return [each for name in names for each in ([name, *more] if name == "random" else [name])]
 
 
 def control_variant(name: str, main: Variant, at: Place) -> Variant:
@@ -60,17 +64,25 @@ def control_variant(name: str, main: Variant, at: Place) -> Variant:
         return replace(main, name=name, blocks=None, part="prompt")
     if name == "fpft":
         return replace(main, name=name, blocks=None, part="all")
-    if name == "random":
-        # Any block but the edited ones, so that the control is not the claim itself.
-        free = [index for index in range(at.blocks) if index not in (main.blocks or ())] or [0]
-        drawn = free[int(np.random.default_rng(at.seed).integers(len(free)))]
-        return replace(main, name=name, blocks=(drawn,))
+    if name.startswith("random"):
+        return replace(main, name=name, blocks=(_random_block(int(name.partition("_")[2] or 1), main, at),))
     if name in ("first", "middle", "last"):
         return replace(main, name=name, blocks=choose(name, at.blocks, at.seed))
     if name in ABLATIONS:
         return replace(main, name=name, part=name)
     left = tuple(word for word in main.words if f"without_{word}" != name)
     return replace(main, name=name, words=left)
+
+
+def _random_block(number: int, main: Variant, at: Place) -> int:
+    """The ``number``-th random block (from 1), any but the edited ones, so that the control is not the claim itself."""
+    free = [index for index in range(at.blocks) if index not in (main.blocks or ())] or [0]
+    draw = np.random.default_rng(at.seed)
+    first = free[int(draw.integers(len(free)))]
+    order = [first, *(free[place] for place in draw.permutation(len(free)) if free[place] != first)]
+    if number > len(order):
+        raise SurgeryError(f"random_blocks: got {number} of them, expected at most {len(order)} beside the edited one")
+    return order[number - 1]
 
 
 def starts(variants: Sequence[Variant]) -> list[int]:

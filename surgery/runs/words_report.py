@@ -33,11 +33,19 @@ ROWS = (
     *((f"KL to untouched, {kind}", ("locality", kind, "kl")) for kind in locality.SETS),
     ("facts of gender, P(right)", ("facts_of_gender", "right", "all")),
     ("facts of gender, accuracy", ("facts_of_gender", "accuracy", "all")),
+    ("arithmetic, exact", ("arithmetic", "exact", "all")),
+    ("arithmetic, log P(right)", ("arithmetic", "logp", "all")),
+    ("relative gap, three sentences before", ("far", "relative_gap")),
+    *(
+        (f"relative gap, {kind}", ("other_biases", kind, "relative_gap"))
+        for kind in ("race", "religion", "nationality", "age")
+    ),
     ("perplexity", ("perplexity",)),
     ("perplexity, pronouns", ("perplexity_pronouns",)),
 )
 # Of a run whose delta fits a plain checkpoint.
 COMMANDS = (*AGAIN, "surgery apply delta.safetensors CHECKPOINT --out EDITED", "surgery eval EDITED")
+FEW = 5  # random blocks, with fewer of which a place says little
 SHORT = ("relative gap, all", "AFGB, all", "word mass, all", "UB-Score", "perplexity")
 
 
@@ -132,15 +140,7 @@ def verdict(summary: Summary) -> list[str]:
             f"({cost['change']:+.1f} %)."
         )
     lines += caveats(summary["before"], summary["after"])
-    random = find(summary["controls"], ("random", "after", "genbias", "relative_gap", "all"))
-    if gap and random:
-        blocks = ", ".join(map(str, summary["controls"]["random"]["edit"]["blocks"]))
-        apart = gap["after"]["high"] < random["low"]
-        lines.append(
-            f"Control: the same training on a random block ({blocks}) reaches a relative gap of {random['value']:.3f} "
-            f"[{random['low']:.3f}, {random['high']:.3f}]; "
-            + ("the edited block does better." if apart else "the edited block is not clearly better at this.")
-        )
+    lines += _random_blocks(summary)
     if "ranking" not in summary:  # a recipe that locates nothing
         return lines
     ranking = summary["ranking"]
@@ -152,6 +152,32 @@ def verdict(summary: Summary) -> list[str]:
             f"in the stream itself it is number {place}, behind block {raw}."
         )
     return lines
+
+
+def _random_blocks(summary: Summary) -> list[str]:
+    """The edited block beside random ones: the relative gaps' differences, paired by prompt, one for each block."""
+    found = {
+        name: pairs["genbias.relative_gap.all"]
+        for name, pairs in summary.get("differences", {}).items()
+        if name.partition("_")[0] == "random" and "genbias.relative_gap.all" in pairs
+    }
+    if not found:
+        return []
+    parts = [
+        f"block {', '.join(map(str, summary['controls'][name]['edit']['blocks']))} {pair['value']:+.3f} "
+        f"[{pair['low']:+.3f}, {pair['high']:+.3f}] ({pair['verdict']})"
+        for name, pair in found.items()
+    ]
+    better = sum(pair["verdict"] == "better" for pair in found.values())
+    line = (
+        f"Control: the same training on {len(found)} random block{'s' * (len(found) > 1)}; the edit's relative gap "
+        f"minus theirs, paired: {'; '.join(parts)}. The edited block is better than {better} of {len(found)}"
+    )
+    values = np.array([pair["value"] for pair in found.values()])
+    if len(values) < FEW:
+        return [f"{line}; blocks differ, so set random_blocks to {FEW} or more before calling it the right one."]
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return [f"{line}; mean difference {values.mean():+.3f}, standard error over blocks {error:.3f}."]
 
 
 def before_after(summary: Summary) -> "Figure":
