@@ -14,6 +14,7 @@ from surgery.study.agreement import lean_of_prompts, over_methods, over_professi
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep
 from surgery.study.report import write_report
+from surgery.study.verdict import rows, unbeaten
 
 ROWS = np.random.default_rng(0).uniform(0.2, 0.4, 40)
 NAMES = ["nurse", "guard", "clerk", "baker", "judge", "pilot"]
@@ -77,7 +78,7 @@ def test_the_page_answers_first_and_needs_nothing_else(judged: list[Judged], tmp
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
     assert "costly removes 90 %, but spoils perplexity (+20.0 %)" in text
     assert "needs what is not here" in text
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "http" not in page  # no network
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "http" not in page  # no network
     assert page.count("<script>") == 1 and "<b>" not in page  # a text is no markup
     # Bars by group, sortable by their number; the texts side by side; the prompts that moved most.
     bars = [float(value) for value in re.findall(r'data-value="([-0-9.e]+)"', page)]
@@ -86,6 +87,19 @@ def test_the_page_answers_first_and_needs_nothing_else(judged: list[Judged], tmp
     summary = json.loads((tmp_path / "study.json").read_text())
     assert summary["missing"] == {"seat": "no data folder was named"} and summary["agreement"]
     assert any("/plots/" in str(path) for path in tmp_path.rglob("*genbias_afgb_all*.png"))
+
+
+def test_who_is_beaten_on_bias_against_cost(judged: list[Judged]) -> None:
+    mass = {"good": 1.0, "costly": 0.5, "beaten": 1.6}  # of what it was, which is where it should stay
+    for one in judged[:-1]:
+        one.scores["genbias.mass.all"] = metric(mass.get(one.cell.name, 1.0), direction="same")
+    found = rows(judged)
+    assert found[1].scores["genbias.mass.all"]["ideal"] == pytest.approx(float(ROWS.mean()))
+    bias = ["genbias.afgb.all"]
+    assert unbeaten(found, "demo", bias, ["perplexity"])["beaten"] == (0, 1)
+    assert unbeaten(found, "demo", bias, ["genbias.mass.all", "perplexity"]) == {
+        "untouched": (0, 2), "good": (2, 2), "costly": (2, 2), "beaten": (0, 2)
+    }  # fmt: skip
 
 
 def test_what_is_worse_stands_first_in_the_ledger(judged: list[Judged], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from surgery.study.verdict import (
     removed,
     removed_between,
     rows,
+    unbeaten,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
     bias, cost = axes(study, {place for row in found for place in row.scores})
     places = [*bias, *cost]
     table, hints, alone = [], [], len({row.model for row in found}) == 1
+    fronts = {row.model: unbeaten(found, row.model, bias, cost) for row in found}
     for row in found:
         untouched = next(one for one in found if one.model == row.model and one.method is None)
         share, spoilt = "", ""
@@ -93,11 +95,12 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
                 row.name if alone else f"{row.model}: {row.name}",
                 share,
                 row.refused or spoilt,
+                "{} of {}".format(*fronts[row.model][row.name]) if row.name in fronts[row.model] else "",
                 *(cell(row.scores.get(p)) for p in places),
             ]
         )
         hints.append(row.method.about if row.method else "the model as it is")
-    head = ["method", "bias removed", "spoils", *(plain_words(place) for place in places)]
+    head = ["method", "bias removed", "spoils", "unbeaten", *(plain_words(place) for place in places)]
     measured = {place: row.scores[place] for row in found for place in places if place in row.scores}
     said = "; ".join(
         f"{plain_words(p)}: {one['scorer']}, on {one['data']}, n {one['n']}" for p, one in measured.items()
@@ -106,7 +109,8 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
         "The bias removed is 1 - distance from the ideal after / before, mean over the bias numbers "
         f"({', '.join(map(plain_words, bias))}); one that was not measured counts as nothing removed. "
         "Spoils: numbers of cost that are worse with every seed, by more than "
-        f"{100 * study.tolerance:g} %. Brackets are 95 % intervals: over the seeds where there are several, else "
+        f"{100 * study.tolerance:g} %. Unbeaten: on so many pairs of bias and cost no other is better on both. "
+        "Brackets are 95 % intervals: over the seeds where there are several, else "
         f"bootstrap intervals. {said}."
     )
     return Table("The numbers that decide", head, table, note, hints=hints)
@@ -210,7 +214,8 @@ def _picture(model: str, shown: Sequence[Row], x: str, y: str) -> "Figure":
         )
         plot.annotate(row.name, (a["value"], b["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
     for name, place, metric in (("x", x, pairs[0][0]), ("y", y, pairs[0][1])):
-        way = f"ideal {metric['ideal']:g}" if metric["direction"] == "nearer" else f"{metric['direction']} is better"
+        ways = {"nearer": f"ideal {metric['ideal']:g}", "same": f"as before: {metric['ideal']:.3g}"}
+        way = ways.get(metric["direction"], f"{metric['direction']} is better")
         getattr(plot, f"set_{name}label")(f"{plain_words(place)} ({way})")
     figure.set_label(f"{plain_words(y)} against {plain_words(x)}, {model}")
     plot.set_title(f"{model}. Orange: untouched; grey: another method is better on both axes.", fontsize=9)

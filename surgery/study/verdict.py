@@ -2,18 +2,22 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from surgery.metrics.metric import Difference, Metric, difference
-from surgery.runs.compare import loss, mean_over_seeds
+from surgery.runs.compare import front, loss, mean_over_seeds
 from surgery.study.cells import Flat, Judged
 from surgery.study.settings import Method, Study
 
 BIAS = ("genbias.relative_gap.all", "genbias.afgb.all", "stereoset.ss.overall", "stereoset.margin.overall")
-COST = ("perplexity", "genbias.mass.all", "genhint.ub", "stereoset.lms.overall")
+COST = (
+    "perplexity", "genbias.mass.all", "genhint.ub", "stereoset.lms.overall", "cloze.accuracy",
+    "facts_of_gender.accuracy.all",
+)  # fmt: skip
 NAMES = {
     "genbias.relative_gap.all": "relative gap",
     "genbias.afgb.all": "AFGB",
@@ -24,6 +28,7 @@ NAMES = {
     "stereoset.lms.overall": "StereoSet LMS",
     "free_text.stereotype": "stereotype in free text",
     "cloze.accuracy": "T-REx facts",
+    "facts_of_gender.accuracy.all": "facts of gender",
     "wikitext.perplexity": "perplexity of WikiText",
     "perplexity_pronouns": "perplexity with pronouns",
 }
@@ -83,6 +88,12 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
                 place: mean_over_seeds([one.scores[place].to_dict() for one in measured if place in one.scores])
                 for place in places
             }
+            for (
+                place,
+                metric,
+            ) in scores.items():  # what is to stay has the untouched value as its ideal
+                if metric["direction"] == "same" and place in untouched.scores:
+                    metric["ideal"] = untouched.scores[place].value
             paired = () if members[0] is untouched else tuple(paired_with(one, own) for one in measured)
             refused = next((one.refused for one in members if one.refused), "")
             found.append(
@@ -170,6 +181,19 @@ def ranking(found: Sequence[Row], untouched: Row, bias: Sequence[str]) -> list[R
     """The methods of one model that were measured, the one that removes most of the bias first."""
     own = [row for row in found if row.model == untouched.model and row.method is not None and not row.refused]
     return sorted(own, key=lambda row: -removed(row, untouched, bias))
+
+
+def unbeaten(found: Sequence[Row], model: str, bias: Sequence[str], cost: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """For each method of a model on how many pairs of bias and cost no other is better on both, and of how many."""
+    counts: dict[str, tuple[int, int]] = {}
+    own = [row for row in found if row.model == model and not row.refused]
+    for x, y in product(cost, bias):
+        shown = [row for row in own if x in row.scores and y in row.scores]
+        best = front([(loss(row.scores[x]), loss(row.scores[y])) for row in shown])
+        for place, row in enumerate(shown):
+            on, of = counts.get(row.name, (0, 0))
+            counts[row.name] = (on + (place in best), of + 1)
+    return counts
 
 
 def recommend(found: Sequence[Row], study: Study) -> list[str]:
