@@ -80,7 +80,7 @@ def test_noise_is_said_in_words_and_few_rows_are_a_warning(tmp_path: Path) -> No
     assert lines[0].endswith("0 better, 1 worse (perplexity), 1 within noise.")
     assert lines[1].startswith("Warning: few rows: genbias afgb all on 12.") and "word" not in lines[1]
     short = in_short(run)
-    assert [row[4] for row in short.rows] == ["within noise", "worse"]
+    assert [row[3] for row in short.rows] == ["+0.0%, within noise", "+0.0%, worse"]
     write_page(tmp_path, run, "seed = 7", lines=["The gap fell."], tables=[short], figures={})
     text = (tmp_path / "report.html").read_text()
     assert text.index("In short") < text.index("The gap fell.") < text.index("1 within noise") < text.index("<dt>AFGB")

@@ -88,12 +88,12 @@ def in_short(summary: Summary) -> Table:
         if before and after:
             change = f"{after['value'] / before['value'] - 1:+.1%}" if before["value"] else ""
             verdict = pairs.get(".".join(path), {}).get("verdict", "not paired")
-            ideal = ideal_of(after)
-            found.append([label, f"{before['value']:.3f}", f"{after['value']:.3f}", change, verdict, ideal])
+            values = [f"{v:.3f}" if abs(v) < 100 else f"{v:.1f}" for v in (before["value"], after["value"])]
+            found.append([label, *values, ", ".join(filter(None, (change, verdict))), ideal_of(after)])
     note = (
         "After is the checkpoint as saved, on test rows that no training saw. All numbers with intervals stand below."
     )
-    return Table("In short", ["number", "before", "after", "change", "paired", "ideal"], found, note, first=True)
+    return Table("In short", ["number", "before", "after", "change", "ideal"], found, note, first=True)
 
 
 def comparison(summary: Summary) -> list[dict[str, Any]]:
