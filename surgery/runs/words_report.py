@@ -90,9 +90,7 @@ def in_short(summary: Summary) -> Table:
             verdict = pairs.get(".".join(path), {}).get("verdict", "not paired")
             values = [f"{v:.3f}" if abs(v) < 100 else f"{v:.1f}" for v in (before["value"], after["value"])]
             found.append([label, *values, ", ".join(filter(None, (change, verdict))), ideal_of(after)])
-    note = (
-        "After is the checkpoint as saved, on test rows that no training saw. All numbers with intervals stand below."
-    )
+    note = "After: the checkpoint as saved, on test rows. Changes are paired. All numbers with intervals stand below."
     return Table("In short", ["number", "before", "after", "change", "ideal"], found, note, first=True)
 
 
