@@ -77,12 +77,10 @@ def picture(found: Survival) -> "Figure":
     figure = new_figure(7.0, 0.6 + 0.34 * len(found.rows))
     axes = figure.subplots()
     for place, row in enumerate(found.rows):
-        value, low, high = (
-            100 * end if end is not None else None for end in (row.kept.value, row.kept.low, row.kept.high)
-        )
-        if low is not None and high is not None:
-            axes.plot([low, high], [place, place], color=BLUE, lw=1.5)
-        axes.plot(value, place, "o", color=BLUE if row.kept.value >= ENOUGH else ORANGE, ms=5)
+        kept = row.kept
+        if kept.low is not None and kept.high is not None:
+            axes.plot([100 * kept.low, 100 * kept.high], [place, place], color=BLUE, lw=1.5)
+        axes.plot(100 * kept.value, place, "o", color=BLUE if kept.value >= ENOUGH else ORANGE, ms=5)
     axes.set_yticks(range(len(found.rows)), [row.name for row in found.rows], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(100, color=GREY, ls="--", lw=1)
