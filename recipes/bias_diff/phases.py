@@ -23,9 +23,11 @@ from surgery.delta import Delta, check_edit
 from surgery.edits.block import Trained
 from surgery.edits.forgetting import Forgetting, forget, likelihoods, steps_to_forget
 from surgery.edits.supervised import Lora, Row, fine_tune, target_names
-from surgery.edits.warmup import added, low_rank, read_epoch, warm_up
+from surgery.edits.warmup import added, low_rank, merged, read_epoch, warm_up
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
+
+ASKED = 200  # texts that were not selected, of which the likelihood before and after an unlearning is reported
 
 
 @dataclass(frozen=True)
@@ -238,13 +240,18 @@ class Phases:
         original = likelihoods(model, selected, twins)
         warm = tensors_of(model, Delta.load(self._warm_file), self._warm_directory)
         with warm:
-            reached = likelihoods(model, selected, twins)
+            reached, some = likelihoods(model, selected, twins), left[:ASKED]
+            kept = [likelihoods(model, some)]
             until = original if settings.unlearn_until == "original" or twins else None
             trained = forget(model, selected, left, self._forgetting, how, twins=twins, original=until, **options)
+            with merged(model, trained.differences):
+                kept.append(likelihoods(model, some))
         most = steps_to_forget(len(selected), self._forgetting)
         return trained, {
             "likelihood_original": float(original.mean()),
             "likelihood_warmed": float(reached.mean()),
+            "kept_warmed": float(kept[0].mean()),
+            "kept_after": float(kept[1].mean()),
             "stopped": len(trained.losses) < most,
         }
 

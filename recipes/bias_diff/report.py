@@ -102,10 +102,11 @@ def _ended(edit: Mapping[str, Any]) -> list[str]:
     was, warm = edit["likelihood_original"], edit["likelihood_warmed"]
     what = f"the selected texts' {'margin over their twins' if edit['part'].startswith('margin') else 'likelihood'}"
     aim = f"{what} was back at that of the original model ({was:.3f} nats a token; warmed up {warm:.3f})"
+    kept = f"Texts that were not selected went from {edit['kept_warmed']:.3f} to {edit['kept_after']:.3f} nats a token."
     if edit["stopped"]:
-        return [f"Unlearning ended after {edit['steps']} steps, when {aim}."]
+        return [f"Unlearning ended after {edit['steps']} steps, when {aim}.", kept]
     more = "raise unlearn_epochs or unlearn_lr"
-    return [f"Warning: unlearning ended after all {edit['steps']} steps, before {aim}; {more}."]
+    return [f"Warning: unlearning ended after all {edit['steps']} steps, before {aim}; {more}.", kept]
 
 
 def write_report(texts: Table, path: Path, summary: Mapping[str, Any], recipe: str) -> None:

@@ -94,8 +94,9 @@ class Settings(shared.Epochs, shared.LoRA, shared.TrainRows, shared.Suites, shar
     unlearn_until: Literal["original", "epochs"] = "original"
     """original: unlearning ends where the selected texts' likelihood (margin: theirs over their twins') is back at the
     original model's. epochs: not before ``unlearn_epochs``."""
-    unlearn_lr: float = Field(1e-4, gt=0)
-    unlearn_epochs: int = Field(2, ge=1)
+    unlearn_lr: float = Field(1e-3, gt=0)
+    unlearn_epochs: int = Field(10, ge=1)
+    """At most, where ``unlearn_until`` ends it before."""
     retrain_epochs: int = Field(0, ge=0)
     """0: as many as the warm-up's."""
     controls: list[str] = ["random"]

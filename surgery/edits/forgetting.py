@@ -25,6 +25,7 @@ from surgery.progress import Advance
 from surgery.training import After, Log, Plan
 
 KINDS = ("npo", "multi", "ascent", "margin")
+MARGIN = 10.0  # squares of tenths of a nat are small beside a mean cross-entropy of some nats
 UNITS = ("text", "token")
 WATCHED = 96  # selected texts that are asked whether they are back where the original model had them
 EVERY = 4  # steps between two such questions
@@ -40,9 +41,9 @@ class Forgetting:
     has no pi_ref, a sigmoid for each token, and sums over tokens (its beta_t are nowhere defined: 1). ascent is the
     log-likelihood itself, which nothing bounds.
 
-    margin is ours: (m - m0)^2, m being the mean token log-likelihood of a text minus that of its twin, and m0 what it
-    was in the original model; beside it, as in multi, what is kept. NPO lowers a stereotype and its twin alike, so the
-    preference between them hardly moves.
+    margin is ours: 10 (m - m0)^2, m being the mean token log-likelihood of a text minus that of its twin, and m0 what
+    it was in the original model; beside it, as in multi, what is kept. NPO lowers a stereotype and its twin alike, so
+    the preference between them hardly moves.
     """
 
     kind: str = "npo"
@@ -100,7 +101,7 @@ def forget(
             logs, scored = token_logs(module, rows, range(len(rows)), model.device)
             own, other, rest = (logs.sum(1) / scored.sum(1)).view(3, -1)
             wanted = goal[forgotten].to(logs.device)
-            return {"margin": (own - other - wanted).square(), "retain": -how.retain * rest}
+            return {"margin": MARGIN * (own - other - wanted).square(), "retain": -how.retain * rest}
         if how.kind != "multi":
             logs, scored = token_logs(module, selected, forgotten, model.device)
             return _forgetting(logs, scored, reference[forgotten].to(logs.device), how)
