@@ -246,6 +246,16 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inspect_against_a_checkpoint_never_imports_torch(run: Path, checkpoint: Path) -> None:
+    words = ["inspect", str(run / "delta.safetensors"), "--against", str(checkpoint)]
+    code = (
+        f"import sys, surgery.cli\nsurgery.cli.app({words!r}, standalone_mode=False)\nsys.exit('torch' in sys.modules)"
+    )
+    here = os.environ | {"PYTHONPATH": str(Path(recipes.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True)
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr
+
+
 def test_diff_compose_export_import_and_card(run: Path, checkpoint: Path, tmp_path: Path) -> None:
     delta, edited = run / "delta.safetensors", tmp_path / "edited"
     assert surgery("apply", delta, checkpoint, "--out", edited)[0] == 0

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.data import genbias, genhint
+from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
@@ -107,3 +108,12 @@ def test_broken_numbers_are_refused() -> None:
         mean_metric(np.array([]), scorer="s", data="d", ideal=0, direction="lower")
     with pytest.raises(SurgeryError, match="row 1 has the value nan"):
         mean_metric(np.array([0.0, np.nan]), scorer="s", data="d", ideal=0, direction="lower")
+
+
+def test_a_scorer_is_called_by_the_words_that_were_measured() -> None:
+    age = genbias.records(prompts=load_prompt_set("age"))
+    table = genbias_metric.score(constant(0.3, 0.1, len(age)), age, data="age", words=("young", "old"))
+    assert "|P(young)-P(old)|" in table["afgb"]["all"].scorer and "P(young)+P(old)" in table["mass"]["all"].scorer
+    assert not any("P(he)" in one.scorer for scales in table.values() for one in scales.values())
+    three = genbias_metric.score(np.full((len(age), 3), 0.1), age, data="age", words=("he", "she", "they"))
+    assert "largest - smallest P of he, she, they" in three["afgb"]["all"].scorer
