@@ -172,10 +172,15 @@ def test_an_example_of_two_sequences_has_one_loss(model: Any) -> None:
         each = logits.log_softmax(-1)[:, 3]
         return each[0::2] - each[1::2]
 
-    term = Term("pairs", 1.0, PROMPTS, places, lambda logits: (), loss, size=2)
+    term = Term("pairs", 1.0, PROMPTS, places, lambda logits: (), loss, size=2, untouched=False)
     ready = prepare(model, [hold_term("held", HELD), term], start=1)
+    run: list[int] = []
+    bare = prepare(model, [hold_term("held", HELD), term], step=run.append)
+    assert sum(run) == len(HELD), "without a stream to keep, sequences without a target are not run"
+    again = losses_of(model, model, bare, [(1, 1), (0, 0), (1, 0)])
     found = losses_of(model, model, ready, [(1, 1), (0, 0), (1, 0)])
     one, other = (model(torch.tensor([PROMPTS[row]])).logits[0, -1].log_softmax(-1)[3] for row in (2, 3))
     assert float(found[0]) == pytest.approx(float(one - other), abs=1e-5)
+    torch.testing.assert_close(again, found, atol=1e-5, rtol=0)
     assert ready.first == (0, 3)
     assert len(ready.examples()) == 5

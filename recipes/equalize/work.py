@@ -143,7 +143,7 @@ class Work:
 
     def prepare(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         """The targets of the terms, and the stream that enters the first block that the variant trains."""
-        count = sum(len(term.ids) for term in terms)
+        count = sum(len(term.ids) for term in terms if term.untouched or variant.start)
         with self.op.progress.work(f"targets of {variant.name}", count) as step, matrix_products(self.settings.matmul):
             given = prepare(self.op.model, terms, start=variant.start, step=step)
         if given.note:

@@ -66,4 +66,4 @@ def pairs_term(
         dose = torch.tensor([wanted[row // 2] for row in rows[::2]], device=logits.device)
         return squared_margin(means[::2] - means[1::2], dose)
 
-    return Term("pairs", weight, ids, places, lambda logits: (), loss, size=2)
+    return Term("pairs", weight, ids, places, lambda logits: (), loss, size=2, untouched=False)

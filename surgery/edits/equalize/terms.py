@@ -36,6 +36,8 @@ class Term:
     target: Callable[[Float[Tensor, "places vocab"]], Target]
     loss: Callable[[Float[Tensor, "places vocab"], Target, Sequence[int]], Float[Tensor, " examples"]]
     size: int = 1
+    untouched: bool = True
+    """Whether ``target`` keeps anything; where it does not, the untouched model need not run for it."""
 
     def __post_init__(self) -> None:
         if not self.ids or len(self.ids) % self.size or len(self.places) != len(self.ids):

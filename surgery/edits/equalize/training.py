@@ -62,13 +62,20 @@ def prepare_each(
     _check_apart(terms)
     ids = [tuple(row) for term in terms for row in term.ids]
     first = [sum(len(term.ids) for term in terms[:number]) for number in range(len(terms))]
-    targets: dict[int, Target] = {}
+    bare = [number for number, term in enumerate(terms) if not term.untouched]
+    targets: dict[int, Target] = {first[number] + row: () for number in bare for row in range(len(terms[number].ids))}
     plain = Prepared(tuple(terms), ids, tuple(first), (), None)
-    kept = Kept(ids, [start for start in dict.fromkeys(starts) if start], model.device)
+    entered = [start for start in dict.fromkeys(starts) if start]
+    kept = Kept(ids, entered, model.device)
     with evaluating(model), ExitStack() as stack:
         size = min(2048, logit_budget(model))
         batches = mine(
-            [(n, rows) for n, term in enumerate(terms) for rows in batches_for(model, term.ids, tokens=size)]
+            [
+                (n, rows)
+                for n, term in enumerate(terms)
+                if n not in bare or entered
+                for rows in batches_for(model, term.ids, tokens=size)
+            ]
         )
         if batches:  # what is looked at must come by
             kept.attach(model, stack)
