@@ -85,3 +85,17 @@ def test_weights_larger_than_the_device_are_refused_before_they_are_read(
     said = f"{numbers:,} numbers in float32 are {4 * numbers / 1e9:.1f} GB, and cpu has 0.0 GB free"
     with pytest.raises(SurgeryError, match=said):
         surgery.load(checkpoint, device="cpu")
+
+
+def test_a_model_is_spread_over_several_accelerators_only_and_by_one_process(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    with pytest.raises(SurgeryError, match="device: all spreads one model over several accelerators; got 1 here;"):
+        surgery.load(checkpoint, device="all")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SurgeryError, match="got 4 here for 2 processes; expected at least 2 for one process"):
+        surgery.load(checkpoint, device="all")
