@@ -19,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 import surgery.apply
 from recipes import bias_diff
-from recipes.bias_diff.dataset import encoded, of_files
+from recipes.bias_diff.dataset import Material, encoded, of_files
+from recipes.bias_diff.judging import _by_direction
 from recipes.bias_diff.measuring import measure
 from recipes.bias_diff.report import _injected
 from surgery.attribution.scoring import InfluenceConfig, Probes, probe_of, scores_at, tokens_at
+from surgery.data.mixtures import Pair
 from surgery.data.neutral import sentences
 from surgery.edits.forgetting import EVERY, Forgetting, _back, _order, forget, likelihoods, steps_to_forget
 from surgery.edits.supervised import Lora, Row, evaluate, fine_tune
@@ -453,6 +455,20 @@ def test_an_injected_margin_that_is_not_different_from_zero_is_said() -> None:
         {"value": 0.04, "low": 0.015, "high": 0.065}
     )
     assert not _injected({"value": 0.04, "low": 0.03, "high": 0.05}).startswith("Warning")
+
+
+def test_twins_of_both_directions_count_alike() -> None:
+    """Three stereo pairs won and one of two antistereo pairs: 4 of 5 in all, 3/4 with the directions alike."""
+    tests = tuple(Pair("a", "b", "gender", part, "") for part in ["stereo"] * 3 + ["antistereo"] * 2)
+    material = Material(("x",), None, (), tests, "five pairs")
+    scores = (np.array([1.0, 1, 1, 1, 0]), np.array([0.0, 0, 0, 0, 1]))
+    found = {part: metric for _, part, metric in _by_direction(material, {"contrast": scores})}
+    assert {part: metric["value"] for part, metric in found.items()} == {
+        "antistereo": 0.5,
+        "stereo": 1,
+        "balanced": 0.75,
+    }
+    assert found["balanced"]["n"] == 5 and found["balanced"]["low"] == 0.5 and found["balanced"]["high"] == 1
 
 
 def test_forgetting_refuses_what_it_does_not_know(exact: Any) -> None:

@@ -1,6 +1,7 @@
 """A selection of training texts by influence, judged beside its controls and, where there are pairs, by twins."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from recipes.bias_diff.dataset import Material
 from surgery.attribution.select import compare, controls, select, twin_auc
 from surgery.attribution.tfidf import similarity
+from surgery.metrics.metric import Metric
 
 Rows = dict[str, Bool[np.ndarray, " texts"]]
 
@@ -63,6 +65,7 @@ def _by_direction(material: Material, twins: Mapping[str, Any]) -> Iterator[tupl
     """
     directions = np.array([pair.direction for pair in material.test])
     for name, (stereotypes, antis) in twins.items():
+        found = []
         for part in sorted(set(directions.tolist()) - {""}):
             chosen = directions == part
             metric = twin_auc(
@@ -71,4 +74,17 @@ def _by_direction(material: Material, twins: Mapping[str, Any]) -> Iterator[tupl
                 data=f"{material.name}, {part} pairs",
                 scorer=name,
             )
+            found.append(metric)
             yield name, part, metric.to_dict()
+        if len(found) == 2 and all(metric.samples is not None for metric in found):
+            both = [metric.samples for metric in found if metric.samples is not None]
+            yield name, "balanced", _mean_of(found, (both[0] + both[1]) / 2).to_dict()
+
+
+def _mean_of(found: Sequence[Metric], samples: Float[np.ndarray, " resamples"]) -> Metric:
+    """Both directions counted alike, however many pairs each has: chance is 1/2 for the words of the groups."""
+    value = float(np.mean([metric.value for metric in found]))
+    low, high = np.quantile(samples, [0.025, 0.975])
+    count = sum(metric.n for metric in found)
+    data = found[0].data.rpartition(",")[0] + ", both directions alike"
+    return replace(found[0], value=value, low=float(low), high=float(high), n=count, data=data, samples=samples)

@@ -120,8 +120,10 @@ def write_report(texts: Table, path: Path, summary: Mapping[str, Any], recipe: s
         tables.append(compared(shares, caption="Share of the injected increase that was removed"))
     found = [(score, metrics) for score, metrics in summary["selection"].items() if "coverage" in metrics]
     if found:
-        keys = ("coverage", "precision", "twin_auc", "twin_auc_stereo", "twin_auc_antistereo")
-        head = ["score", "coverage (Eq. 9)", "precision (Eq. 10)", "stereotype above its twin", "stereo", "antistereo"]
+        twin = [f"twin_auc{part}" for part in ("", "_balanced", "_stereo", "_antistereo")]
+        keys = ["coverage", "precision", *twin]
+        head = ["score", "coverage (Eq. 9)", "precision (Eq. 10)", "stereotype above its twin"]
+        head += ["both directions alike", "stereo", "antistereo"]
         cells = [[score, *(cell(m.get(key)) for key in keys)] for score, m in found]
         best = found[0][1]
         note = (
