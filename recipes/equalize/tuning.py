@@ -123,10 +123,12 @@ def tune(
     asked = material(model, tokenizer, prompts, part="dev", seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed, "dev") if settings.split == "both" else {}
     words = word_ids(tokenizer, prompts.words.words)
-    whole = settings.model_copy(update=_fewer(settings, FEW)) if few else settings
-    screen = settings.model_copy(update=_fewer(settings, SCREEN if few else FEW) | ({"epochs": 1} if few else {}))
     with operation("equalize", model, settings, **where) as op:
         ranking = op.once("ranking", partial(_ranking, op, tokenizer, prompts, settings))
+        if settings.block == "auto":
+            settings = settings.model_copy(update={"block": [ranking["order"][0]]})
+        whole = settings.model_copy(update=_fewer(settings, FEW)) if few else settings
+        screen = settings.model_copy(update=_fewer(settings, SCREEN if few else FEW) | ({"epochs": 1} if few else {}))
         places = _places(model, settings, ranking, few)
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
 
