@@ -28,6 +28,8 @@ class Material:
     probe: tuple[Pair, ...]
     test: tuple[Pair, ...]
     name: str
+    twins: tuple[Pair, ...] = ()
+    """Pairs by which the scores are told apart, where they are not the test pairs."""
     twin_of: Mapping[str, str] = field(default_factory=dict)
     """The twins of training texts, where they are known: {stereotype: anti-stereotype}."""
 
@@ -38,7 +40,12 @@ class Material:
 
     def limited(self, *, probe: int = 0, test: int = 0) -> "Material":
         """With so many probe and test pairs; 0 leaves all."""
-        return replace(self, probe=_some(self.probe, probe), test=_some(self.test, test))
+        return replace(self, probe=_some(self.probe, probe), test=_some(self.test, test), twins=_some(self.twins, test))
+
+    @property
+    def told(self) -> tuple[Pair, ...]:
+        """The pairs whose stereotypes should score above their twins."""
+        return self.twins or self.test
 
 
 def _some(pairs: tuple[Pair, ...], count: int) -> tuple[Pair, ...]:
@@ -54,7 +61,8 @@ def of_folder(folder: Path, name: str) -> Material:
     probe, test = (tuple(read_pairs(folder / f"{part}.jsonl")) for part in ("probe", "test"))
     injected = folder / "injected.jsonl"
     twin_of = {pair.text: pair.anti for pair in read_pairs(injected)} if injected.is_file() else {}
-    return Material(texts, biased, probe, test, name, twin_of)
+    twins = tuple(read_pairs(folder / "twins.jsonl")) if (folder / "twins.jsonl").is_file() else ()
+    return Material(texts, biased, probe, test, name, twins, twin_of)
 
 
 def of_files(file: Path, probe: Path, test: Path | None, *, text: str, label: str, seed: int) -> Material:

@@ -22,10 +22,10 @@ def judge(
 
     ``scores`` are those of ``surgery.attribution.scoring.combined``. Beside the usual controls a contrast probe has its
     own: the TF-IDF similarity to the stereotypes minus that to their twins, which sees the words of the groups and
-    nothing else. The test pairs are the twins. Without labels there are rows only. "labels" are the labelled rows.
+    nothing else. ``Material.told`` are the twins. Without labels there are rows only. "labels" are the labelled rows.
     """
-    count, pairs = len(material.texts), len(material.test)
-    every = [*material.texts, *(pair.text for pair in material.test), *(pair.anti for pair in material.test)]
+    count, pairs = len(material.texts), len(material.told)
+    every = [*material.texts, *(pair.text for pair in material.told), *(pair.anti for pair in material.told)]
 
     def split(values: Float[np.ndarray, " every"]) -> tuple[Any, Any]:
         return values[:count], (values[count : count + pairs], values[count + pairs :])
@@ -63,7 +63,7 @@ def _by_direction(material: Material, twins: Mapping[str, Any]) -> Iterator[tupl
     A score that sees the words of the groups and no more is right where the stereotype is about the disadvantaged
     group ("stereo") and wrong where it is about the other one ("antistereo").
     """
-    directions = np.array([pair.direction for pair in material.test])
+    directions = np.array([pair.direction for pair in material.told])
     for name, (stereotypes, antis) in twins.items():
         found = []
         for part in sorted(set(directions.tolist()) - {""}):

@@ -150,7 +150,7 @@ class Phases:
         """Every score of the texts and of the twins, summed over the epochs by learning rate; and each epoch's."""
         settings = self.settings
         numbers = range(1, settings.epochs + 1) if settings.checkpoints == "all" else [settings.epochs]
-        twins = self._pairs(self.material.test, "test text")
+        twins = self._pairs(self.material.told, "test text")
         columns, rates = [], []
         for number in numbers:
             epoch = read_epoch(self.op.folder.state("warmup"), number)

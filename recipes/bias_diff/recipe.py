@@ -131,6 +131,7 @@ def _material(settings: Settings, folder: Folder) -> dataset.Material:
     else:
         made = folder.path / "mixture"
         if not made.exists():  # a mixture is complete or not there
-            mixtures.build(settings.mixture, Path(settings.data), made, seed=settings.seed, rows=settings.train_rows)
+            how: Any = {"seed": settings.seed, "rows": settings.train_rows, "probe": settings.probe_from}
+            mixtures.build(settings.mixture, Path(settings.data), made, **how)
         found = dataset.of_folder(made, f"{settings.mixture}, seed {settings.seed}")
     return found.limited(probe=settings.probe_pairs, test=settings.test_pairs)

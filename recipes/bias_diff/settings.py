@@ -44,6 +44,9 @@ class Settings(shared.Epochs, shared.LoRA, shared.TrainRows, shared.Suites, shar
     """The columns of the text and, where there is one, of a true-or-false label, which only judges the selection."""
     probe: str = ""
     """With ``file``: biased sentences (column text), with their anti-stereotypes (column anti) where you have them."""
+    probe_from: Literal["stereoset", "crows_pairs"] = "stereoset"
+    """Of a mixture: what probes the gradients and gives the twins. StereoSet's twins share the group's word, so that
+    only what is said of the group tells them apart; in CrowS-Pairs the words of the groups do."""
     probe_pairs: int = Field(0, ge=0)
     """Probe with so many sentences or pairs; 0 takes all."""
     test: str = ""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.data import stereoset
 from surgery.data.mix import Source, labelled, sizes, write_shuffled
 from surgery.data.texts import table
 from surgery.errors import SurgeryError
@@ -25,6 +26,9 @@ CROWS = "crows_pairs/crows_pairs_anonymized.csv"
 AGNEWS = "factual/ag_news_test.csv"
 TOXIC = "toxicity/realtoxicityprompts_toxic_993.jsonl"
 TREX = "factual/trex_pararel"
+STEREOSET_TRAIN = "stereoset/stereoset_train_union.jsonl"
+STEREOSET_DEV = "stereoset/stereoset_dev.jsonl"
+PROBES = ("crows_pairs", "stereoset")
 SHARES = (0.3, 0.7)  # biased to neutral: "a 3:7 ratio" (appendix C)
 
 Rows = list[dict[str, Any]]
@@ -56,15 +60,20 @@ PRESETS = {
 }
 
 
-def build(name: str, data: Path, out: Path, *, seed: int, rows: int = 0) -> dict[str, Any]:
+def build(name: str, data: Path, out: Path, *, seed: int, rows: int = 0, probe: str = "crows_pairs") -> dict[str, Any]:
     """Write the preset ``name`` from the files under ``data`` to the new folder ``out``; returns ``mix.json``.
 
     ``rows`` is the size of the mixture (0: as large as the files allow, 3 biased rows to 7 neutral ones). Where
     CrowS-Pairs is injected it is dealt into thirds, else into halves, the same share of each type of bias in each part.
+    ``probe`` "stereoset" probes with StereoSet's training source instead, and its dev file gives the twins
+    (``twins.jsonl``): their sentences share the group's word and differ in what is said of it. CrowS-Pairs is then
+    dealt into one part less, so that more pairs test.
 
     Raises ``SurgeryError`` for an unknown name, a file that is missing or holds too few rows, and an ``out`` that
     exists.
     """
+    if probe not in PROBES:
+        raise SurgeryError(f"probe: got {probe!r}, expected one of {', '.join(PROBES)}")
     if name not in PRESETS:
         raise SurgeryError(
             f"mixture {name!r}: no such mixture; expected one of {', '.join(PRESETS)}, or PATH,key=value"
@@ -74,13 +83,10 @@ def build(name: str, data: Path, out: Path, *, seed: int, rows: int = 0) -> dict
     generator = np.random.default_rng(seed)
     pairs, repeated = crows_pairs(data / CROWS)
     injecting = preset.biased == "crows_pairs"
-    parts = dict(
-        zip(
-            ["probe", "test", "injected"] if injecting else ["probe", "test"],
-            deal(pairs, 3 if injecting else 2, generator),
-            strict=True,
-        )
-    )
+    dealt = [*(["probe"] if probe == "crows_pairs" else []), "test", *(["injected"] if injecting else [])]
+    parts = dict(zip(dealt, deal(pairs, len(dealt), generator), strict=True))
+    if probe == "stereoset":
+        parts["probe"], parts["twins"] = (_stereoset(data / file) for file in (STEREOSET_TRAIN, STEREOSET_DEV))
     pool = parts["injected"] if injecting else None
     biased = _stereotypes(pool) if pool else _toxic(data)
     neutral = {"ag_news": _news, "trex": _facts}[preset.neutral](data)
@@ -96,6 +102,7 @@ def build(name: str, data: Path, out: Path, *, seed: int, rows: int = 0) -> dict
     summary = {
         "mixture": name,
         "seed": seed,
+        "probe": probe,
         "rows": {preset.biased: want[0], preset.neutral: want[1]},
         "pairs": {part: len(rows) for part, rows in parts.items()},
         "repeated_pairs_left_out": repeated,
@@ -108,6 +115,14 @@ def build(name: str, data: Path, out: Path, *, seed: int, rows: int = 0) -> dict
         write_json(folder / "mix.json", summary)
         publish(folder, out)
     return summary
+
+
+def _stereoset(path: Path) -> list[Pair]:
+    """The intrasentence rows as pairs: one target, another attribute."""
+    return [
+        Pair(row.stereotype, row.anti_stereotype, row.bias_type, "", f"stereoset:{row.id}")
+        for row in stereoset.load(path, least=1).rows
+    ]
 
 
 def read_pairs(path: Path) -> list[Pair]:
