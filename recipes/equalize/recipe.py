@@ -38,8 +38,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError`` for shares that do not add up to 1, a word of
     several tokens, a text that is both equalised and held; see ``surgery.operation`` for interruptions.
     """
-    settings.check()
     pairs.refuse_other_form(settings)
+    settings.check()
     if settings.pairs:
         return pairs.run(model, tokenizer, settings, **where)
     prompts = load_prompt_set(settings.prompt_set)
