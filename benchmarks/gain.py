@@ -7,6 +7,7 @@ python -m benchmarks gain --shape 8b --sketch      # a shape of benchmarks.scale
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     parser.add_argument("--sketch", action="store_true", help="as of surgery locate")
     chosen = parser.parse_args(arguments)
     if chosen.shape:
-        model, tokenizer = drawn(chosen.shape).eval(), AutoTokenizer.from_pretrained(chosen.model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(chosen.model)
+        model: Any = drawn(chosen.shape).eval()
     else:
         model, tokenizer = surgery.load(chosen.model, device="cpu", dtype=torch.float32)
     device = model.device
