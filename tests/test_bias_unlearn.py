@@ -209,6 +209,37 @@ def test_the_released_variant_steers_by_the_test_file_and_says_so(
     assert "Warning: variant released" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_folds_steer_by_terms_that_a_training_never_saw(
+    tiny: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trainings score all training terms between them; the third learns all and keeps the step that they name."""
+    seen: list[tuple[set[str], set[str], int]] = []
+    inner = training.train
+
+    def spy(op: Any, tokenizer: Any, given: Any, settings: Any, evaluate: Any, track: Any) -> Any:
+        made = inner(op, tokenizer, given, settings, evaluate, track)
+        terms = [{row.target for row in rows} for rows in (given.train, given.watched.rows)]
+        seen.append((*terms, made.edit.details["kept_step"]))  # type: ignore[arg-type]
+        return made
+
+    for name in ("recipes.bias_unlearn.recipe.train", "recipes.bias_unlearn.folds.train"):
+        monkeypatch.setattr(name, spy)
+    settings: Any = {"variant": "ours", "folds": 2, "steps": 6, "evaluate_every": 3, "gradient_ratio": 2.0}
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", **settings)
+    folds, whole = seen[:2], seen[2]
+    assert all(not learnt & scored for learnt, scored, _ in folds)
+    assert folds[0][1] | folds[1][1] == whole[0] == whole[1] and len(whole[0]) == 15
+    assert summary["rows"]["trained"] == 60
+    dev = summary["dev"]["after"]["stereoset"]
+    assert dev["ss"]["overall"]["n"] == 60 and "each term unseen in training" in dev["ss"]["overall"]["data"]
+    kept = next(row for row in summary["edit"]["evaluations"] if row["step"] == summary["edit"]["kept_step"])
+    assert kept["ss"]["race"] == dev["ss"]["race"]["value"] and kept["high"]["race"] == dev["ss"]["race"]["high"]
+    weights = summary["edit"]["weights"]
+    assert weights["retain"] == 0.4 and weights["prefer"] not in (0.0, 1.0)  # set by gradient_ratio
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Weights of the terms: " in page and "not every sentence was seen: passes" in page
+
+
 def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     torch.manual_seed(98)
     first = learn(tiny, checkpoint, data, tmp_path / "a", seed=3, profile="quick", limit=20)
@@ -336,6 +367,9 @@ def test_a_profile_changes_what_nothing_is_said_about() -> None:
         ({"suites": ["crows_pairs"], "method": "self_debias"}, "under Self-Debias StereoSet alone is scored"),
         ({"target_modules": ["c_attn"]}, "got 'c_attn', expected linear layers such as down_proj"),
         ({"target_modules": ["q_proj", "lm_head"]}, "got the head, with which the kept reference would change"),
+        ({"steer": "folds", "folds": 9}, "'gender': 8 groups, expected at least 9 to steer by folds"),
+        ({"steer": "folds", "method": "self_debias"}, "Self-Debias trains nothing; use steer=part"),
+        ({"gradient_ratio": 1.0, "weight_retain": 0}, "gradient_ratio: got 1 and the terms forget, unrelated"),
         ({"weight_forget": 0, "weight_retain": 0, "weight_kl": 0}, "got 0 for all"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from families import state
 
 import surgery
 from recipes import equalize
+from recipes.equalize import doses as dosing
+from surgery.data import shapes
+from surgery.data.pairs import Pair
 from surgery.edits.equalize import hold_term, prepare
 from surgery.edits.equalize.dose import read_doses
 from surgery.edits.equalize.training import _alike
@@ -19,7 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.runs.folder import Folder
 from surgery.runs.settings import build, parse_set
 
-QUICK: dict[str, Any] = {"lr": 5e-3, "epochs": 6, "batch_size": 32, "dose": [0.0], "hold_texts": 0.0}
+QUICK: dict[str, Any] = {"lr": 5e-3, "epochs": 6, "batch_size": 32, "dose": [0.0], "hold_texts": 0.0, "samples": 0}
 NAMES = ("nurse", "plumber", "teacher", "doctor", "farmer", "lawyer", "engineer", "secretary", "chef", "pilot", "guard")
 NAMES += ("writer", "dancer", "singer", "artist")
 ENDS = (("smiled", "laughed"), ("waited", "slept"), ("called a friend", "took a long break"))
@@ -89,17 +93,24 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
 ) -> None:
     """Four trainings on groups apart, and one on all; cut inside the third, it goes on to the same delta."""
     settings: dict[str, Any] = {"pairs": written(rows, tmp_path / "own.jsonl"), "dose": ["auto"], "epochs": 2}
-    settings |= {"doses": [0.0, 0.4], "folds": 2}
+    settings |= {"doses": [0.0, 0.4], "folds": 2, "scales": [0.5, 1.0], "margin_gone": 0.01}
+    settings |= {"samples": 5, "hold_texts": 1.0}
     monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))
     whole = operate(checkpoint, tmp_path / "whole", **settings)
     chosen = whole["doses"]["gender"]
     assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
     assert chosen["low"] <= chosen["dose"] <= chosen["high"] and set(chosen["curve"]) == {"0", "0.4"}
+    assert [row["scale"] for row in whole["scales"]] == [0.5, 1.0] and whole["scale"] in (0.5, 1.0)
+    for row in whole["scales"]:
+        assert row["margin_gone"] < 1 and np.isfinite(row["perplexity"]) and set(row["doses"]) == {"gender"}
+    # What is held: 40 shipped sentences and 5 of the model's own, of which every other one has a start token.
+    assert whole["edit"]["terms"]["texts"] == 2 * len(shapes.texts()) + 5
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").open()]
     trained = [row["edit"] for row in log if "edit" in row]
-    # A fold learns of 6 of 12 groups 18 pairs and 6 unrelated sentences, each in both forms: 48 examples, 2 batches.
+    # A fold learns of 6 of 12 groups 18 pairs and 6 unrelated sentences, each in both forms, 48 examples beside texts.
+    batches = 2 * -(-(48 + whole["edit"]["terms"]["texts"]) // 32)
     assert {name: trained.count(name) for name in trained if name != "equalize"} == {
-        f"dose {dose}, fold {fold} of 2": 4 for dose in ("0", "0.4") for fold in (1, 2)
+        f"dose {dose}, fold {fold} of 2": batches for dose in ("0", "0.4") for fold in (1, 2)
     }
     write = Folder.log
 
@@ -115,7 +126,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     rest = operate(checkpoint, tmp_path / "cut", resume=True, **settings)
     assert rest["delta"]["sha256"] == whole["delta"]["sha256"] and rest["doses"] == whole["doses"]
     again = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").open()]
-    assert sum(row.get("edit") == "dose 0, fold 1 of 2" for row in again) == 4  # not trained a second time
+    assert sum(row.get("edit") == "dose 0, fold 1 of 2" for row in again) == batches  # not trained a second time
 
 
 @pytest.mark.parametrize(
@@ -131,6 +142,8 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
         ({"dose": ["much"]}, "dose: got 'much', expected a number"),
         ({"dose": [0.1, 0.2]}, "dose: 'of the other types' is given twice"),
         ({"dose": ["auto"], "doses": [0.1]}, "doses: got .0.1., expected at least 2"),
+        ({"scales": [1.0, 3.0]}, r"scales: got .1.0, 3.0., expected numbers above 0 up to 2"),
+        ({"scales": [0.5, 1.0]}, "scales: got .* and a dose for every bias type"),
         ({"scorers": ["bos", "bos"]}, "scorers: 'bos' is named twice"),
         ({"controls": ["lftf"]}, "controls: got 'lftf', which learns words"),
     ],
@@ -166,6 +179,31 @@ def test_a_tokenizer_without_a_start_token_needs_another_scorer(
     with pytest.raises(SurgeryError, match=r"neither BOS nor EOS, and scorer 'bos'.*use scorer 'no-start'"):
         operate(plain, tmp_path / "run", pairs=written(rows, tmp_path / "own.jsonl"))
     assert not list(tmp_path.glob("run*"))
+
+
+def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups, margins that fall in proportion to scale and dose; untouched they are all .4."""
+    pairs = [Pair("a", "b", "t", group, "") for group in ("x", "y") for _ in range(2)]
+    found = {
+        scale: {dose: np.full((4, 1), 0.4 * (1 - scale) - scale * dose + 0.01) for dose in (0.0, 1.0)}
+        for scale in (0.2, 0.5, 1.0)
+    }
+    costs = {scale: [np.log(10 * (1 + 0.1 * scale**2))] * 2 for scale in found}
+    monkeypatch.setattr(dosing, "_cross_validated", lambda *_: (found, costs))
+    monkeypatch.setattr(dosing, "check_edit", lambda *_, **__: None)
+    op = SimpleNamespace(
+        once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
+    )
+    for wanted, scale in ((0.3, 0.5), (0.99, 1.0)):
+        settings = SimpleNamespace(scales=list(found), margin_gone=wanted, seed=0)
+        work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
+        chosen = dosing.choose_doses(
+            work, Any, pairs, {"t": None}, lambda *_: [], lambda _: (np.full((4, 1), 0.4), 10.0)
+        )
+        assert chosen.scale == scale
+    assert [row["reached"] for row in chosen.scales] == [False, True, True]  # at .2 it would take a dose of 1.65
+    assert chosen.scales[1]["perplexity"] == pytest.approx(0.025)
+    assert chosen.scales[1]["margin_gone"] > 0.95 and chosen.doses["t"]["dose"] == pytest.approx(0.42, abs=0.05)
 
 
 def test_doses_as_they_are_written() -> None:

@@ -12,6 +12,7 @@ from families import build, state
 from letters import letters
 
 from surgery.errors import SurgeryError
+from surgery.forward.generation import draw, own_texts
 from surgery.metrics import gas
 from surgery.metrics.gas import Sampling
 
@@ -36,11 +37,11 @@ def test_only_whole_words_count_and_shares_are_over_texts() -> None:
 def test_draws_follow_the_distribution_and_top_p_cuts_its_tail() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     uniforms = torch.from_numpy(np.random.default_rng(0).random(4000))
-    counts = torch.bincount(gas.draw(logits, uniforms, 1.0, 1.0), minlength=4) / 4000
+    counts = torch.bincount(draw(logits, uniforms, 1.0, 1.0), minlength=4) / 4000
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.02)
-    counts = torch.bincount(gas.draw(logits, uniforms, 1.0, 0.7), minlength=4) / 4000
+    counts = torch.bincount(draw(logits, uniforms, 1.0, 0.7), minlength=4) / 4000
     np.testing.assert_allclose(counts, [0.625, 0.375, 0, 0], atol=0.02)
-    cold = torch.bincount(gas.draw(logits, uniforms, 0.5, 1.0), minlength=4) / 4000
+    cold = torch.bincount(draw(logits, uniforms, 0.5, 1.0), minlength=4) / 4000
     squares = np.array([0.25, 0.09, 0.0225, 0.0025])
     np.testing.assert_allclose(cold, squares / squares.sum(), atol=0.02)
 
@@ -94,7 +95,7 @@ def test_sampling_equals_a_plain_loop_over_whole_sequences() -> None:
     for uniform in np.random.default_rng([0, 2, 0]).random(6):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[:, -1]
-        ids.append(int(gas.draw(logits, torch.tensor([uniform]), 0.7, 0.8)))
+        ids.append(int(draw(logits, torch.tensor([uniform]), 0.7, 0.8)))
         if ids[-1] == 2:
             break
     assert gas.generate(model, tokenizer, PROMPTS, plan)[2] == tokenizer.decode(ids[width:], skip_special_tokens=True)
@@ -126,3 +127,14 @@ def test_prompts_of_the_data_at_hand_hold_none_of_the_words(tiny: Any) -> None:
         and "2 texts a prompt, 5 new tokens, temperature 1, top-p 1, seed 1" in scores["gas"].scorer
     )
     assert scores["gas"].data == "professions prompts, 6 of 140"
+
+
+def test_a_model_s_own_texts_end_where_it_ends_them(tiny: Any) -> None:
+    model, _ = tiny
+    found = own_texts(model, 20, begin=2, ends=[3, 4], longest=12, seed=1)
+    assert len(found) == 20 and all(8 <= len(text) <= 12 and not {3, 4} & set(text) for text in found)
+    assert found == own_texts(model, 20, begin=2, ends=[3, 4], longest=12, seed=1)
+    assert found != own_texts(model, 20, begin=2, ends=[3, 4], longest=12, seed=2)
+    assert any(len(text) < 12 for text in own_texts(model, 20, begin=2, ends=range(5, 9), longest=12))
+    with pytest.raises(SurgeryError, match="hardly a text that it writes itself has 8 tokens or more: got 0"):
+        own_texts(model, 2, begin=2, ends=range(model.config.vocab_size), longest=12)

@@ -27,14 +27,18 @@ from surgery.edits.unlearning import (
     decide,
     dpo,
     encode_triples,
+    gradients_of_terms,
     kl,
     npo,
     npo_batch,
+    preference,
+    push,
     reference,
     retention,
     split_terms,
     unlearn,
 )
+from surgery.edits.unlearning.early_stopping import merit
 from surgery.edits.unlearning.encoding import ANTI, SIDES, STEREOTYPE, UNRELATED, encode_sentences
 from surgery.errors import SurgeryError
 from surgery.training import Plan
@@ -93,6 +97,13 @@ def test_dpo_and_retention() -> None:
     assert dpo(chosen, rejected, first, second, 0.3).tolist() == pytest.approx(direct, abs=1e-12)
     assert retention(torch.tensor([-6.0]), torch.tensor([3.0])).tolist() == [2.0]
     assert retention(torch.tensor([-6.0])).tolist() == [6.0]
+
+
+def test_a_preference_weighs_what_still_prefers_the_stereotype() -> None:
+    margin = torch.tensor([0.4, -0.1, -2.0], dtype=F64)
+    direct = [-math.log(1 / (1 + math.exp(5 * (m + 0.1)))) for m in margin.tolist()]
+    assert preference(margin, 5.0, 0.1).tolist() == pytest.approx(direct, abs=1e-12)
+    assert direct[0] > 10 * direct[2]
 
 
 def test_the_mean_over_a_chunk_is_equation_4() -> None:
@@ -277,6 +288,36 @@ def test_before_training_nothing_diverges() -> None:
     assert values[5].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
+def test_in_the_scorers_unit_every_loss_is_of_means_over_tokens() -> None:
+    frozen: Any = build("llama")
+    model = nudged(frozen).to(F64)
+    kept = reference(frozen.to(F64), ROWS, *KEPT)
+    items = [item for item in ITEMS if item.role in ("forget", "retain", "prefer")]
+    objective = Objective({}, beta=0.3, unit="mean", prefer="margin", offset=0.2)
+    values, _ = batch_losses(model, model, items, ROWS, kept, objective)
+    expected = []
+    for item in items:
+        row = ROWS[item.triple][item.side]
+        logp, ref = (summed(net, row) / (len(row.ids) - row.start) for net in (model, frozen))
+        if item.role == "prefer":
+            other = ROWS[item.triple][ANTI]
+            margin = logp - summed(model, other) / (len(other.ids) - other.start)
+            expected.append(preference(margin, 0.3, 0.2))
+        else:
+            expected.append(npo(logp, ref, 0.3) if item.role == "forget" else -logp)
+    assert values.tolist() == pytest.approx([value.item() for value in expected], rel=1e-6)
+
+
+def test_a_push_sets_the_ratio_of_the_gradients() -> None:
+    one, two = (torch.tensor(values, requires_grad=True) for values in ([3.0, 4.0], [1.0]))
+    items = [Item("forget", 0, STEREOTYPE), Item("retain", 0, ANTI), Item("retain", 1, ANTI)]
+    with torch.no_grad():  # as an evaluation inside a training is
+        found = gradients_of_terms(items, lambda _: torch.stack([one.square().sum(), 5 * two[0], one[0]]), [one, two])
+    assert found == pytest.approx({"forget": 10.0, "retain": math.sqrt(2.5**2 + 0.5**2)})
+    objective = Objective({"forget": 0.4, "retain": 0.4, "unrelated": 0.2}, ratio=2.0)
+    assert push(objective, {"forget": 10.0, "retain": 4.0}) == pytest.approx(0.8)  # 4 to 1.6 before
+
+
 # BatchSampler
 
 TYPES = ("race",) * 40 + ("gender",) * 20 + ("religion",) * 4
@@ -330,6 +371,19 @@ def test_the_reference_knows_every_sentence_that_any_swap_may_need(
                 assert item.triple in unrelated
 
 
+def test_passes_are_counted_by_set_and_type() -> None:
+    """Against counting the draws: 48 chunks of 4 are three passes through 64 stereotypes, or 64 of each type."""
+    for balance in ("rows", "types"):
+        chunks = BatchSampler(TYPES, SIZES, seed=0, adversarial=0.0, balance=balance)  # type: ignore[arg-type]
+        found = chunks.passes(48)
+        drawn = Counter(
+            TYPES[item.triple] for step in range(48) for item in chunks.items(step) if item.role == "forget"
+        )
+        for name, rows in Counter(TYPES).items():
+            assert found["forget"][name] == pytest.approx(drawn[name] / rows)
+    assert chunks.passes(48)["retain"]["religion"] == 10 * chunks.passes(48)["retain"]["race"]
+
+
 def test_a_chunk_of_nothing_is_refused() -> None:
     with pytest.raises(
         SurgeryError, match=r"got \{'forgotten': 4\}, expected at least 1 place for some of forget, retain"
@@ -371,18 +425,30 @@ def test_a_type_of_one_term_is_refused() -> None:
 
 def test_types_below_50_are_swapped_until_they_are_above() -> None:
     control = EarlyStopping(5, {"gender": 50, "race": 50, "religion": 10})
-    assert decide(control, {"gender": 47.0, "race": 61.0, "religion": 45.0}).swapped == {"gender", "religion"}
-    assert decide(control, {"gender": 52.1, "race": 61.0, "religion": 45.0}).swapped == {"religion"}
-    assert not decide(control, {"gender": 52.1, "race": 50.0, "religion": 50.0}).stop
-    assert decide(control, {"gender": 52.0, "race": 48.0, "religion": 59.9}).stop  # 10 rows: one is 10 points
-    assert not decide(control, {"gender": 52.0, "race": 48.0, "religion": 60.1}).stop
+    assert decide(control, {"ss": {"gender": 47.0, "race": 61.0, "religion": 45.0}}).swapped == {"gender", "religion"}
+    assert decide(control, {"ss": {"gender": 52.1, "race": 61.0, "religion": 45.0}}).swapped == {"religion"}
+    assert not decide(control, {"ss": {"gender": 52.1, "race": 50.0, "religion": 50.0}}).stop
+    assert decide(control, {"ss": {"gender": 52.0, "race": 48.0, "religion": 59.9}}).stop  # 10 rows: one is 10 points
+    assert not decide(control, {"ss": {"gender": 52.0, "race": 48.0, "religion": 60.1}}).stop
+
+
+def test_a_swap_may_wait_for_the_interval_and_the_choice_for_the_language_model() -> None:
+    given: Any = {"swap_when": "interval", "select": "ss", "lms_floor": 89.0, "counted": ("gender", "race")}
+    control = EarlyStopping(25, {"gender": 50, "race": 50, "religion": 5}, **given)
+    scores = {"ss": {"gender": 47.0, "race": 44.0, "religion": 20.0}, "high": {"gender": 51.0, "race": 49.0}}
+    scores["high"]["religion"] = 60.0
+    assert decide(control, scores).swapped == {"race"}
+    scores["lms"] = {"overall": 89.0}
+    assert merit(control, scores) == -4.5  # religion takes no part
+    short, far = scores | {"lms": {"overall": 88.0}}, scores | {"ss": {"gender": 90.0, "race": 90.0}}
+    assert merit(control, short) < merit(control, far) < merit(control, scores)
 
 
 def test_the_released_schedule_goes_on_with_the_farthest_type() -> None:
     control = EarlyStopping(5, {"gender": 100, "religion": 100}, focus=True, targets={"gender": 49.0, "religion": 48.0})
-    far = decide(control, {"gender": 60.0, "religion": 45.0})
+    far = decide(control, {"ss": {"gender": 60.0, "religion": 45.0}})
     assert (far.active, far.swapped, far.factor, far.stop) == (("gender",), frozenset(), 1.0, False)
-    near = decide(control, {"gender": 50.0, "religion": 45.0})
+    near = decide(control, {"ss": {"gender": 50.0, "religion": 45.0}})
     assert (near.active, near.swapped, near.factor, near.stop) == (("religion",), {"religion"}, 0.8, False)
 
 
@@ -397,7 +463,7 @@ def learn(model: Any, *, steps: int = 9, lr: float = 1e-2, scores: Any = None, *
     given = iter(scores) if scores else None
     objective = more.pop("objective", Objective(WEIGHTS))
 
-    def evaluate() -> dict[str, dict[str, float]]:
+    def evaluate(step: int) -> dict[str, dict[str, float]]:
         ss = next(given) if given else 60.0
         return {"ss": {"gender": ss, "race": 60.0}, "icat": {"gender": 2 * min(ss, 100 - ss), "race": 80.0}, "lms": {}}
 

@@ -1,14 +1,19 @@
 """What an unlearning run measures: StereoSet's development and test rows, further suites, a few rows on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
+from surgery.data import neutral
 from surgery.edits import self_debias
 from surgery.edits.unlearning.dataset import Dataset
-from surgery.edits.unlearning.unlearn import Scores
+from surgery.edits.unlearning.watching import Scores
+from surgery.forward.next_token import token_losses
+from surgery.forward.tokens import encode
+from surgery.metrics import perplexity
 from surgery.metrics.stereoset import evaluate_triples
 from surgery.metrics.suite import evaluate_suites, plain
 from surgery.progress import Progress
@@ -38,6 +43,8 @@ def measure(
     judge = self_debias.evaluate_triples if debiased else evaluate_triples
     found: dict[str, Any] = {}
     for part, triples in (("dev", given.held_out), ("test", given.test)):
+        if not triples.rows:  # the development set of a run that is steered by folds is scored by these
+            continue
         with progress.work(f"StereoSet {part} {when}", 3 * len(triples.rows)) as step:
             found[part] = {"stereoset": plain(judge(model, tokenizer, triples, scorer=scorer, step=step), samples=True)}
     for line in skipped_rows(found):
@@ -56,10 +63,18 @@ def watched_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Dataset, scorer: str, progress: Progress
 ) -> Scores:
     """SS, LMS and ICAT of the rows that are scored while training, by bias type and overall; SS is said."""
-    scores = evaluate_triples(model, tokenizer, given.watched, scorer=scorer)
-    found = {name: {kind: metric.value for kind, metric in scores[name].items()} for name in ("ss", "lms", "icat")}
+    found = scores_of(evaluate_triples(model, tokenizer, given.watched, scorer=scorer))
     progress.say(", ".join(f"{kind} {value:.1f}" for kind, value in found["ss"].items()) + " (SS while training)")
-    return found
+    lines = neutral.with_pronouns()
+    sums, counts, _ = token_losses(model, encode(tokenizer, lines, limit=context_limit(model)))
+    return found | {"perplexity": {"overall": perplexity.score(sums, counts, data="shipped sentences").value}}
+
+
+def scores_of(table: Mapping[str, Any]) -> Scores:
+    """What steers a training, of a table of metrics by bias type: SS with the ends of its interval, LMS, ICAT."""
+    found = {name: {kind: metric.value for kind, metric in table[name].items()} for name in ("ss", "lms", "icat")}
+    ends = {end: {kind: getattr(metric, end) for kind, metric in table["ss"].items()} for end in ("low", "high")}
+    return found | ends
 
 
 def skipped_rows(found: dict[str, Any]) -> list[str]:

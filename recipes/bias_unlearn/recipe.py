@@ -1,17 +1,18 @@
 """The steps of an unlearning: read and divide StereoSet, train until neither side is preferred, measure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.bias_unlearn.measuring import measure
+from recipes.bias_unlearn.folds import cross_validate, parts_of, steering, unseen
+from recipes.bias_unlearn.measuring import measure, watched_scores
 from recipes.bias_unlearn.report import verdict, write_report
 from recipes.bias_unlearn.settings import Settings
 from recipes.bias_unlearn.training import OBJECTIVES, parts, train
-from surgery.edits.unlearning import Dataset, read_dataset, trained_names
+from surgery.edits.unlearning import Dataset, Scores, read_dataset, trained_names
 from surgery.operation import Edit, Outcome, Run, Where, operation
 from surgery.runs import summary
 
@@ -37,6 +38,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     settings.check()
     given = _read(settings)
     parts(settings)
+    if settings.steer == "folds":
+        parts_of(given.train, settings)
     trains = trained_names(model, settings.target_modules)
     with operation("bias_unlearn", model, settings, **where) as op:
         for note in given.notes:
@@ -49,14 +52,22 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             after = op.once("after", partial(measured, when="after", debiased=True))
             main = Outcome(Edit(objective=OBJECTIVES[settings.method]), after)
         else:
+            watched = partial(watched_scores, op.model, tokenizer, given, settings.scorer, op.progress)
+            evaluate: Callable[[int], Scores] = lambda _: watched()  # noqa: E731
+            if settings.steer == "folds":
+                tables = cross_validate(op, tokenizer, given, settings)
+                evaluate = steering(tables).__getitem__
             main = op.carry_out(
                 "bias_unlearn",
-                partial(train, op, tokenizer, given, settings),
+                partial(train, op, tokenizer, given, settings, evaluate),
                 partial(measured, when="after"),
                 trains=trains,
                 steps=settings.steps,
             )
         after = main.measured
+        if settings.steer == "folds":
+            kept = main.edit.details["kept_step"]
+            before, after = before | {"dev": unseen(tables[0])}, after | {"dev": unseen(tables[kept])}
         summary = Summary(
             **op.about(main),
             method=settings.method,
@@ -85,4 +96,5 @@ def _read(settings: Settings) -> Dataset:
         kind=settings.kind,
         limit=settings.test_rows,
         released=settings.variant == "released",
+        folds=settings.steer == "folds",
     )

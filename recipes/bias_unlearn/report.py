@@ -51,10 +51,25 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             f"Everything under after was measured on the checkpoint as saved: {applied['rounding']} rounding, "
             f"{applied['changed']:,} of {applied['entries']:,} entries changed, {applied['lost']:,} lost to rounding."
         )
+    lines += passes(summary["edit"])
     fall = overall["lms"][0] - overall["lms"][1]
     if fall > LARGEST_FALL:
         lines.append(f"Warning: the language modelling score fell by {fall:.2f}; the paper's largest fall is 1.42.")
     return [*lines, *caveats(summary["before"], summary["after"])]
+
+
+def passes(edit: Mapping[str, Any]) -> list[str]:
+    """The weights that the terms had, and how often the sentences of each set were seen."""
+    lines = []
+    if edit.get("weights"):
+        lines.append(
+            "Weights of the terms: " + ", ".join(f"{role} {w:.3g}" for role, w in edit["weights"].items()) + "."
+        )
+    for role, by_type in edit.get("passes", {}).items():
+        shown = ", ".join(f"{kind} {count:.2f}" for kind, count in by_type.items())
+        start = "Warning, not every sentence was seen: passes" if min(by_type.values()) < 1 else "Passes"
+        lines.append(f"{start} through the sentences of {role}, all steps together: {shown}.")
+    return lines
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -72,11 +87,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
                 *(f"{row['ss'][kind]:.1f}" for kind in kinds),
                 f"{row['lms']['overall']:.1f}",
                 f"{row['icat']['overall']:.1f}",
+                *([f"{row['perplexity']['overall']:.2f}"] if "perplexity" in row else []),
             ]
             for row in evaluations
         ]
         note = "On the rows of the development set that are scored while training; these numbers steer it."
         head = ["step", *kinds, "LMS overall", "ICAT overall"]
+        head += ["perplexity, 40 shipped sentences"] if "perplexity" in evaluations[0] else []
         found.append(Table("Stereotype score while training", head, rows, note))
     return found
 

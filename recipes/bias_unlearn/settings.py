@@ -20,6 +20,17 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "dev_rows": 100,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     },
+    # Ours, labelled: all in the scorers' unit, bias types alike, steered by every term of the source.
+    ("variant", "ours"): {
+        "unit": "mean",
+        "weight_forget": 0.0,
+        "weight_prefer": 1.0,
+        "balance": "types",
+        "steer": "folds",
+        "swap_when": "interval",
+        "select": "ss",
+        "early_stop": False,
+    },
     # Chosen on the development sets of SmolLM2-135M among 14 settings; docs/recipes/bias_unlearn.md has them.
     ("profile", "small"): {"lr": 2e-4, "steps": 250, "weight_forget": 0.05, "dev_rows": 1000},
     # For two cores and the demo model. So few steps need a high rate, at which the paper's weights (beta 0.1, forget
@@ -66,8 +77,14 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     method: Literal["bias_unlearn", "cda", "sft", "stereotypes", "dpo", "ga", "self_debias"] = "bias_unlearn"
     """Or a baseline: CDA (anti-stereotypes only), SFT (both sides), the stereotypes (a task vector, to be subtracted),
     DPO, gradient ascent, Self-Debias (no edit)."""
-    variant: Literal["paper", "released"] = "paper"
-    """released: as the authors' code: one sigmoid a batch, one type after another, selection on the test file."""
+    variant: Literal["paper", "released", "ours"] = "paper"
+    """released: as the authors' code: one sigmoid a batch, one type after another, selection on the test file.
+
+    ours: a preference between the sides in the scorers' unit, steered by cross-validation over all training terms.
+    """
+    unit: Literal["sum", "mean"] = "sum"
+    """A sentence's log-probability in NPO, retention and preference: the sum over its continuation, as printed, or the
+    mean over all its tokens, which is what the scorers compare."""
     forget_batch: int = Field(4, ge=1)
     retain_batch: int = Field(28, ge=1)
     unrelated_batch: int = Field(4, ge=1)
@@ -77,6 +94,13 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     weight_retain: float = Field(0.4, ge=0)
     weight_kl: float = Field(0.2, ge=0)
     """Eq. 4; 0 leaves a part out (Table 5)."""
+    weight_prefer: float = Field(0.0, ge=0)
+    """Of a term of ours: -log sigma(-beta (margin + offset)) of a stereotype and its anti-stereotype."""
+    gradient_ratio: float = Field(0.0, ge=0)
+    """From step 2 on, the norm of the weighted gradients of what pushes (NPO, preference) over that of retention, which
+    the weights set from its size after step 1; 0 leaves the weights as they are."""
+    prefer_batch: int = Field(16, ge=1)
+    offset: float = 0.0
     retain_by: Literal["sentence", "token"] = "sentence"
     """Eq. 2's cross-entropy summed over a sentence, as NPO's argument is, or per token, as the released code has it.
 
@@ -89,6 +113,11 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """The share of anti-stereotypes mixed into the forget set; "a small portion" in the paper, 25 % in its code."""
     swap: bool = True
     """Exchange the two sets of a bias type while its score on the development set is below 50."""
+    swap_when: Literal["score", "interval"] = "score"
+    """Below 50: the score, as the paper has it, or its whole 95 % interval over terms."""
+    steer: Literal["part", "folds"] = "part"
+    """By a part of the terms, which is not trained on, or by folds: as many more trainings score all terms unseen."""
+    folds: int = Field(3, ge=2)
     balance: Literal["rows", "types"] = "rows"
     """Draw from all triples alike, as the paper does, or from each bias type equally often."""
     start: Literal["tokenizer", "always", "never"] = "tokenizer"
@@ -109,7 +138,9 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """Training ends when each type's score on the development set is so near 50 (or one row of that set, if larger)."""
     early_stop: bool = True
     keep: Literal["best", "last"] = "best"
-    """Without an early stop: the checkpoint with the highest ICAT on the development set, or the last one."""
+    """Without an early stop: the best checkpoint by the development set, or the last one."""
+    select: Literal["icat", "ss"] = "icat"
+    """Best: the highest ICAT, or SS nearest to 50, each bias type alike, where LMS falls by at most 1.5."""
     scorer: str = "bias-bench"
     """Of StereoSet, and of the suites that take one: crows_pairs. Further suites: bbq, capability."""
 
@@ -128,6 +159,11 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
         if not (self.data or (self.train and self.test)):
             raise SurgeryError(
                 "bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test"
+            )
+        if self.steer == "folds" and (self.variant == "released" or self.method == "self_debias"):
+            raise SurgeryError(
+                f"steer: got folds with variant {self.variant} and method {self.method}; the released variant steers "
+                "by the test file, Self-Debias trains nothing; use steer=part"
             )
         named = ", ".join(self.suites)
         if self.suites and not self.data:

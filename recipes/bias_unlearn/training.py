@@ -1,28 +1,32 @@
 """One unlearning: batches of the training triples, losses of the method, early stopping on the watched rows."""
 
 from collections import Counter
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
-from recipes.bias_unlearn.measuring import watched_scores
 from recipes.bias_unlearn.settings import Settings
 from surgery.edits.supervised import Lora
 from surgery.edits.unlearning import (
+    PUSHES,
     RELEASED_TARGETS,
     BatchSampler,
     Dataset,
     EarlyStopping,
     Objective,
+    Scores,
     encode_triples,
     reference,
     unlearn,
 )
 from surgery.errors import SurgeryError
-from surgery.operation import Edit, Made, Operation, Tracking
+from surgery.operation import Edit, Made, Operation
 from surgery.training import Plan
 
+LARGEST_FALL = 1.5  # of LMS, by which the selection by SS is bound; the paper's largest is 1.42
+LEAST_TERMS = 3  # of the development set: a type with fewer takes no part in that selection
 OBJECTIVES = {
     "bias_unlearn": "forget stereotypes (NPO), retain anti-stereotypes, keep unrelated sentences (KL), Eq. 4",
     "cda": "cross-entropy of anti-stereotypes",
@@ -35,11 +39,22 @@ OBJECTIVES = {
 
 
 def train(
-    op: Operation, tokenizer: PreTrainedTokenizerBase, given: Dataset, settings: Settings, track: Tracking
+    op: Operation,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Dataset,
+    settings: Settings,
+    evaluate: Callable[[int], Scores],
+    track: Mapping[str, Any],
 ) -> Made:
-    """Unlearn by the settings' method; the differences are LoRA factors."""
+    """Unlearn by the settings' method; the differences are LoRA factors.
+
+    ``evaluate`` gives the scores that steer it, after the step that it is told; ``track`` is of ``Tracking``, its state
+    None where an interrupted training begins anew.
+    """
     longest = context_limit(op.model) or 2**30
-    coded = encode_triples(tokenizer, given.train, max_length=longest, start=settings.start)
+    coded = encode_triples(
+        tokenizer, given.train, max_length=longest, start=settings.start, whole=settings.unit == "mean"
+    )
     if coded.skipped:
         op.note(f"{len(coded.skipped)} training triples left out: {'; '.join(coded.skipped[:3])}")
     sizes, weights = parts(settings)
@@ -52,23 +67,24 @@ def train(
         in_order=released,
         balance=settings.balance,
     )
-    control = _stopping(given, settings)
+    control = _stopping(given, settings, evaluate)
     sentences, unrelated = chunks.referenced(settings.steps, focus=control.focus)
     with op.progress.work("reference", len(sentences) + len(unrelated)) as step:
         kept = reference(op.model, coded.rows, sentences, unrelated, step=step)
     forget = "ascent" if settings.method == "ga" else "npo_batch" if released else "npo"
+    objective = objective_of(settings, weights, forget)
     found = unlearn(
         op.model,
         coded.rows,
         chunks,
         kept,
-        Objective(weights, forget, settings.beta, settings.kl_direction, settings.retain_by),
+        objective,
         control,
         _plan(settings, chunks.size),
         steps=settings.steps,
         lora=Lora(settings.rank, settings.alpha, tuple(settings.target_modules), settings.lora_dropout),
-        evaluate=partial(watched_scores, op.model, tokenizer, given, settings.scorer, op.progress),
-        state=track["state"].with_suffix(""),  # a folder: the scores while training stand in it, too
+        evaluate=evaluate,
+        state=track["state"] and track["state"].with_suffix(""),  # a folder, in which the scores stand, too
         log=track["log"],
         step_done=track["step_done"],
     )
@@ -82,12 +98,32 @@ def train(
         kept_step=found.kept_step,
         stopped=found.stopped,
         evaluations=[{"step": step} | scores for step, scores in sorted(found.evaluations.items())],
+        weights={role: weights[role] * (found.pushed if role in PUSHES else 1) for role in sizes},
+        passes=chunks.passes(len(found.trained.losses)),
     )
     return Made(found.trained.differences, edit, "lora")
 
 
-def _stopping(given: Dataset, settings: Settings) -> EarlyStopping:
+def objective_of(settings: Settings, weights: Mapping[str, float], forget: str) -> Objective:
+    """The losses by role: DPO is of the summed log-probabilities unless the unit says otherwise."""
+    return Objective(
+        weights,
+        forget,
+        settings.beta,
+        settings.kl_direction,
+        settings.retain_by,
+        settings.unit,
+        "dpo" if settings.method == "dpo" else "margin",
+        settings.offset,
+        settings.gradient_ratio,
+    )
+
+
+def _stopping(given: Dataset, settings: Settings, evaluate: Callable[[int], Scores]) -> EarlyStopping:
     released = settings.variant == "released"
+    by_ss = settings.select == "ss"
+    terms = {(row.bias_type, row.target) for row in given.watched.rows}
+    many = tuple(kind for kind, count in sorted(Counter(kind for kind, _ in terms).items()) if count >= LEAST_TERMS)
     return EarlyStopping(
         every=settings.evaluate_every,
         rows=dict(sorted(Counter(row.bias_type for row in given.watched.rows).items())),
@@ -97,6 +133,10 @@ def _stopping(given: Dataset, settings: Settings) -> EarlyStopping:
         focus=released and settings.swap,
         targets=RELEASED_TARGETS if released else {},
         keep=settings.keep,
+        swap_when=settings.swap_when,
+        select=settings.select,
+        lms_floor=evaluate(0)["lms"]["overall"] - LARGEST_FALL if by_ss else 0.0,
+        counted=many if by_ss else (),
     )
 
 
@@ -124,8 +164,16 @@ def parts(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
     if settings.method in alone:
         role, size = alone[settings.method]
         weights, sizes = {role: 1.0}, {role: max(1, size)}
+    weights |= {"prefer": settings.weight_prefer} if settings.method == "bias_unlearn" else {}
+    sizes |= {"prefer": settings.prefer_batch} if settings.method == "bias_unlearn" else {}
     weights["unrelated"], sizes["unrelated"] = settings.weight_kl, settings.unrelated_batch
     chosen = {role: size for role, size in sizes.items() if weights[role]}
+    pushes, kept = {"forget", "prefer"} & set(chosen), "retain" in chosen
+    if settings.gradient_ratio and not (pushes and kept):
+        raise SurgeryError(
+            f"gradient_ratio: got {settings.gradient_ratio:g} and the terms {', '.join(chosen)}; expected retain and "
+            "one of forget, prefer among them; give both a weight, or leave it out"
+        )
     if not chosen:
         raise SurgeryError("weight_forget, weight_retain, weight_kl: got 0 for all, expected at least one above 0")
     return chosen, weights

@@ -1,7 +1,12 @@
-"""Choosing doses: each of a grid is trained on all but one fold of the groups, and judged on the fold left out."""
+"""Choosing doses and the delta's scale: each dose of a grid is trained on all but one fold of the groups.
+
+The fold left out is judged at every scale, in memory. At each scale a bias type's dose is where as many of its held-out
+pairs prefer one side as the other; the scale is the smallest at which enough of the margin goes, since what an edit
+does to other text grows about as the square of the scale, and what it does to the pairs in proportion.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +17,25 @@ from recipes.equalize.work import Variant, Work
 from surgery.data.pairs import Pair, folds
 from surgery.delta import check_edit
 from surgery.edits.equalize import Prepared
-from surgery.edits.equalize.dose import choose
+from surgery.edits.equalize.dose import Choice, between, choose
 from surgery.edits.equalize.terms import Term
 from surgery.errors import SurgeryError
 from surgery.training import steps_of
 
 Build = Callable[[Sequence[Pair], Mapping[str, float]], Sequence[Term]]
-Judge = Callable[[Sequence[Pair]], Float[np.ndarray, "pairs scorers"]]
+Judge = Callable[[Sequence[Pair]], tuple[Float[np.ndarray, "pairs scorers"], float]]
+Margins = dict[float, Float[np.ndarray, "pairs scorers"]]  # by dose
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The dose of each bias type with what it was chosen from (``Choice.to_dict``), the delta's scale, and its grid."""
+
+    doses: dict[str, dict[str, Any]]
+    scale: float
+    scales: Sequence[Mapping[str, Any]] = ()
+    """For each scale: the share of the mean |margin| that goes from held-out pairs with the doses chosen there, the
+    rise of perplexity on ordinary text, and whether every type's dose lay inside the grid."""
 
 
 def check_doses(
@@ -32,6 +49,17 @@ def check_doses(
             raise SurgeryError(f"doses: got {list(grid)}, expected at least 2 numbers, each once; name others")
 
 
+def check_scales(scales: Sequence[float], wanted: Mapping[str, float | None]) -> None:
+    """Raises ``SurgeryError`` for what is no scale, and for several where no dose is chosen with which to choose."""
+    if not scales or len(set(scales)) < len(scales) or not all(0 < scale <= 2 for scale in scales):
+        raise SurgeryError(f"scales: got {list(scales)}, expected numbers above 0 up to 2, each once; name others")
+    if len(scales) > 1 and None not in wanted.values():
+        raise SurgeryError(
+            f"scales: got {list(scales)} and a dose for every bias type; a scale is chosen together with a dose "
+            "(auto); name one scale, or leave a dose to be chosen"
+        )
+
+
 def choose_doses(
     work: Work,
     variant: Variant,
@@ -39,48 +67,101 @@ def choose_doses(
     wanted: Mapping[str, float | None],
     build: Build,
     judge: Judge,
-) -> dict[str, dict[str, Any]]:
-    """The dose of each bias type: as ``wanted``, or with what it was chosen from (``Choice.to_dict``).
+) -> Chosen:
+    """The dose of each bias type, as ``wanted`` or chosen, and the scale.
 
     ``build`` makes the terms of a training from its pairs and doses, ``judge`` gives the margins of pairs by the model
-    as it is. Each training is done once in a run, as every other step is.
+    as it is, and its perplexity. Each training is done once in a run, as every other step is.
     """
-    found: dict[str, dict[str, Any]] = {name: {"dose": dose} for name, dose in wanted.items() if dose is not None}
+    given: dict[str, dict[str, Any]] = {name: {"dose": dose} for name, dose in wanted.items() if dose is not None}
     judged = [pair for pair in pairs if wanted[pair.bias_type] is None]
     if not judged:
-        return found
+        return Chosen(given, work.settings.scales[0])
     fixed = [pair for pair in pairs if wanted[pair.bias_type] is not None]
     check_edit(work.op.model, work.trains(variant), work.op.directory, out=work.op.folder.path)
-    settings, scorers = work.settings, len(work.settings.scorers)
-    grid = sorted(settings.doses)
-    margins = {dose: np.full((len(judged), scorers), np.nan) for dose in grid}
+    before = work.op.once("dose-untouched", lambda: _plain(judge(judged)))
+    margins, costs = _cross_validated(work, variant, judged, fixed, wanted, build, judge)
+    chosen: dict[float, dict[str, Choice]] = {}
+    rows: list[dict[str, Any]] = []
+    for scale, by_dose in margins.items():
+        chosen[scale] = choose(judged, by_dose, seed=work.settings.seed)
+        doses = {name: each.dose for name, each in chosen[scale].items()}
+        left = _left(judged, by_dose, doses) / np.abs(before["margins"]).mean()
+        rows.append(
+            {
+                "scale": scale,
+                "margin_gone": float(1 - left),
+                "perplexity": float(np.exp(np.mean(costs[scale]) - np.log(before["perplexity"])) - 1),
+                "reached": all(each.reached for each in chosen[scale].values()),
+                "doses": doses,
+            }
+        )
+    enough = [row["scale"] for row in rows if row["reached"] and row["margin_gone"] >= work.settings.margin_gone]
+    scale = enough[0] if enough else max(margins)
+    return Chosen(given | {name: each.to_dict() for name, each in chosen[scale].items()}, scale, rows)
+
+
+def _cross_validated(
+    work: Work,
+    variant: Variant,
+    judged: Sequence[Pair],
+    fixed: Sequence[Pair],
+    wanted: Mapping[str, float | None],
+    build: Build,
+    judge: Judge,
+) -> tuple[dict[float, Margins], dict[float, list[float]]]:
+    """By scale, the margins of every held-out pair at each dose, and the log perplexity of each training."""
+    settings = work.settings
+    shape = (len(judged), len(settings.scorers))
+    scales = sorted(settings.scales)
+    margins: dict[float, Margins] = {
+        scale: {dose: np.full(shape, np.nan) for dose in sorted(settings.doses)} for scale in scales
+    }
+    costs: dict[float, list[float]] = {scale: [] for scale in scales}
     for number, part in enumerate(folds(judged, settings.folds, seed=settings.split_seed)):
         left_out = set(part)
         train = [*(pair for place, pair in enumerate(judged) if place not in left_out), *fixed]
         held = [judged[place] for place in part]
         prepared: list[Prepared] = []  # the targets are those of every dose
-        for dose in grid:
+        for dose in sorted(settings.doses):
             doses = {name: dose if each is None else each for name, each in wanted.items()}
             name = f"dose {dose:g}, fold {number + 1} of {settings.folds}"
-            one = partial(_margins, work, variant, name, build(train, doses), prepared, partial(judge, held))
-            margins[dose][part] = work.op.once(f"dose-{number}-{dose:g}", one)
-    return found | {name: each.to_dict() for name, each in choose(judged, margins, seed=settings.seed).items()}
+            one = partial(_scored, work, variant, name, build(train, doses), prepared, partial(judge, held))
+            for scale, found in zip(scales, work.op.once(f"dose-{number}-{dose:g}", one), strict=True):
+                margins[scale][dose][part] = found["margins"]
+                costs[scale].append(np.log(found["perplexity"]))
+    return margins, costs
 
 
-def _margins(
+def _scored(
     work: Work,
     variant: Variant,
     name: str,
     terms: Sequence[Term],
     prepared: list[Prepared],
-    judge: Callable[[], Float[np.ndarray, "pairs scorers"]],
-) -> list[list[float]]:
-    """Train on ``terms``, and judge with that in memory, rounded as the checkpoint would be."""
+    judge: Callable[[], tuple[Float[np.ndarray, "pairs scorers"], float]],
+) -> list[dict[str, Any]]:
+    """Train on ``terms``, and judge with that in memory at each scale, rounded as the checkpoint would be."""
     if not prepared:
         prepared.append(work.prepare(variant, terms))
     given = replace(prepared[0], terms=tuple(terms))
     with work.op.tracking(name, steps_of(sum(term.count for term in terms), work.plan(variant))) as track:
         made = work.train(variant, given, track)
     rounding: Any = {"rounding": work.op.rounding, "seed": work.settings.seed, "as_stored": True}
-    with work.op.delta(made).applied(work.op.model, **rounding):
-        return judge().tolist()
+    found, delta = [], work.op.delta(made)
+    for scale in sorted(work.settings.scales):
+        with delta.applied(work.op.model, scale=scale, **rounding):
+            found.append(_plain(judge()))
+    return found
+
+
+def _plain(judged: tuple[Float[np.ndarray, "pairs scorers"], float]) -> dict[str, Any]:
+    return {"margins": judged[0].tolist(), "perplexity": judged[1]}
+
+
+def _left(pairs: Sequence[Pair], margins: Margins, doses: Mapping[str, float]) -> float:
+    """The mean |margin| of the pairs, each at its type's dose."""
+    fine = between(margins)
+    at = np.array(list(fine))
+    nearest = {name: list(fine.values())[int(np.abs(at - dose).argmin())] for name, dose in doses.items()}
+    return float(np.mean([np.abs(nearest[pair.bias_type][place]).mean() for place, pair in enumerate(pairs)]))

@@ -11,15 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
+from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from hooks.batching import context_limit
-from hooks.tokens import ids_of
 from recipes.equalize import dataset
-from recipes.equalize.doses import check_doses, choose_doses
+from recipes.equalize.doses import check_doses, check_scales, choose_doses
 from recipes.equalize.measuring import Measuring
 from recipes.equalize.pairs_report import verdict, write_report
+from recipes.equalize.pairs_terms import first_token, terms_of, written
 from recipes.equalize.settings import controls_of
 from recipes.equalize.work import Variant, Work, blocks_of
 from surgery.catalogue import check_scorer
@@ -29,10 +31,9 @@ from surgery.data.pairs import Pair
 from surgery.data.prompts import load_prompt_set
 from surgery.data.rows import find_file
 from surgery.edits.equalize.dose import read_doses
-from surgery.edits.equalize.pairs import STARTS, pairs_term
-from surgery.edits.equalize.terms import Term, hold_term
 from surgery.errors import SurgeryError
-from surgery.forward.tokens import start_token
+from surgery.forward.next_token import token_losses
+from surgery.forward.tokens import encode
 from surgery.metrics import pairs as pairs_metric
 from surgery.metrics import sentences
 from surgery.metrics.sentences import DEFINITIONS
@@ -47,7 +48,8 @@ TRAIN = "stereoset/stereoset_train_union.jsonl"  # inside the data folder
 SUITES = {"stereoset": stereoset.FILE, "crows_pairs": crows_pairs.FILE}
 KEPT_BACK = 5  # one of so many parts of the groups, where there is no test file
 SHIPPED = ("locality", "facts_of_gender", "perplexity")  # suites
-OF_PAIRS = ("data", "dose", "doses", "folds", "scorers", "hold_unrelated")
+HELD = ("hold_unrelated", "samples")
+OF_PAIRS = ("data", "dose", "doses", "scales", "margin_gone", "folds", "scorers", *HELD)
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "hints", "settled", "split"),
     *("hold_hints", "hold_settled", "hints_each", "settled_each"),
@@ -61,6 +63,10 @@ class Summary(summary.Summary):
     pairs: str
     scorers: Sequence[str]
     doses: Mapping[str, Any]
+    scale: float
+    margin_gone: float
+    scales: Sequence[Mapping[str, Any]]
+    """For each scale what its doses do to groups left out (``recipes.equalize.doses.Chosen``)."""
     rows: Mapping[str, Any]
 
 
@@ -104,6 +110,8 @@ def run(
     for scorer in settings.scorers:
         if DEFINITIONS[scorer].start != "none":
             sentences.start_token(tokenizer, scorer)
+    if settings.samples:
+        first_token(tokenizer, settings.samples)
     controls = controls_of(settings.controls)
     if "lftf" in controls:
         raise SurgeryError("controls: got 'lftf', which learns words; expected random or no_hold beside pairs")
@@ -126,9 +134,13 @@ def run(
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         before = op.once("before", partial(measure, "measure before"))
-        judged = partial(pairs_metric.margins, model, tokenizer, scorers=settings.scorers)
-        doses = choose_doses(work, main, given.train, given.wanted, build, judged)
-        work = replace(work, terms=build(given.train, {name: each["dose"] for name, each in doses.items()}))
+        sampled = settings.samples and settings.hold_texts
+        own = op.once("own-texts", partial(written, op, tokenizer, settings)) if sampled else []
+        build = partial(build, own=own)
+        judged = partial(margins_and_perplexity, model, tokenizer, settings.scorers)
+        chosen = choose_doses(work, main, given.train, given.wanted, build, judged)
+        terms = build(given.train, {name: each["dose"] for name, each in chosen.doses.items()})
+        work = replace(work, terms=terms, scale=chosen.scale)
         edited = work.carry_out(main, keep=True)
         others = {name: work.carry_out(variant, keep=False) for name, variant in beside.items()}
         found = Summary(
@@ -138,7 +150,10 @@ def run(
             controls={name: control(other, other.measured) for name, other in others.items()},
             pairs=given.name,
             scorers=list(settings.scorers),
-            doses=doses,
+            doses=chosen.doses,
+            scale=chosen.scale,
+            scales=chosen.scales,
+            margin_gone=settings.margin_gone,
             rows={"trained": len(given.train), "kept_back": len(given.test), "notes": list(given.notes)},
         )
         return op.finish(replace(found, verdict=verdict(found.to_dict())), write_report)
@@ -170,6 +185,7 @@ def read(settings: "Settings") -> Given:
         train, test = _split(found.rows, settings.split_seed)
     wanted = read_doses(settings.dose, found.types)
     check_doses(train, wanted, settings.doses, settings.folds, settings.split_seed)
+    check_scales(settings.scales, wanted)
     texts = dataset.texts(settings.hold_file) if settings.hold_texts else []
     mine = set(neutral.sentences(settings.hold_file)) if settings.hold_file else set()
     both = next((pair for pair in train if {pair.more, pair.less} & mine), None)
@@ -197,39 +213,13 @@ def _leaks(train: Sequence[Pair], suites: Sequence[str], folder: str) -> list[st
     return found
 
 
-def terms_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: "Settings",
-    texts: Sequence[str],
-    pairs: Sequence[Pair],
-    doses: Mapping[str, float],
-) -> list[Term]:
-    """The pairs' term, and what is held: unrelated sentences and texts, with a start token and without one.
-
-    (On Gemma 3 270M a hold with the start token only left the other form to drift.) A held sentence that is also a
-    side of a pair is left out.
-    """
-    begin, longest = start_token(tokenizer), context_limit(model)
-    starts = STARTS if begin is not None else (False,)
-    found = [pairs_term(tokenizer, pairs, doses, starts=starts, longest=longest)]
-    taken = set(map(tuple, found[0].ids))
-    held = {
-        "unrelated": ([pair.unrelated for pair in pairs if pair.unrelated], settings.hold_unrelated),
-        "texts": (texts, settings.hold_texts),
-    }
-    for name, (lines, weight) in held.items():
-        plain_rows = ids_of(tokenizer, list(lines))
-        rows = [*([(begin, *row) for row in plain_rows] if begin is not None else []), *plain_rows]
-        kept = [row for row in dict.fromkeys(rows) if row and row not in taken] if weight else []
-        taken.update(kept)
-        long = max((len(row) for row in kept), default=0)
-        if longest and long > longest:
-            raise SurgeryError(f"hold of {name}: a text has {long} tokens, the model takes {longest}; shorten it")
-        if kept:
-            at, top = settings.hold_positions, settings.kept_tokens
-            found.append(hold_term(name, kept, positions=at, weight=weight, top=top))
-    return found
+def margins_and_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scorers: Sequence[str], pairs: Sequence[Pair]
+) -> tuple[Float[np.ndarray, "pairs scorers"], float]:
+    """What a dose is chosen by: the pairs' margins, and the perplexity of the shipped sentences with pronouns."""
+    ids = encode(tokenizer, neutral.with_pronouns(), limit=context_limit(model))
+    sums, counts, _ = token_losses(model, ids)
+    return pairs_metric.margins(model, tokenizer, pairs, scorers), float(np.exp(sums.sum() / counts.sum()))
 
 
 def judge(

@@ -29,7 +29,12 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         summary,
         recipe,
         lines=summary["verdict"],
-        tables=[*by_type(summary), dose_table(summary), compared(columns, caption="All that was measured")],
+        tables=[
+            *by_type(summary),
+            dose_table(summary),
+            *scale_table(summary),
+            compared(columns, caption="All that was measured"),
+        ],
         figures={},
         commands=COMMANDS,
     )
@@ -72,6 +77,18 @@ def dose_table(summary: Summary) -> Table:
     return Table("Doses (nats a token)", head, rows, note)
 
 
+def scale_table(summary: Summary) -> list[Table]:
+    """What each scale does to groups left out, with the doses that it needs."""
+    rows = []
+    for each in summary["scales"]:
+        doses = ", ".join(f"{kind} {dose:.3f}" for kind, dose in each["doses"].items())
+        cells = [f"{each['margin_gone']:.1%}", f"{each['perplexity']:+.1%}", "yes" if each["reached"] else "no", doses]
+        rows.append([f"{each['scale']:g}" + " (taken)" * (each["scale"] == summary["scale"]), *cells])
+    head = ["scale", "mean |margin| gone", "perplexity, sentences with pronouns", "SS reaches 50", "doses"]
+    note = "Of trainings that never saw the groups on which margins are measured, without an interval."
+    return [Table("Scales of what is learnt", head, rows, note)] if rows else []
+
+
 def verdict(summary: Summary) -> list[str]:
     """What happened, in sentences; those that begin with a warning are marked on the page."""
     edit, applied, before, after = (summary[name] for name in ("edit", "applied", "before", "after"))
@@ -90,6 +107,14 @@ def verdict(summary: Summary) -> list[str]:
         if skipped := after[name].get("skipped"):
             lines.append(f"{label}, scorer {scorer}: {len(skipped)} rows skipped, not scored: {skipped[0]}.")
     lines += [_dose(kind, each) for kind, each in summary["doses"].items()]
+    taken = next((row for row in summary["scales"] if row["scale"] == summary["scale"]), None)
+    if taken and taken["margin_gone"] < summary["margin_gone"]:
+        lines.append(
+            f"Warning: of the mean |margin| of groups left out {taken['margin_gone']:.0%} goes at the largest scale "
+            f"that was tried ({taken['scale']:g}), wanted: {summary['margin_gone']:.0%}; train longer, or widen scales."
+        )
+    elif summary["scale"] != 1:
+        lines.append(f"What was learnt is multiplied by {summary['scale']:g}.")
     for name, words in (("perplexity", "neutral text"), ("perplexity_pronouns", "text full of pronouns")):
         if was := find(before, (name,)):
             change = after[name]["value"] / was["value"] - 1

@@ -22,6 +22,10 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto."""
     doses: list[float] = [0.0, 0.2, 0.4, 0.6]
     """The doses among which auto chooses, by straight lines between them."""
+    scales: list[float] = [1.0]
+    """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met."""
+    margin_gone: float = Field(0.3, gt=0, lt=1)
+    """The share of the mean |margin| that is to go from pairs of groups that training never saw."""
     folds: int = Field(3, ge=2)
     """Into so many parts of its groups (terms) the training data is cut for that; each dose trains as often."""
     scorers: list[str] = ["bos", "bias-bench"]
@@ -31,6 +35,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     all. Locality, facts of gender and perplexity are always measured whole."""
     hold_unrelated: float = Field(1.0, ge=0)
     """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
+    samples: int = Field(0, ge=0)
+    """So many texts that the untouched model writes itself are held, with the weight hold_texts; 800 for pairs."""
     words: list[str] = []
     """Other words to share the mass among than the prompt set's; any number from two."""
     words_as: Literal["tokens", "continuations"] = "tokens"
@@ -95,7 +101,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
-        changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": []}
+        changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": [], "samples": 800}
         return changed if values.get("pairs") else {}
 
     def check(self) -> None:

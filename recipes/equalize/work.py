@@ -79,6 +79,8 @@ class Work:
     own: Ids = ()
     """The prompt set's training prompts, which LFTF learns from, and its words."""
     words: Sequence[int] = ()
+    scale: float = 1.0
+    """What is learnt is multiplied by it."""
 
     def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
         """``main`` at the block that auto stands for, by the gain of ``term``; as it is where the settings say more."""
@@ -161,8 +163,13 @@ class Work:
         counts = {term.name: term.count for term in given.terms}
         about: Any = {"part": variant.part, "objective": self.objective, "matmul": self.settings.matmul}
         about |= {"located": variant.located} if variant.located else {}
+        about |= {"scale": self.scale} if self.scale != 1 else {}
         edit = Edit.of(trained, blocks=blocks, terms=counts, **about)
-        return Made(trained.differences, edit, "lora" if lora else "dense")
+        differences = {
+            name: value if self.scale == 1 or name.endswith(".lora_A") else value * self.scale
+            for name, value in trained.differences.items()
+        }
+        return Made(differences, edit, "lora" if lora else "dense")
 
     def _train_lftf(self, variant: Variant, track: Tracking) -> Made:
         model, ids = self.op.model, self.own

@@ -61,11 +61,14 @@ def load(path: str | Path) -> Pairs:
         own = [_own(raw, f"{path}, row {number}") for number, raw in enumerate(json_lines(path, ("more", "less")), 1)]
         return Pairs(tuple(own), (), path.name)
     triples = stereoset.load(path, least=1)
-    rows = [
-        Pair(row.stereotype, row.anti_stereotype, row.bias_type, row.target, row.where, row.unrelated)
-        for row in triples.rows
+    return Pairs(tuple(of_triples(triples.rows)), triples.skipped, triples.name)
+
+
+def of_triples(rows: Sequence[stereoset.Triple]) -> list[Pair]:
+    """StereoSet's triples as pairs in groups of their target terms."""
+    return [
+        Pair(row.stereotype, row.anti_stereotype, row.bias_type, row.target, row.where, row.unrelated) for row in rows
     ]
-    return Pairs(tuple(rows), triples.skipped, triples.name)
 
 
 def _own(raw: dict[str, object], where: str) -> Pair:

@@ -12,11 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +27,7 @@ from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for
 from surgery.forward.evaluation import evaluating
-from surgery.forward.generation import plain_generation
+from surgery.forward.generation import Draw, plain_generation
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.processes import gathered, mine
@@ -217,7 +214,7 @@ def generate(
     with evaluating(model), plain_generation(model):
         for group in mine(batches_for(model, width_of, tokens=tokens, equal=not _pads_left(model))):
             padded, mask = _left([repeated[row] for row in group], model.device)
-            draw = _Draw(torch.from_numpy(uniforms[group]).to(model.device), sampling)
+            draw = Draw(torch.from_numpy(uniforms[group]).to(model.device), sampling.temperature, sampling.top_p)
             out = generate_ids(
                 input_ids=padded,
                 attention_mask=mask,
@@ -249,32 +246,3 @@ def _left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     ids = [[0] * (width - len(row)) + list(row) for row in rows]
     masks = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(masks, device=device)
-
-
-class _Draw(LogitsProcessor):
-    """Makes greedy search draw: all scores but that of the drawn token become -inf."""
-
-    def __init__(self, uniforms: Float[Tensor, "batch length"], sampling: Sampling) -> None:
-        self.uniforms, self.sampling, self.at = uniforms, sampling, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = draw(scores, self.uniforms[:, self.at], self.sampling.temperature, self.sampling.top_p)
-        self.at += 1
-        return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
-
-
-def draw(
-    logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"], temperature: float, top_p: float
-) -> Int[Tensor, " batch"]:
-    """The token at the place ``uniforms`` (0..1) of the cumulated distribution: a draw, when these are uniform.
-
-    ``top_p`` keeps the fewest tokens whose probabilities reach it, as in nucleus sampling.
-    """
-    probabilities = (logits.double() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, places = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.scatter(1, places, ordered.masked_fill(outside, 0.0))
-    cumulated = probabilities.cumsum(-1)
-    chosen = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)[:, 0]
-    return chosen.clamp(max=logits.shape[1] - 1)

@@ -6,6 +6,7 @@ for each dose of a grid and each fold the pairs of the other folds are learnt, a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from surgery.data.pairs import Pair
 from surgery.errors import SurgeryError
 
 RESAMPLES = 1000
+BETWEEN = 20  # steps from one dose of the grid to the next
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def crossing(doses: Sequence[float], scores: Sequence[float], aim: float) -> tup
     return float(doses[-1]), False
 
 
+def between(
+    margins: Mapping[float, Float[np.ndarray, "pairs scorers"]],
+) -> dict[float, Float[np.ndarray, "pairs scorers"]]:
+    """The margins at ``BETWEEN`` even steps from each dose to the next, on a straight line for every pair.
+
+    >>> list(between({0.0: np.array([[2.0]]), 0.2: np.array([[0.0]])}).values())[10]
+    array([[1.]])
+    """
+    doses = sorted(margins)
+    found = {}
+    for low, high in pairwise(doses):
+        for step in range(BETWEEN):
+            share = step / BETWEEN
+            found[low + share * (high - low)] = (1 - share) * margins[low] + share * margins[high]
+    return found | {doses[-1]: margins[doses[-1]]}
+
+
 def choose(
     pairs: Sequence[Pair],
     margins: Mapping[float, Float[np.ndarray, "pairs scorers"]],
@@ -90,8 +109,9 @@ def choose(
 ) -> dict[str, Choice]:
     """For each bias type the dose at which as many held-out pairs prefer one side as the other.
 
-    ``margins[dose]`` are those of every pair by a model that was trained on other groups with that dose. The score is
-    StereoSet's: the percentage of margins above 0, the mean over groups of their means, here also over scorers.
+    ``margins[dose]`` are those of every pair by a model that was trained on other groups with that dose; between two
+    doses each pair's margin is taken to lie on a straight line, since signs, once counted, would no longer. The score
+    is StereoSet's: the percentage of margins above 0, the mean over groups of their means, here also over scorers.
 
     Raises ``SurgeryError`` for fewer than two doses.
     """
@@ -100,7 +120,8 @@ def choose(
         raise SurgeryError(f"doses: got {doses}, expected at least 2 to choose between; name more")
     types = np.array([pair.bias_type for pair in pairs])
     groups = np.array([pair.group for pair in pairs])
-    prefers = np.stack([100.0 * (np.asarray(margins[dose]) > 0).mean(axis=1) for dose in doses], axis=1)
+    fine = between(margins)
+    prefers = np.stack([100.0 * (values > 0).mean(axis=1) for values in fine.values()], axis=1)
     found = {}
     generator = np.random.default_rng(seed)
     for name in sorted(set(types.tolist())):
@@ -108,10 +129,10 @@ def choose(
         counts = np.bincount(index)
         each = np.stack([np.bincount(index, column) / counts for column in prefers[types == name].T], axis=1)
         curve = each.mean(axis=0)
-        dose, reached = crossing(doses, curve.tolist(), aim)
+        dose, reached = crossing(list(fine), curve.tolist(), aim)
         draws = generator.integers(0, len(each), size=(RESAMPLES, len(each)))
-        drawn = [crossing(doses, each[draw].mean(axis=0).tolist(), aim)[0] for draw in draws]
+        drawn = [crossing(list(fine), each[draw].mean(axis=0).tolist(), aim)[0] for draw in draws]
         low, high = np.quantile(drawn, [0.025, 0.975])
-        points = dict(zip(doses, curve.tolist(), strict=True))
+        points = dict(zip(doses, curve[::BETWEEN].tolist(), strict=True))
         found[name] = Choice(dose, float(low), float(high), points, len(each), reached)
     return found

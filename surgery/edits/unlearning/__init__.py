@@ -4,13 +4,16 @@ from surgery.edits.unlearning.batches import BatchSampler, Item
 from surgery.edits.unlearning.dataset import Dataset, read_dataset
 from surgery.edits.unlearning.early_stopping import RELEASED_TARGETS, Decision, EarlyStopping, decide, merit
 from surgery.edits.unlearning.encoding import ANTI, STEREOTYPE, UNRELATED, EncodedTriples, boundary, encode_triples
-from surgery.edits.unlearning.losses import ascent, batch_weights, dpo, kl, npo, npo_batch, retention
+from surgery.edits.unlearning.losses import ascent, batch_weights, dpo, kl, npo, npo_batch, preference, retention
+from surgery.edits.unlearning.objective import PUSHES, Objective, batch_losses, gradients_of_terms, push
 from surgery.edits.unlearning.reference_logprobs import Reference, reference
 from surgery.edits.unlearning.split import Split, split_terms
-from surgery.edits.unlearning.unlearn import Objective, Unlearned, batch_losses, trained_names, unlearn
+from surgery.edits.unlearning.unlearn import Unlearned, trained_names, unlearn
+from surgery.edits.unlearning.watching import Scores
 
 __all__ = [
     "ANTI",
+    "PUSHES",
     "RELEASED_TARGETS",
     "STEREOTYPE",
     "UNRELATED",
@@ -22,6 +25,7 @@ __all__ = [
     "Item",
     "Objective",
     "Reference",
+    "Scores",
     "Split",
     "Unlearned",
     "ascent",
@@ -31,10 +35,13 @@ __all__ = [
     "decide",
     "dpo",
     "encode_triples",
+    "gradients_of_terms",
     "kl",
     "merit",
     "npo",
     "npo_batch",
+    "preference",
+    "push",
     "read_dataset",
     "reference",
     "retention",

@@ -109,6 +109,18 @@ class BatchSampler:
         unrelated = {item.triple for item in items if item.role == "unrelated"}
         return {(n, side) for n in compared for side in (STEREOTYPE, ANTI)}, unrelated
 
+    def passes(self, steps: int) -> dict[str, dict[str, float]]:
+        """How often ``steps`` chunks go through the sentences of each role and bias type, nothing being swapped."""
+        found: dict[str, dict[str, float]] = {}
+        for role, count in self.sizes.items():
+            pools = self._pools[role]
+            each = [steps * count / len(pools) / len(pool) for pool in pools]
+            names = [{self.types[triple] for triple, _ in pool} for pool in pools]
+            found[role] = {
+                name: next(value for value, of in zip(each, names, strict=True) if name in of) for name in self.names
+            }
+        return found
+
     @cached_property
     def _pools(self) -> dict[str, list[list[tuple[int, str]]]]:
         return {role: self._pools_of(role, self.names) for role in self.sizes}

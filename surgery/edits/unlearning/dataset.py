@@ -34,12 +34,14 @@ def read_dataset(
     kind: Kind = "intrasentence",
     limit: int = 0,
     released: bool = False,
+    folds: bool = False,
 ) -> Dataset:
     """Read both files; a ``share`` of each bias type's terms of ``train`` is held out, ``watched`` rows a type scored.
 
     ``limit`` takes so many rows, drawn by ``seed``, of the held-out and of the test rows. ``released`` holds nothing
     out: the development set is the front of the file that is tested on, ``watched`` rows a type (the released
-    code's dataloader.py, line 182).
+    code's dataloader.py, line 182). With ``folds`` nothing is held out either: all rows are trained on and watched,
+    and whoever trains scores each by a training without its term.
 
     Raises ``SurgeryError`` for files without usable triples, a bias type with one term only, and for one that the
     development set has and the training rows have not.
@@ -58,6 +60,9 @@ def read_dataset(
         learnt, held = source.rows, Triples(chosen, (), f"first {watched} rows a type of the test file")
         few = held
         notes.append(f"Warning: variant released: training is steered by the {held.name}, as in the authors' code.")
+    elif folds:
+        learnt, few = source.rows, source
+        held = Triples((), (), source.name)
     else:
         split = split_terms(source.rows, share=share, watched=watched, seed=seed)
         name = f"held-out terms of {source.name}"
@@ -66,9 +71,11 @@ def read_dataset(
     missing = sorted({row.bias_type for row in few.rows} - {row.bias_type for row in learnt})
     if missing:
         raise SurgeryError(f"{train}: no rows of bias type {missing[0]}, which {few.name} has; add some")
+    parts = f"{len(held.rows)} of {held.name}, {len(few.rows)} of them scored while training"
+    parts = "each scored by a training without its term" if folds else parts
     notes.append(
-        f"{len(learnt)} triples to train on; {len(held.rows)} of {held.name}, {len(few.rows)} of them scored while "
-        f"training; {len(tested.rows)} of {tested.name} to test" + f"; measured: {limit} of each" * bool(limit)
+        f"{len(learnt)} triples to train on; {parts}; {len(tested.rows)} of {tested.name} to test"
+        + f"; measured: {limit} of each" * bool(limit)
     )
     some = partial(sample, limit=limit, seed=seed)
     skipped = {"train": len(source.skipped), "test": len(tested.skipped)}

@@ -26,7 +26,15 @@ class EarlyStopping:
     """Where a type's stereotype score should be; 50 where nothing is said."""
     explosion: float = 20.0
     """A forget loss so many times its start ends the training (section 4.4: "more than twenty times")."""
-    keep: str = "best"  # "best": highest ICAT on the development set; "last"
+    keep: str = "best"  # "best": highest ``merit`` on the development set; "last"
+    swap_when: str = "score"
+    """A type is swapped while its "score" is below its target, or only while its whole "interval" is."""
+    select: str = "icat"
+    """What ``merit`` is: the highest "icat", or the stereotype scores ("ss") nearest to 50 at no less than
+    ``lms_floor``."""
+    lms_floor: float = 0.0
+    counted: tuple[str, ...] = ()
+    """The bias types that the selection by "ss" counts, each alike; all of them where none is named."""
 
     def target(self, kind: str) -> float:
         """The stereotype score that ``kind`` should have."""
@@ -50,15 +58,17 @@ class Decision:
     stop: bool = False
 
 
-def decide(control: EarlyStopping, ss: Mapping[str, float]) -> Decision:
-    """From the development set's stereotype score of each bias type, nothing else.
+def decide(control: EarlyStopping, scores: Mapping[str, Mapping[str, float]]) -> Decision:
+    """From the development set's stereotype score of each bias type (or the top of its interval), nothing else.
 
     A type's two sets are exchanged while its score is below 50 ("Dynamic Dataset Swapping"), so that they are
     exchanged back when it rises above. All within their tolerance ends the training.
     """
-    gaps = {kind: ss[kind] - control.target(kind) for kind in control.rows}
+    gaps = {kind: scores["ss"][kind] - control.target(kind) for kind in control.rows}
     stop = control.early_stop and all(abs(gap) <= control.tolerance(kind) for kind, gap in gaps.items())
-    swapped = frozenset(kind for kind, gap in gaps.items() if gap < 0) if control.swap else frozenset()
+    tops = scores["high"] if control.swap_when == "interval" else scores["ss"]
+    below = [kind for kind in control.rows if tops[kind] < control.target(kind)]
+    swapped = frozenset(below) if control.swap else frozenset()
     if not control.focus:
         return Decision(swapped, stop=stop)
     farthest = max(gaps, key=lambda kind: abs(gaps[kind]))
@@ -67,5 +77,13 @@ def decide(control: EarlyStopping, ss: Mapping[str, float]) -> Decision:
 
 
 def merit(control: EarlyStopping, scores: Mapping[str, Mapping[str, float]]) -> float:
-    """ICAT on the development set, the mean over bias types weighted by their rows: a small type is a noisy one."""
+    """How good a checkpoint is, by the development set; see ``EarlyStopping.select``.
+
+    ICAT is the mean over bias types weighted by their rows: a small type is a noisy one. By "ss" each type that counts
+    weighs alike, whatever rows the source happens to have of it, and LMS is a bound, so that it cannot pay for SS.
+    """
+    if control.select == "ss":
+        kinds = control.counted or tuple(control.rows)
+        missed = sum(abs(scores["ss"][kind] - control.target(kind)) for kind in kinds) / len(kinds)
+        return -missed - 1000 * max(0.0, control.lms_floor - scores["lms"]["overall"])
     return sum(scores["icat"][kind] * count for kind, count in control.rows.items()) / sum(control.rows.values())

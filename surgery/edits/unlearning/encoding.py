@@ -90,8 +90,11 @@ def encode_triples(
     *,
     max_length: int,
     start: Start = "tokenizer",
+    whole: bool = False,
 ) -> EncodedTriples:
     """Every triple's three sentences; of the unrelated one every token counts (Eq. 3), so its row starts at 1.
+
+    With ``whole`` so do those of the others, as the scorers count them, not those of the continuation alone.
 
     A triple whose sentences do not begin with its context, or are longer than ``max_length`` tokens, is skipped
     and said so. Raises ``SurgeryError`` when none is left.
@@ -117,5 +120,5 @@ def encode_triples(
     rows = []
     for number in kept:
         sides = {side: coded[number, side] for side in SIDES}
-        rows.append(sides | {UNRELATED: Row(sides[UNRELATED].ids, 1)})
+        rows.append({side: Row(row.ids, 1) if whole or side == UNRELATED else row for side, row in sides.items()})
     return EncodedTriples(tuple(rows), kept, said)

@@ -79,6 +79,15 @@ def dpo(
     return softplus(-beta * ((chosen - chosen_reference) - (rejected - rejected_reference)))
 
 
+def preference(margin: Float[Tensor, " n"], beta: float, offset: float = 0.0) -> Float[Tensor, " n"]:
+    """-log sigma(-beta (m + offset)), m the stereotype's log-probability minus the anti-stereotype's. Ours, labelled.
+
+    DPO without its reference: a pair that prefers the anti-stereotype by more than ``offset`` already weighs little,
+    where DPO pushes every pair as far from where it began, whatever it prefers.
+    """
+    return softplus(beta * (margin + offset))
+
+
 def batch_weights(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
     """Factors of the sentences of each part, with which the mean over a whole chunk is Eq. 4.
 

@@ -1,0 +1,84 @@
+"""What equalising pairs trains on: the pairs, and what is held beside them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.batching import context_limit
+from hooks.tokens import ids_of
+from surgery.data.pairs import Pair
+from surgery.edits.equalize.pairs import STARTS, pairs_term
+from surgery.edits.equalize.terms import Term, hold_term
+from surgery.errors import SurgeryError
+from surgery.forward.generation import own_texts
+from surgery.forward.tokens import start_token
+from surgery.operation import Operation
+
+if TYPE_CHECKING:
+    from recipes.equalize import Settings
+
+SAMPLED = 40  # tokens of a text of the model's own at most
+
+
+def terms_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: "Settings",
+    texts: Sequence[str],
+    pairs: Sequence[Pair],
+    doses: Mapping[str, float],
+    own: Sequence[Sequence[int]] = (),
+) -> list[Term]:
+    """The pairs' term, and what is held: unrelated sentences and texts, with a start token and without one.
+
+    (On Gemma 3 270M a hold with the start token only left the other form to drift.) ``own`` are token ids of texts that
+    the model wrote, of which every other one has its start token. A held sentence that is also a side of a pair is
+    left out.
+    """
+    begin, longest = start_token(tokenizer), context_limit(model)
+    starts = STARTS if begin is not None else (False,)
+    found = [pairs_term(tokenizer, pairs, doses, starts=starts, longest=longest)]
+    taken = set(map(tuple, found[0].ids))
+    held = {
+        "unrelated": ([pair.unrelated for pair in pairs if pair.unrelated], settings.hold_unrelated),
+        "texts": (texts, settings.hold_texts),
+    }
+    for name, (lines, weight) in held.items():
+        plain_rows = ids_of(tokenizer, list(lines))
+        rows = [*([(begin, *row) for row in plain_rows] if begin is not None else []), *plain_rows]
+        if name == "texts" and begin is not None:
+            rows += [(begin, *row) if number % 2 else tuple(row) for number, row in enumerate(own)]
+        kept = [row for row in dict.fromkeys(rows) if row and row not in taken] if weight else []
+        taken.update(kept)
+        long = max((len(row) for row in kept), default=0)
+        if longest and long > longest:
+            raise SurgeryError(f"hold of {name}: a text has {long} tokens, the model takes {longest}; shorten it")
+        if kept:
+            at, top = settings.hold_positions, settings.kept_tokens
+            found.append(hold_term(name, kept, positions=at, weight=weight, top=top))
+    return found
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, samples: int) -> int:
+    """The token that begins a text; raises ``SurgeryError`` for a tokenizer that has none."""
+    begin = start_token(tokenizer)
+    if begin is None:
+        raise SurgeryError(
+            f"samples: got {samples}, and this tokenizer has no token to begin a text with; expected 0; hold texts of "
+            "your own (hold_file)"
+        )
+    return begin
+
+
+def written(op: Operation, tokenizer: PreTrainedTokenizerBase, settings: "Settings") -> list[list[int]]:
+    """Token ids of the texts that the untouched model writes itself."""
+    begin = first_token(tokenizer, settings.samples)
+    ends = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None]
+    room = context_limit(op.model)
+    with op.progress.work("texts of the model's own", settings.samples) as step:
+        longest = min(SAMPLED, room - 1) if room else SAMPLED
+        found = own_texts(
+            op.model, settings.samples, begin=begin, ends=ends, longest=longest, seed=settings.seed, step=step
+        )
+    return [list(row) for row in found]
