@@ -8,12 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
 from surgery.data import neutral
+from surgery.data.prompts import load_prompt_set
 from surgery.edits import self_debias
 from surgery.edits.unlearning.dataset import Dataset
 from surgery.edits.unlearning.watching import Scores
 from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
-from surgery.metrics import perplexity
+from surgery.metrics import perplexity, suite
 from surgery.metrics.stereoset import evaluate_triples
 from surgery.metrics.suite import evaluate_suites, plain
 from surgery.progress import Progress
@@ -37,7 +38,7 @@ def measure(
 ) -> dict[str, Any]:
     """``{"dev": {"stereoset": ...}, "test": {"stereoset": ..., suite: ...}}`` of the model as it is, for JSON.
 
-    ``suites`` are measured on the data ``folder``, ``limit`` rows each; all sentences are scored by ``scorer``.
+    With perplexity on the shipped neutral text among the test's. ``suites`` are measured on the data ``folder``, ``limit`` rows each; all sentences are scored by ``scorer``.
     ``debiased`` asks under Self-Debias. Where rows were skipped, ``"skipped"`` has their reasons, and they are said.
     """
     judge = self_debias.evaluate_triples if debiased else evaluate_triples
@@ -49,13 +50,16 @@ def measure(
             found[part] = {"stereoset": plain(judge(model, tokenizer, triples, scorer=scorer, step=step), samples=True)}
     for line in skipped_rows(found):
         progress.say(line)
+    if not debiased:  # which changes what is said, not what a text's perplexity is of
+        asked = suite.material(model, tokenizer, load_prompt_set(), suites=("perplexity",))
+        texts = suite.measure(model, asked, progress=progress, label=f"measure {when}").scores
+        found["test"] |= plain(texts, samples=True)
     if suites:
         options = {name: {"scorer": scorer} for name in SCORED}
-        found["test"] |= plain(
-            evaluate_suites(
-                model, tokenizer, suites, folder, limit=limit, seed=seed, progress=progress, options=options
-            )
+        scores = evaluate_suites(
+            model, tokenizer, suites, folder, limit=limit, seed=seed, progress=progress, options=options
         )
+        found["test"] |= plain(scores, samples=True)
     return found
 
 

@@ -232,12 +232,12 @@ def judge(
             with by.progress.work(f"{label}, pairs kept back", None) as step:
                 name = f"{given.name}, groups kept back"
                 scores = pairs_metric.evaluate(by.model, tokenizer, given.test, data=name, scorer=scorer, step=step)
-            found[key("pairs", scorer, settings.scorers)] = plain(scores)
+            found[key("pairs", scorer, settings.scorers)] = plain(scores, samples=True)
         if given.suites:
             options = {suite: {"scorer": scorer} for suite in given.suites}
             rest: Any = {"limit": settings.test_rows, "seed": settings.seed, "progress": by.progress}
             scores = evaluate_suites(by.model, tokenizer, given.suites, settings.data, options=options, **rest)
-            found |= {key(suite, scorer, settings.scorers): plain(each) for suite, each in scores.items()}
+            found |= {key(suite, scorer, settings.scorers): plain(each, samples=True) for suite, each in scores.items()}
     return found
 
 
