@@ -203,7 +203,7 @@ def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatc
         assert chosen.scale == scale
     assert [row["reached"] for row in chosen.scales] == [False, True, True]  # at .2 it would take a dose of 1.65
     assert chosen.scales[1]["perplexity"] == pytest.approx(0.025)
-    assert chosen.scales[1]["margin_gone"] > 0.95 and chosen.doses["t"]["dose"] == pytest.approx(0.42, abs=0.05)
+    assert chosen.scales[1]["margin_gone"] > 0.95 and chosen.scales[1]["doses"]["t"] == pytest.approx(0.42, abs=0.05)
 
 
 def test_doses_as_they_are_written() -> None:

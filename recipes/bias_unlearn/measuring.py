@@ -38,7 +38,8 @@ def measure(
 ) -> dict[str, Any]:
     """``{"dev": {"stereoset": ...}, "test": {"stereoset": ..., suite: ...}}`` of the model as it is, for JSON.
 
-    With perplexity on the shipped neutral text among the test's. ``suites`` are measured on the data ``folder``, ``limit`` rows each; all sentences are scored by ``scorer``.
+    The test's have perplexity on the shipped neutral text, too. ``suites`` are measured on the data ``folder``,
+    ``limit`` rows each; all sentences are scored by ``scorer``.
     ``debiased`` asks under Self-Debias. Where rows were skipped, ``"skipped"`` has their reasons, and they are said.
     """
     judge = self_debias.evaluate_triples if debiased else evaluate_triples
