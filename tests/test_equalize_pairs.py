@@ -133,7 +133,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     ("settings", "message"),
     [
         ({"words": ["he", "she"]}, r"words: got .* and pairs = .*one at a time"),
-        ({"pairs": "", "data": "genbias"}, "data: got 'genbias', which only pairs of sentences read"),
+        ({"pairs": ""}, "dose: got .0.0., which only pairs of sentences read"),
         ({"pairs": "other"}, "pairs: got 'other', expected stereoset, crows_pairs or a .jsonl file"),
         ({"pairs": "none.jsonl"}, "none.jsonl: no such file"),
         ({"pairs": "stereoset"}, "pairs: stereoset is read from a folder of data sets; name it with data=DIR"),
