@@ -232,9 +232,9 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
     assert "the first 6 of 945 training prompts of genbias" in result.stdout
     first = result.stdout[result.stdout.index("Where to cut") :].splitlines()
     numbers = json.loads((tmp_path / "all.json").read_text())
-    gain = Ranking.from_dict(numbers["gain_attention"])
-    assert first[0].startswith(f"Where to cut: block {gain.top()[0]}, first by gain_attention;")
-    assert first[1].strip().startswith(spark(gain.scores)) and first[3].startswith("first by: gain_attention")
+    gain = Ranking.from_dict(numbers["gain_depth"])
+    assert first[0].startswith(f"Where to cut: block {gain.top()[0]}, first by gain_depth;")
+    assert first[1].strip().startswith(spark(gain.scores)) and first[3].startswith("first by: gain_depth")
     assert "half 2 by patching: 3 in" in result.stderr
     assert "what each predicted of an edit" in result.stdout and "gain_attention" in result.stdout
     assert "Spearman" in result.stdout and "stability" in result.stdout and "mean-ablation" in result.stdout
@@ -242,6 +242,7 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
         "gain_natural",
         "gain_attention",
         "gain_mlp",
+        "gain_depth",
         "raw",
         "final_norm",
         "lens",
@@ -251,7 +252,7 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
         "cross_attention",
     }
     assert set(numbers) == methods | {"comparison", "ablation"}
-    assert len(numbers["comparison"]["pairs"]) == 45 and len(numbers["comparison"]["stability"]) == 10
+    assert len(numbers["comparison"]["pairs"]) == 55 and len(numbers["comparison"]["stability"]) == 11
     assert {Ranking.from_dict(numbers[method]).count for method in methods - {"patching", "attribution"}} == {6}
     assert (tmp_path / "all.png").stat().st_size > 5000
 
@@ -270,7 +271,12 @@ def test_the_gain_of_pairs_of_sentences(checkpoint: Path, tmp_path: Path) -> Non
     assert taken.exit_code == 0, taken.output
     assert "gain_natural by matrix, pairs of sentences, n = 9" in taken.stdout
     assert re.search(r"two halves of the examples: block [+-]\d\.\d\d, attention .*, mlp .*, matrix ", taken.stdout)
-    assert set(json.loads((tmp_path / "dpo.json").read_text())) == {"gain_attention", "gain_natural", "gain_mlp"}
+    assert set(json.loads((tmp_path / "dpo.json").read_text())) == {
+        "gain_depth",
+        "gain_attention",
+        "gain_natural",
+        "gain_mlp",
+    }
     for words, line in {
         ("--by", "gain", "--objective", "npo"): "npo compares two sentences; name a file of them with --pairs",
         ("--by", "gain", "--objective", "log", "--pairs", file): "log is of words after prompts",
