@@ -27,7 +27,7 @@ def test_every_answer_is_right_and_no_example_gives_it_away() -> None:
                 a, b = map(int, re.findall(r"\d+", text))
                 taken = "taken" in text
                 assert int(answer) == (a * b if "Each" in text else a - b if taken else a + b) > 0, text
-        assert row.answer.endswith("\n")
+        assert re.fullmatch(r" \d+", row.answer)
 
 
 def test_a_match_is_what_greedy_decoding_says(tiny: Any) -> None:
@@ -41,5 +41,8 @@ def test_a_match_is_what_greedy_decoding_says(tiny: Any) -> None:
     rows = [Question("The nurse said", f" {answer}", "addition") for answer in (said, wrong)]
     found = evaluate(model, tokenizer, rows=rows)
     assert found["exact"]["all"].value == 0.5 and found["exact"]["addition"].n == 2 and len(found["exact"]) == 2
+    with pytest.MonkeyPatch.context() as patch:  # what is said next would go on with the number
+        patch.setattr(type(tokenizer), "decode", lambda self, tokens: " 7")
+        assert evaluate(model, tokenizer, rows=rows)["exact"]["all"].value == 0
     by_hand = sum(float(logs[ids.shape[1] - 1 + place, token]) for place, token in enumerate(out.tolist()))
     assert evaluate(model, tokenizer, rows=rows[:1])["logp"]["all"].value == pytest.approx(by_hand, abs=1e-4)

@@ -1,6 +1,6 @@
 """Small sums and word problems with one right answer each, of our own: what an edit of a bias should not touch.
 
-Each prompt holds four worked examples of its kind and a question; the answer is a number and the end of the line.
+Each prompt holds four worked examples of its kind and a question; the answer is a number.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _PROBLEMS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that ends before its answer, the answer with the end of the line, and the kind."""
+    """A prompt that ends before its answer, the answer, and the kind."""
 
     prompt: str
     answer: str
@@ -42,7 +42,7 @@ def questions(seed: int = SEED, each: int = EACH) -> list[Question]:
             rows = _different(kind, SHOTS + 1, draw)
             *shown, (asked, answer) = rows
             before = "".join(f"Question: {text}\nAnswer: {value}\n\n" for text, value in shown)
-            found.append(Question(f"{before}Question: {asked}\nAnswer:", f" {answer}\n", kind))
+            found.append(Question(f"{before}Question: {asked}\nAnswer:", f" {answer}", kind))
     return found
 
 

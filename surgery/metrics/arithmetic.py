@@ -27,8 +27,9 @@ def evaluate(
 ) -> dict[str, dict[str, Metric]]:
     """``{"exact" | "logp": {kind: Metric, "all": Metric}}`` of the shipped questions, or of ``rows``.
 
-    - exact: the share whose answer, to the end of its line, greedy decoding gives: every token of it is the likeliest
-      after those before, which is the same and needs one pass.
+    - exact: the share whose answer greedy decoding gives, and no digit behind it: every token of it is the likeliest
+      after those before, which is the same and needs one pass. How the line ends is left to the model, since some
+      tokenizers have one token for two line breaks.
     - logp: the mean log-probability (nats) of the whole right answer, which moves before a match is lost.
     """
     asked = rows or questions()
@@ -38,14 +39,18 @@ def evaluate(
     with evaluating(model):
         for chosen in batches_for(model, ids, tokens=logit_budget(model)):
             batch = pad(ids, chosen, model.device)
-            logits = model(**batch.inputs(), use_cache=False).logits[:, :-1].float()
+            logits = model(**batch.inputs(), use_cache=False).logits.float()
             targets = batch.ids[:, 1:]
             starts = torch.tensor([coded[row][1] for row in chosen], device=targets.device)
             at = torch.arange(1, batch.ids.shape[1], device=targets.device)[None]
             scored = (at >= starts[:, None]) & batch.mask.bool()[:, 1:]
-            hit = (logits.argmax(-1) == targets) | ~scored
-            each = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] * scored
-            exact[chosen], logp[chosen] = hit.all(1).double().cpu().numpy(), each.sum(1).double().cpu().numpy()
+            best = logits.argmax(-1)
+            hit = (best[:, :-1] == targets) | ~scored
+            last = best.gather(1, batch.mask.sum(1, keepdim=True) - 1)[:, 0].tolist()
+            ended = [not str(tokenizer.decode([token])).strip()[:1].isdigit() for token in last]
+            each = logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None])[..., 0] * scored
+            exact[chosen] = hit.all(1).cpu().numpy() & np.array(ended)
+            logp[chosen] = each.sum(1).double().cpu().numpy()
             if step:
                 step(len(chosen))
     kinds = np.array([row.kind for row in asked])
