@@ -93,6 +93,16 @@ def test_a_term_that_has_no_say_is_said() -> None:
     assert "all, none being that of retain before" in of((32.0, 30.0), (0.0, 0.0))[-1]
 
 
+def test_few_examples_are_no_small_effect_and_a_term_that_was_not_asked_is_no_silent_one() -> None:
+    terms = {"words": Term(0.33, 0.05, 3.0, 0.2), "texts": Term(0.0, 0.0, 0.0, 0.0)}
+    said = list(objective(Moved(0.33, 0.05, -0.57, 0.01, 32, terms).to_dict()))
+    assert said[0].startswith("The objective fell by 85%") and said[0].endswith(
+        "so few examples do not tell from none."
+    )
+    assert said[-1] == "None of the examples asked belongs to texts: its say is not known."
+    assert not any(line.startswith("Warning") for line in said)
+
+
 def test_what_is_read_again_is_paired_as_it_was_and_leaves_no_samples_behind() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=40)

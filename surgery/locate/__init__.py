@@ -155,7 +155,7 @@ class Check:
         """Plain text: correlations, stability, mean-ablation, and what is known of each ranking."""
         names = self.comparison.tops
         known = [f"  {name:24} {KNOWN[name]}" for name in names if name in KNOWN]
-        title = "what each predicted of an edit (he / she, docs/which_block.md)"
+        title = "what each predicted of an edit (docs/which_block.md)"
         ablated = self.ablation.against(names, self.others)
         return "\n\n".join([self.comparison.table(), ablated, *(["\n".join([title, *known])] if known else [])])
 

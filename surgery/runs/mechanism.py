@@ -51,11 +51,14 @@ def objective(found: Mapping[str, Any] | None) -> Iterator[str]:
         f"{whole.before:.4g} to {whole.after:.4g} on {whole.examples} examples that it was trained on, the same before "
         f"and after (difference {whole.after - whole.before:+.4g} [{whole.low:+.4g}, {whole.high:+.4g}])"
     )
-    if whole.low <= 0 <= whole.high or abs(whole.share) < LITTLE:
+    if abs(whole.share) < LITTLE:
         yield (
             f"Warning: the objective moved by {abs(whole.share):.1%} only: {how}. What is measured is hardly an effect "
             "of this objective; take more steps (epochs) or a higher rate (lr)."
         )
+    elif whole.low <= 0 <= whole.high:
+        moved = "fell" if whole.share > 0 else "rose"
+        yield f"The objective {moved} by {abs(whole.share):.0%}: {how}, which so few examples do not tell from none."
     elif whole.share < 0:
         yield f"Warning: the objective rose by {-whole.share:.0%}: {how}. Lower lr."
     else:
@@ -72,6 +75,9 @@ def _terms_said(terms: Mapping[str, Term]) -> Iterator[str]:
     loudest = max(terms, key=lambda name: terms[name].gradient_after)
     top = terms[loudest]
     for name, term in terms.items():
+        if not any((term.before, term.after, term.gradient_before, term.gradient_after)):
+            yield f"None of the examples asked belongs to {name}: its say is not known."
+            continue
         # At the start a term that holds what the untouched model does has no gradient yet; so the end is asked, too.
         faint = [top.gradient_after > LOUD * term.gradient_after, top.gradient_before > LOUD * term.gradient_before]
         if name != loudest and all(faint):
