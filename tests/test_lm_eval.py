@@ -64,7 +64,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., Any]) -> 
     wrapper.HFLM = lambda **given: SimpleNamespace(**given)  # type: ignore[attr-defined]
     for module in (package, models, wrapper):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(lm_eval, "find_spec", lambda name: object())
+    monkeypatch.setattr(catalogue, "find_spec", lambda name: object())
 
 
 def test_the_opened_model_is_handed_over_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
