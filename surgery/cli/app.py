@@ -31,6 +31,12 @@ Device = Annotated[
 ]
 SILENT = {"quiet": True, "json_file": None, "plot": None}  # options of the processes beside the first
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
+PromptSet = Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")]
+Part = Annotated[str, typer.Option("--part", help="test, dev, train or all.")]
+Scorer = Annotated[
+    str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
+]
+Rows = Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")]
 
 
 def group(name: str, text: str) -> typer.Typer:

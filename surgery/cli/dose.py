@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Quiet, command, examples, local
+from surgery.cli.app import (
+    MODEL_HELP,
+    Debug,
+    Device,
+    JsonFile,
+    Part,
+    PromptSet,
+    Quiet,
+    Rows,
+    Scorer,
+    command,
+    examples,
+    local,
+)
 from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
 
@@ -48,15 +61,11 @@ def dose(
         list[str] | None,
         typer.Option("--suite", help="A suite; default: those that need no data folder. See surgery list."),
     ] = None,
-    data: Annotated[
-        str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
-    ] = "genbias",
+    data: PromptSet = "genbias",
     folder: Annotated[str, typer.Option("--folder", help="The data folder, for suites that need one.")] = "",
-    part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
-    scorer: Annotated[
-        str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
-    ] = "bias-bench",
-    limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
+    part: Part = "test",
+    scorer: Scorer = "bias-bench",
+    limit: Rows = 0,
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="Show metrics whose place starts so; default: the whole ones.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Quiet, command, examples
+from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Part, Quiet, Rows, Scorer, command, examples
 from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
 
@@ -42,19 +42,17 @@ def evaluate(
         str, typer.Option("--data", help="Prompt set (genbias, race, or a .toml / .json file), or the data folder.")
     ] = "genbias",
     split: Annotated[str, typer.Option("--split", help="profession or pairs.")] = "profession",
-    part: Annotated[str, typer.Option("--part", help="test, dev, train or all.")] = "test",
+    part: Part = "test",
     words_as: Annotated[
         str, typer.Option("--words-as", help="Compared words: tokens (each is one), or continuations (any number).")
     ] = "tokens",
     texts: Annotated[Path | None, typer.Option("--texts", help="Texts for perplexity, .txt or .jsonl.")] = None,
-    scorer: Annotated[
-        str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
-    ] = "bias-bench",
+    scorer: Scorer = "bias-bench",
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), such as mmlu,hellaswag; then no default."),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")] = 0,
+    limit: Rows = 0,
     seed: Annotated[int, typer.Option("--seed", help="Draws the rows of --limit.")] = 0,
     json_file: JsonFile = None,
     dtype: Annotated[

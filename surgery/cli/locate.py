@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.app import Debug, Device, JsonFile, Model, Quiet, command, examples
+from surgery.cli.app import Debug, Device, JsonFile, Model, PromptSet, Quiet, command, examples
 from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
 
@@ -40,9 +40,7 @@ def locate(
             help="Correlate the rankings, repeat them on two halves of the prompts, and ablate each first block.",
         ),
     ] = False,
-    data: Annotated[
-        str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")
-    ] = "genbias",
+    data: PromptSet = "genbias",
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, help="How many prompts; default 32, 128 for gain alone, all for bmi alone."),
