@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hooks.plots import new_figure
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
+from surgery.runs import report
 
 # Rows of the vocabulary that the tiny model is drawn with; words that come later get rows of their own behind them, so
 # that a new word redraws nothing else.
@@ -79,3 +82,27 @@ def tiny(checkpoint: Path) -> tuple[Any, Any]:
     """The tiny checkpoint opened in float32."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(checkpoint)
+
+
+PAINT = report._png, report._svg
+
+
+@contextmanager
+def painted() -> Iterator[None]:
+    """In here a report's pictures are painted as for a user."""
+    quick = report._png, report._svg
+    report._png, report._svg = PAINT
+    try:
+        yield
+    finally:
+        report._png, report._svg = quick
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures() -> None:
+    """A run of a tiny model takes as long as painting its pictures twice, so that each is built, and an empty one
+    painted in its place; tests of what a reader sees say ``with painted()``."""
+    empty = new_figure(1, 1)
+    png, svg = report._png(empty), report._svg("empty", empty)
+    report._png = lambda figure: png
+    report._svg = lambda name, figure: svg

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import painted
 from families import state
 from safetensors import safe_open
 
@@ -42,7 +43,8 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     before, out = state(model), tmp_path_factory.mktemp("runs") / "all"
     more = {"ablations": True, "keep_checkpoint": True, "lr": 3e-2, "epochs": 3}
     settings = lftf.Settings(model=str(checkpoint), **(QUICK | more))
-    summary = lftf.run(model, tokenizer, settings, out=out).summary
+    with painted():
+        summary = lftf.run(model, tokenizer, settings, out=out).summary
     assert state(model) == before
     return out, summary
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import painted
 
 from hooks.plots import new_figure
 from surgery.data import genbias
@@ -42,7 +43,8 @@ def test_the_page_says_what_ran_and_places_each_picture_once(tmp_path: Path) -> 
     figures = {"placed": new_figure(2, 1), "free": new_figure(2, 1)}
     figures["free"].set_label("a bar for each block")
     tables = [Table("Numbers", ["name", "value"], [["<gap>", "1"]], picture="placed", hints=["a scorer"])]
-    write_page(tmp_path, RUN, "seed = 7", lines=["Warning: much was lost."], tables=tables, figures=figures)
+    with painted():
+        write_page(tmp_path, RUN, "seed = 7", lines=["Warning: much was lost."], tables=tables, figures=figures)
     text = (tmp_path / "report.html").read_text()
     assert "<title>crawd (vanilla) on tiny</title>" in text
     assert f"transformers {version('transformers')}, Python " in text

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import painted
 from deltakit import edit, hashes, load
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
@@ -126,7 +127,8 @@ def test_a_whole_run_and_the_model_as_before(
     delta: Path, checkpoint: Path, tiny: tuple[Any, Any], tmp_path: Path
 ) -> None:
     before = hashes(checkpoint)
-    code, stdout, stderr = surgery("survive", delta, checkpoint, "--out", tmp_path / "s", *FEW)
+    with painted():
+        code, stdout, stderr = surgery("survive", delta, checkpoint, "--out", tmp_path / "s", *FEW)
     assert code == 0, stderr
     found = json.loads((tmp_path / "s" / "survive.json").read_text())
     names = [row["name"] for row in found["treatments"]]

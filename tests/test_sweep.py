@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import painted
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import surgery
@@ -189,7 +190,8 @@ def test_the_commands(tmp_path: Path) -> None:
     b = write_run(tmp_path / "b", Toy(decay=0.4), 0.6, 4.0)
     (tmp_path / "old.html").write_text("")
     files = ("--html", tmp_path / "c.html", "--json", tmp_path / "c.json")
-    code, stdout, stderr = surgery("compare", a, b, tmp_path / "old.html", *files)
+    with painted():
+        code, stdout, stderr = surgery("compare", a, b, tmp_path / "old.html", *files)
     assert code == 0, stderr
     assert "decay 0.4 (1 seed)" in stdout and "control vanilla" in stdout
     page = (tmp_path / "c.html").read_text()

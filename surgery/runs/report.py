@@ -168,6 +168,8 @@ def page(
     the one run that the page is about, ``recipe`` its settings as TOML, and ``commands`` are those that repeat it.
     """
     files_of = {name: _png(figure) for name, figure in figures.items()}
+    for figure in figures.values():
+        figure.set_layout_engine("none")  # it is laid out; once more would take as long as painting it
     pictures = {
         name: {"label": figure.get_label() or name.replace("_", " "), "svg": _svg(name, figure)}
         for name, figure in figures.items()
