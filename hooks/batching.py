@@ -36,11 +36,20 @@ _cache = _Cache()
 
 
 def remembered(model: nn.Module, key: str, find: Any) -> Any:
-    """`find()`, kept for this model until its modules change."""
+    """`find()`, kept for this model until its modules change.
+
+    Meanwhile products of float32 matrices are exact: what a caller allows itself for a while (TF32 on an accelerator,
+    bfloat16 on a CPU) makes rows differ by more than their neighbours do, and would be kept as a fault of the model.
+    """
     fingerprint = hash(tuple(id(module) for module in model.modules()))
     held = _cache.setdefault(model, {})
     if key not in held or held[key][0] != fingerprint:
-        held[key] = (fingerprint, find())
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            held[key] = (fingerprint, find())
+        finally:
+            torch.set_float32_matmul_precision(precision)
     return held[key][1]
 
 

@@ -75,7 +75,8 @@ def errs_more(
             own = 2 * torch.finfo(dtype).eps
             if apart <= 4 * own:
                 return None
-            return f"it differs by {apart:.2g} of the values' size, and no wider pass runs ({type(error).__name__})"
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            return f"it differs by {apart:.2g} of the values' size, and no wider pass runs ({why})"
     if theirs <= 4 * own:
         return None
     return f"it is off by {theirs:.2g} of the values' size, where the rounding of {dtype} is {own:.2g}"

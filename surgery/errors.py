@@ -1,5 +1,9 @@
-"""The one error class of this package: its message is a single line that a user can act on."""
+"""The error class of this package: its message is a single line that a user can act on."""
 
 
 class SurgeryError(Exception):
     """Something was refused or failed; the message says what, where, got, expected and the next step."""
+
+
+class Diverged(SurgeryError):
+    """A training left the finite numbers; a search over rates goes on without it."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from surgery.errors import SurgeryError
+from surgery.errors import Diverged, SurgeryError
 from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved, total
 from surgery.processes import count as processes
 from surgery.processes import first as is_first
@@ -253,7 +253,7 @@ def _first(count: int, plan: Plan, seed: int) -> list[list[int]]:
 
 def _check_loss(value: float, plan: Plan, step: int) -> None:
     if not math.isfinite(value):
-        raise SurgeryError(
+        raise Diverged(
             f"training: the loss is {value} at step {step} with learning rate {plan.lr:g}; expected a "
             "finite number; no delta was written; lower lr, or use float32"
         )
@@ -262,7 +262,7 @@ def _check_loss(value: float, plan: Plan, step: int) -> None:
 def _check_finite(parameters: dict[str, nn.Parameter], plan: Plan, steps: int) -> None:
     for name, parameter in parameters.items():
         if not bool(torch.isfinite(parameter).all()):
-            raise SurgeryError(
+            raise Diverged(
                 f"training: {name} is not finite after step {steps} with learning rate {plan.lr:g}; "
                 "no delta was written; lower lr, or use float32"
             )

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import hooks
-from hooks.batching import context_limit, mixes_beyond, takes_positions, why_alone
+from hooks.batching import context_limit, mixes_beyond, remembered, takes_positions, why_alone
 from hooks.errors import HookError, Note
 from hooks.wider import Wider, errs_more, gap
 from surgery.forward.batching import batches_for, pad
@@ -166,6 +166,16 @@ def test_rows_that_change_one_another_only_where_they_are_longer_run_alone_too()
         np.testing.assert_allclose(next_words(model, ids, WORDS).probabilities, right, atol=1e-5)
     shorter: Any = build("llama", max_position_embeddings=8)  # takes no such rows
     assert why_alone(shorter) is None
+
+
+def test_what_is_found_out_of_a_model_does_not_depend_on_how_exactly_a_caller_multiplies() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert remembered(build("llama"), "seen", torch.get_float32_matmul_precision) == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def norms(gradient: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 import surgery
 from recipes import equalize
 from recipes.equalize import tuning
+from recipes.equalize.candidates import Candidate, at_other_places, nearby
 from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
-from surgery.errors import SurgeryError
+from surgery.errors import Diverged, SurgeryError
 from surgery.forward.tokens import encode, word_ids
 from surgery.runs.settings import build, read_toml
-from surgery.runs.tuning import FINAL, OBJECTION
+from surgery.runs.tuning import FINAL, OBJECTION, Tried
 
 SMALL: dict[str, Any] = {"own": 24, "each": 0, "hints": 24, "settled": 24, "hints_each": 0, "settled_each": 0}
 SMALL |= {"lr": 1e-2, "epochs": 1, "batch_size": 32, "shapes": 20, "hold_texts": 0.0, "controls": [], "block": [3]}
@@ -30,11 +32,11 @@ SMALL |= {"split": "profession"}
 def few_rows() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "FEW", {"own": 24})
-        patch.setattr(tuning, "SCREEN", {"own": 12})
+        patch.setattr(tuning, "SCREEN_FEW", {"own": 12})
         patch.setattr(tuning, "ROWS", 12)
         patch.setattr(tuning, "GAIN_LIMIT", 8)
-        places = tuning._places
-        patch.setattr(tuning, "_places", lambda *args: dict(list(places(*args).items())[:2]))
+        places = tuning.places_of
+        patch.setattr(tuning, "places_of", lambda *args, **how: dict(list(places(*args, **how).items())[:2]))
         patch.setattr(tuning, "material", partial(tuning.material, suites=("genbias", "locality")))
         yield
 
@@ -59,7 +61,7 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
 ) -> None:
     out, found = whole
     finals = [row for row in found["tried"] if row["round"] == FINAL]
-    assert len(finals) >= 2 and any(not row["changes"] for row in finals)  # the recipe as it is always has a chance
+    assert len(finals) >= 2 and any(row["name"] == "the recipe's own" for row in found["tried"])
     assert {round(row["price"] - row["left"] - OBJECTION * len(row["objections"]), 12) for row in finals} == {0}
     best = min(finals, key=lambda row: row["price"])
     text = (out / "tuned.toml").read_text()
@@ -97,6 +99,51 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
     monkeypatch.setattr(tuning.Work, "train", lambda *args: (done.append(args[1].name), train(*args))[1])
     assert tune(tiny, checkpoint, tmp_path / "u", resume=True)["tried"] == whole[1]["tried"]
     assert count > 3 and all(name.startswith(FINAL) for name in done[count:])
+
+
+def test_a_rate_is_of_a_training_as_long_as_the_recipes_and_of_as_many_blocks() -> None:
+    settings = equalize.Settings(model="m")
+    own = Candidate("the recipe's own", None)
+    assert own.changes(settings, 1.0) == {}
+    assert own.changes(settings, 590 / 153)["lr"] == pytest.approx(8e-4, rel=0.05)  # demo.toml, chosen by hand
+    changed = Candidate("x", (3, 4), rate=0.2, holds=2.0).changes(settings, 8.0)
+    assert changed["block"] == [3, 4] and changed["lr"] == pytest.approx(2e-4)
+    assert changed["hold_settled"] == 2 * settings.hold_settled
+    places = {"the recipe's own": (4, 5, 6, 7), "one": (2,), "half": tuple(range(16))}
+    one, half = at_other_places(replace(own, rate=0.2), places, 20)
+    assert (one.rate, half.rate) == pytest.approx((0.4, 0.1))
+    rates = {each.rate for each in nearby([one, half]) if each.holds == 1}
+    assert len(rates) == 4 and max(rates) == pytest.approx(0.4 * 5**0.5)
+
+
+def result(left: float) -> Tried:
+    def scores(value: float) -> dict[str, Any]:
+        return {"genbias": {"relative_gap": {"all": {"value": value}}, "afgb": {"all": {"value": value}}}}
+
+    return Tried("n", "screening", {}, {}, scores(1.0), scores(left))
+
+
+@pytest.mark.parametrize("left, kept", [(0.34, True), (0.36, False)])
+def test_the_recipe_as_it_is_is_a_finalist_unless_it_is_far_behind(left: float, kept: bool) -> None:
+    own = Candidate("the recipe's own", None)
+    tried = {own: result(left), Candidate("a", (1,)): result(0.3), Candidate("b", (2,)): result(0.2)}
+    found = tuning._finalists(tried)
+    assert [one.place for one in found[:2]] == ["b", "a"] and (own in found) is kept
+
+
+def test_a_rate_that_leaves_the_finite_numbers_is_left_out(
+    tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = tuning.Work.train
+
+    def breaks(self: Any, variant: Any, *rest: Any) -> Any:
+        if self.plan(variant).lr > 5e-3:
+            raise Diverged("training: the loss is nan at step 3")
+        return train(self, variant, *rest)
+
+    monkeypatch.setattr(tuning.Work, "train", breaks)
+    found = tune(tiny, checkpoint, tmp_path / "d")
+    assert found["tried"] and all(row["changes"].get("lr", 1e-2) <= 5e-3 for row in found["tried"])
 
 
 def test_streams_of_several_places_come_from_one_pass(tiny: Any) -> None:

@@ -1,19 +1,22 @@
 """Choosing the place, the rate and the holds of an equalising on development parts, so that nobody has to guess.
 
-Candidates are screened on few texts: places first, then rates and holds at the best of them. The best of the screening
-and the recipe as it is are then trained on the texts that a run would take, and judged again. All share one
-measurement of the untouched model; those of a round share the targets and, by first block, the stream.
+Candidates are screened on few texts, by halves: rates where the recipe trains, places at the best of them, finer rates
+and holds at the best two places. The best two settings are then trained on the texts that a run would take, and judged
+again; so is the recipe as it is, unless the screening has it far behind. All share one measurement of the untouched
+model; those of a round share the targets and, by first block, the stream.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from recipes.equalize import dataset, pairs
+from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, nearby, places_of
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
 from recipes.equalize.settings import Settings
@@ -21,30 +24,24 @@ from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.edits.equalize import Prepared, check_shares, prepare_each
-from surgery.errors import SurgeryError
+from surgery.errors import Diverged, SurgeryError
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Tracking, Where, operation
 from surgery.runs.paired import without_samples
-from surgery.runs.tuning import Tried, Tuned, better, finish
+from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
 from surgery.training import steps_of
 
-FEW = {"own": 250, "shapes": 1200, "each": 4, "hints": 450, "settled": 500, "hints_each": 1, "settled_each": 3}
-"""Of the finalists, where a run is to take a few minutes on a CPU."""
+FEW = {"own": 250, "shapes": 1200, "each": 4, "hints": 300, "settled": 1000, "hints_each": 1, "settled_each": 3}
+"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
 SCREEN = {"own": 100, "shapes": 600, "each": 2, "hints": 150, "settled": 200, "hints_each": 1, "settled_each": 1}
-"""Of the screening there, in one epoch."""
-ROWS = 120
+"""Of the screening, in one epoch."""
+SCREEN_FEW = {"own": 60, "shapes": 600, "each": 1, "hints": 80, "settled": 120, "hints_each": 1, "settled_each": 1}
+"""Of the screening there."""
+ALL_BY_0 = ("own", "hints", "settled")
+ROWS = 80
 """Of each development set in that screening; perplexity is always that of the report."""
-FACTOR = 3.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is tried: a name in words, and the settings that it changes."""
-
-    name: str
-    changes: Mapping[str, Any]
 
 
 @dataclass
@@ -59,29 +56,35 @@ class _Round:
     words: Sequence[int]
     measuring: Measuring
     before: Mapping[str, Any]
+    longer: float
+    """How many times as many steps the recipe itself takes."""
     given: dict[int, Prepared] = field(default_factory=dict)
 
-    def try_all(self, candidates: Sequence[Candidate]) -> list[Tried]:
-        """Train and judge those that were not done before; the results of all."""
-        works = {one.name: self._work(one) for one in candidates}
+    def try_all(self, candidates: Sequence[Candidate]) -> dict[Candidate, Tried]:
+        """Train and judge those that were not done before; the results of all whose training stayed finite."""
+        works = {one: self._work(one) for one in candidates}
         starts = {variant.start for _, variant in works.values()}
-        found = []
-        for one in candidates:
-            work, variant = works[one.name]
-            measured = self.op.carry_out(
-                variant.name,
-                partial(self._train, work, variant, sorted(starts)),
-                partial(self._measure, variant),
-                trains=work.trains(variant),
-                steps=steps_of(sum(term.count for term in work.terms), work.plan(variant)),
-                keep=False,
-            )
-            edit = measured.edit.to_dict()
-            found.append(Tried(one.name, self.name, one.changes, edit, self.before, measured.measured))
+        found = {}
+        for one, (work, variant) in works.items():
+            try:
+                measured = self.op.carry_out(
+                    variant.name,
+                    partial(self._train, work, variant, sorted(starts)),
+                    partial(self._measure, variant),
+                    trains=work.trains(variant),
+                    steps=steps_of(sum(term.count for term in work.terms), work.plan(variant)),
+                    keep=False,
+                )
+            except Diverged as error:
+                self.op.note(f"{variant.name}: left out: {error}")
+                continue
+            edit, changes = measured.edit.to_dict(), one.changes(self.settings, self.longer)
+            found[one] = Tried(one.name, self.name, changes, edit, self.before, measured.measured)
+            self.op.progress.say(f"{variant.name}: {found[one].said}")
         return found
 
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
-        settings = self.settings.model_copy(update=dict(one.changes))
+        settings = self.settings.model_copy(update=one.changes(self.settings, self.longer))
         words = self.prompts.words.words
         shares = check_shares(words, dataset.shares(settings.shares, words))
         terms = word_terms(settings, self.ids, self.words, shares)
@@ -109,8 +112,8 @@ def tune(
 ) -> Tuned:
     """Try places, rates and holds; leave the winning recipe, a page and all numbers in the folder ``out``.
 
-    ``few``: finalists take few texts, too (``FEW``), unless ``settings`` name fewer; without it those of ``settings``,
-    and the screening takes ``FEW``. ``model`` stays as it was. Raises ``SurgeryError`` as ``recipes.equalize.run``.
+    ``few``: finalists take few texts, too (``FEW``), unless ``settings`` name fewer; without it those of ``settings``.
+    ``model`` stays as it was. Raises ``SurgeryError`` as ``recipes.equalize.run``, and where no training stays finite.
     """
     settings.check()
     pairs.refuse_other_form(settings)
@@ -127,83 +130,63 @@ def tune(
         ranking = op.once("ranking", partial(_ranking, op, tokenizer, prompts, settings))
         if settings.block == "auto":
             settings = settings.model_copy(update={"block": [ranking["order"][0]]})
-        whole = settings.model_copy(update=_fewer(settings, FEW)) if few else settings
-        screen = settings.model_copy(update=_fewer(settings, SCREEN if few else FEW) | ({"epochs": 1} if few else {}))
-        places = _places(model, settings, ranking, few)
+        whole = settings.model_copy(update=_fewer(settings, FEW) | {"matmul": "medium"}) if few else settings
+        screen = whole.model_copy(update=_fewer(settings, SCREEN_FEW if few else SCREEN) | {"epochs": 1})
+        places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"], everywhere=not few)
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
+        full = _steps(settings, _texts(prompts, settings))
 
         def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any]) -> _Round:
-            texts = texts_of(prompts, own, "pairs" if own.split == "pairs" else "profession")
+            texts = _texts(prompts, own)
             ids = {kind: encode(tokenizer, lines) for kind, lines in texts.items() if lines}
             measuring = Measuring(model, judged, dict(others), words, op.progress, keep=starts)
             before = op.once(f"before-{name}", measuring.before)
             measuring.take_up(before)
-            return _Round(op, name, own, prompts, ids, words, measuring, without_samples(before["scores"]))
+            scores, longer = without_samples(before["scores"]), full / _steps(own, texts)
+            return _Round(op, name, own, prompts, ids, words, measuring, scores, longer)
 
-        near = {kind: _head(*rows) for kind, rows in far.items() if kind == "unseen templates"} if few else far
-        first = a_round("screening", screen, _some(asked, ROWS) if few else asked, near)
-        tried = _screen(first, settings, places, few)
+        near = {kind: _head(*rows) for kind, rows in far.items() if kind == "unseen templates"}
+        near = near if few else {kind: far[kind] for kind in near}
+        tried = _screen(a_round("screening", screen, _some(asked, ROWS) if few else asked, near), places)
         second = a_round("final", whole, asked, far)
-        finalists = {one.name: Candidate(one.name, one.changes) for one in better(tried)[: 2 if few else 3]}
-        own = next(one for one in tried if not one.changes)
-        finalists[own.name] = Candidate(own.name, own.changes)
-        tried += second.try_all(list(finalists.values()))
-        return finish(op.folder.path, op.out, "equalize", whole, tried, ranking)
+        finals = second.try_all(_finalists(tried))
+        if not finals:
+            raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
+        return finish(op.folder.path, op.out, "equalize", whole, [*tried.values(), *finals.values()], ranking)
 
 
-def _screen(first: _Round, settings: Settings, places: Mapping[str, tuple[int, ...]], few: bool) -> list[Tried]:
-    """Places at the recipe's rate; rates and holds at the best of them; the rate further where its best is an end."""
-    own = blocks_of(settings.block, len(anatomy.find(first.op.model).blocks), settings.seed)
-    candidates = [Candidate("the recipe as it is", {})]
-    candidates += [Candidate(name, {"block": list(blocks)}) for name, blocks in places.items() if blocks != own]
-    tried = first.try_all(candidates)
-    more = []
-    for one in better(tried)[: 1 if few else 2]:
-        for factor in (1 / FACTOR, FACTOR):
-            more.append(_changed(one, settings, lr=factor))
-        more.append(_changed(one, settings, holds=2.0))
-    tried += first.try_all(more)
-    best = better(tried)[0]
-    rate = best.changes.get("lr", settings.lr)
-    ends = {settings.lr / FACTOR: 1 / FACTOR, settings.lr * FACTOR: FACTOR}
-    further = next((factor for end, factor in ends.items() if abs(rate / end - 1) < 0.01), None)
-    if further is not None:
-        tried += first.try_all([_changed(best, settings, lr=further)])
-    return tried
+def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
+    """Rates where the recipe trains; places at the best of them; finer rates and holds at the best two."""
+    count = len(anatomy.find(first.op.model).blocks)
+    tried = first.try_all([Candidate(OWN, None, rate) for rate in RATES])
+    if not tried:
+        raise SurgeryError("tune: no training stayed finite at any rate; lower lr (--set lr=...), or use float32")
+    tried |= first.try_all(at_other_places(_best(tried)[0], places, count))
+    by_place: dict[str, Candidate] = {}
+    for one in _best(tried):
+        by_place.setdefault(one.place, one)
+    return tried | first.try_all(nearby(list(by_place.values())[:2]))
 
 
-def _changed(one: Tried, settings: Settings, *, lr: float = 1.0, holds: float = 1.0) -> Candidate:
-    changes = dict(one.changes)
-    name = one.name
-    if lr != 1:
-        changes["lr"] = float(f"{changes.get('lr', settings.lr) * lr:.3g}")
-        name = f"{name.partition(', lr')[0]}, lr {changes['lr']:g}"
-    if holds != 1:
-        for key in ("hold_hints", "hold_settled", "hold_texts"):
-            changes[key] = getattr(settings, key) * holds
-        name += f", holds times {holds:g}"
-    return Candidate(name, changes)
+def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
+    return sorted(tried, key=lambda one: tried[one].price)
 
 
-def _places(
-    model: PreTrainedModel, settings: Settings, ranking: Mapping[str, Any], few: bool
-) -> dict[str, tuple[int, ...]]:
-    """Places to try, by their name: the recipe's own, the upper ones, the best by gain, the middle, and all."""
-    count = len(anatomy.find(model).blocks)
-    order = ranking["order"]
-    named = {
-        "upper blocks": blocks_of("upper", count, settings.seed),
-        f"best {max(1, count // 4)} by gain": tuple(sorted(order[: max(1, count // 4)])),
-        f"best {max(1, count // 8)} by gain": tuple(sorted(order[: max(1, count // 8)])),
-        "middle third": tuple(range(count // 3, max(count // 3 + 1, 2 * count // 3))),
-        **({} if few else {"all blocks": tuple(range(count))}),
-    }
-    own = blocks_of(settings.block, count, settings.seed)
-    found: dict[str, tuple[int, ...]] = {"the recipe's own": own} if own else {}
-    for name, blocks in named.items():
-        if blocks and blocks not in found.values():
-            found[name] = blocks
-    return found
+def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
+    """The best two, and the recipe as it is where it is not worse than these by more than an objection."""
+    chosen, own = _best(tried)[:2], Candidate(OWN, None)
+    if own in tried and tried[own].price <= tried[chosen[-1]].price + OBJECTION:
+        chosen.append(own)
+    return list(dict.fromkeys(chosen))
+
+
+def _texts(prompts: PromptSet, settings: Settings) -> dict[str, list[str]]:
+    return texts_of(prompts, settings, "pairs" if settings.split == "pairs" else "profession")
+
+
+def _steps(settings: Settings, texts: Mapping[str, Sequence[str]]) -> int:
+    """Of a training on ``texts``; ``own`` are among the words'."""
+    return steps_of(sum(len(lines) for kind, lines in texts.items() if kind != "own"), settings.plan())
 
 
 def _ranking(
@@ -216,8 +199,9 @@ def _ranking(
 
 
 def _fewer(settings: Settings, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Those of ``sizes`` that are smaller than the settings' own (0 stands for all)."""
-    return {key: size for key, size in sizes.items() if (now := getattr(settings, key)) == 0 or now > size}
+    """Those of ``sizes`` that are smaller than the settings' own."""
+    now = {key: getattr(settings, key) or (inf if key in ALL_BY_0 else 0) for key in sizes}
+    return {key: size for key, size in sizes.items() if size < now[key]}
 
 
 def _some(asked: Material, rows: int) -> Material:

@@ -69,8 +69,14 @@ class Tried:
 
     @property
     def price(self) -> float:
-        """What is left of the bias, and ``OBJECTION`` for each objection; the smallest wins."""
-        return self.left + OBJECTION * len(self.objections)
+        """What is left of the bias, and ``OBJECTION`` for each objection; the smallest wins, and no number never."""
+        return math.inf if math.isnan(self.left) else self.left + OBJECTION * len(self.objections)
+
+    @property
+    def said(self) -> str:
+        """What is left and what it costs, in a line."""
+        count = len(self.objections)
+        return f"{self.left:.0%} left, perplexity {self.perplexity:+.1%}, {count} objection{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)
@@ -124,10 +130,7 @@ def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
     objections = best.objections
     lines.append(f"Objections: {' '.join(objections)}" if objections else "No objection: no warning of the report.")
     for one in finals[1:]:
-        lines.append(
-            f"Not {one.name} ({edited(one.edit)}): {one.left:.0%} left, perplexity {one.perplexity:+.1%}, "
-            f"{len(one.objections)} objections."
-        )
+        lines.append(f"Not {one.name} ({edited(one.edit)}): {one.said}.")
     lines.append(
         f"Least wins: the share left and {OBJECTION:g} for each objection. One seed; intervals of single numbers "
         "are on the page."
