@@ -272,10 +272,15 @@ def _check_finite(parameters: dict[str, nn.Parameter], plan: Plan, steps: int) -
 def _deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic kernels where there is a choice, so that the same recipe gives the same bytes."""
     mode = torch.get_deterministic_debug_mode()
+    how: Any = torch.utils.deterministic
+    filled = how.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else every new tensor is filled with NaN, to show reads of what was never written: an eighth of a step's time.
+    how.fill_uninitialized_memory = False
     try:
         # On a GPU the fused attention kernels add up gradients in no fixed order; the plain one does not.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
             yield
     finally:
+        how.fill_uninitialized_memory = filled
         torch.set_deterministic_debug_mode(mode)

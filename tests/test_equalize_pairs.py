@@ -1,6 +1,7 @@
 """The recipe equalize on pairs of sentences: doses given and chosen, what is measured, resuming, what is refused."""
 
 import json
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +11,17 @@ import pytest
 import torch
 from conftest import MakeCheckpoint
 from families import state
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 import surgery
 from recipes import equalize
 from recipes.equalize import doses as dosing
 from surgery.data import shapes
 from surgery.data.pairs import Pair
-from surgery.edits.equalize import hold_term, prepare
+from surgery.edits.equalize import hold_term, losses_of, prepare
 from surgery.edits.equalize.dose import read_doses
-from surgery.edits.equalize.training import _alike
+from surgery.edits.equalize.passes import cheapest, passes
 from surgery.errors import SurgeryError
 from surgery.runs.folder import Folder
 from surgery.runs.settings import build, parse_set
@@ -225,5 +228,34 @@ def test_texts_of_like_length_go_through_the_model_together(tiny: Any) -> None:
     model, _ = tiny
     texts = [[2] * length for length in (30, 4, 5, 28, 6, 7)]
     given = prepare(model, [hold_term("texts", texts, positions="all")])
-    groups = _alike(given, [(0, number) for number in range(6)])
+    groups = passes(given.terms, [(0, number) for number in range(6)], "cpu")
     assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6], [7], [28, 30]]
+
+
+def test_prompts_are_padded_only_where_a_pass_of_their_own_costs_more(tiny: Any) -> None:
+    model, _ = tiny
+    lengths = [5, 21, 6, 20, 5] * 8
+    given = prepare(model, [hold_term("held", [[2] * (length - 1) + [place] for place, length in enumerate(lengths)])])
+    chosen = [(0, number) for number in range(40)]
+    groups = passes(given.terms, chosen, "cpu")
+    assert [sorted({lengths[number] for number in group}) for group in groups] == [[5, 6], [20, 21]]
+    assert sorted(number for group in groups for number in group) == list(range(40))
+    assert len(passes(given.terms, chosen, "cuda")) == 1  # where padding costs next to nothing
+    together = losses_of(model, model, given, chosen)
+    alone = torch.cat([losses_of(model, model, given, [one]) for one in chosen])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@drawn(st.lists(st.integers(1, 30), max_size=7), st.integers(0, 40))
+def test_no_other_groups_cost_less(lengths: list[int], extra: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(lengths[place] for place in group) + extra for group in groups)
+
+    found = cheapest(dict(enumerate(lengths)), extra)
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    every = [
+        [order[low:high] for low, high in pairwise((0, *cuts, len(order)))]
+        for count in range(len(lengths))
+        for cuts in combinations(range(1, len(lengths)), count)
+    ]
+    assert cost(found) == min(map(cost, every), default=0)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hooks import anatomy
 from surgery import processes
 from surgery.edits.block import Trained, names_of
+from surgery.edits.equalize.passes import passes
 from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.edits.supervised import Lora, fit, target_names
 from surgery.errors import SurgeryError
@@ -162,7 +163,7 @@ def losses_of(
     Apart, short texts are not padded to the length of long ones, and prompts go through the head at one position.
     """
     found: list[Tensor | None] = [None] * len(chosen)
-    for members in _alike(given, chosen):
+    for members in passes(given.terms, chosen, model.device.type):
         sequences = [
             (term, example * given.terms[term].size + part)
             for term, example in members.values()
@@ -196,29 +197,6 @@ def losses_untouched(model: PreTrainedModel, term: Term, rows: Sequence[int]) ->
     sequences = [(0, row * term.size + part) for row in rows for part in range(term.size)]
     logits = _logits(model, model, given, sequences)
     return term.loss(logits, term.target(logits.detach()), [row for _, row in sequences])
-
-
-LONGER = 1.5  # the longest sequence of a pass is at most so many times as long as its shortest example's longest
-
-
-def _alike(given: Prepared, chosen: Sequence[tuple[int, int]]) -> list[dict[int, tuple[int, int]]]:
-    """The examples by place in ``chosen``: those read at their last token only, and the others, of like length."""
-    last: dict[int, tuple[int, int]] = {}
-    lengths: dict[int, int] = {}
-    for place, (term, example) in enumerate(chosen):
-        one = given.terms[term]
-        rows = range(example * one.size, (example + 1) * one.size)
-        if all(one.places[row] == (len(one.ids[row]) - 1,) for row in rows):
-            last[place] = (term, example)
-        else:
-            lengths[place] = max(len(one.ids[row]) for row in rows)
-    groups, shortest = [last], 0
-    for place in sorted(lengths, key=lambda place: lengths[place]):
-        if not shortest or lengths[place] > LONGER * shortest:
-            groups.append({})
-            shortest = lengths[place]
-        groups[-1][place] = chosen[place]
-    return [group for group in groups if group]
 
 
 def equalize(
