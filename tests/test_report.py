@@ -99,8 +99,13 @@ def test_what_a_reader_can_look_at_himself(tiny: Any, tmp_path: Path) -> None:
     assert examples.cases(prompts, None, after) == []
     texts = examples.texts_to_show(prompts, before, ["The nurse lost his keys because"], ["The car stopped because"])
     assert "nurse" in texts[0] and len(texts) == 4
-    said = shown(*tiny, texts[:1], ["he", "she", "nowhere at all"], length=3)[0]
+    said, *others = shown(*tiny, texts, ["he", "she", "nowhere at all"], length=3)
     model, tokenizer = tiny
+    assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1  # they are written together, padded
+    for one, text in zip([said, *others], texts, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        alone = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+        assert one["text"] == text and one["goes_on"] == tokenizer.decode(alone, skip_special_tokens=True)
     with torch.no_grad():
         chances = model(**tokenizer(texts[0], return_tensors="pt")).logits[0, -1].softmax(-1)
     he = tokenizer(" he", add_special_tokens=False)["input_ids"][0]

@@ -26,22 +26,37 @@ def shown(
     ``next`` are the ``TOP`` likeliest tokens, ``words`` those of the named words that are one token, ``goes_on`` at
     most ``length`` tokens, each the likeliest after what stands before it. Nothing of a model that cannot generate.
     """
-    if not model.can_generate():
+    if not model.can_generate() or not texts:
         return []
     single = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words}
     found = []
-    ask: Any = model
     with evaluating(model), plain_generation(model):
-        for text in texts:
-            given = {name: tensor.to(model.device) for name, tensor in tokenizer(text, return_tensors="pt").items()}
-            given = {name: tensor for name, tensor in given.items() if name in ("input_ids", "attention_mask")}
-            chances = ask(**given).logits[0, -1].float().softmax(-1)
-            top = chances.topk(min(TOP, len(chances)))
-            written = ask.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :]
-            found.append({
-                "text": text,
-                "next": [[tokenizer.decode([t]), float(p)] for p, t in zip(top.values, top.indices, strict=True)],
-                "words": {word: float(chances[ids[0]]) for word, ids in single.items() if len(ids) == 1},
-                "goes_on": tokenizer.decode(written, skip_special_tokens=True),
-            })  # fmt: skip
+        rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+        chances = [model(torch.tensor([row], device=model.device)).logits[0, -1].float().softmax(-1) for row in rows]
+        written = _written(model, rows, [int(each.argmax()) for each in chances], length)
+    for text, each, tokens in zip(texts, chances, written, strict=True):
+        top = each.topk(min(TOP, len(each)))
+        found.append({
+            "text": text,
+            "next": [[tokenizer.decode([t]), float(p)] for p, t in zip(top.values, top.indices, strict=True)],
+            "words": {word: float(each[ids[0]]) for word, ids in single.items() if len(ids) == 1},
+            "goes_on": tokenizer.decode(tokens, skip_special_tokens=True),
+        })  # fmt: skip
     return found
+
+
+def _written(model: Any, rows: Sequence[Sequence[int]], first: Sequence[int], length: int) -> list[list[int]]:
+    """Up to ``length`` tokens after each row: written together, padded on the left, which takes one pass a token.
+
+    Rows that do not begin with ``first``, the likeliest token of each row alone, show a model that must not be padded
+    so; then each is written alone.
+    """
+    width = max(map(len, rows), default=0)
+    ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    written = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False)[:, width:]
+    if len(rows) > 1 and written[:, 0].tolist() != list(first):
+        return [_written(model, [row], [token], length)[0] for row, token in zip(rows, first, strict=True)]
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [row[: next((at for at, one in enumerate(row) if one in ends), len(row))] for row in written.tolist()]
