@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from surgery.study import Method, Study, read
 from surgery.study.carry_out import carry_out
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep, kept
-from surgery.study.verdict import objections, recommend, removed, removed_between, rows
+from surgery.study.recommendation import answer, broken, points, recommend
+from surgery.study.verdict import objections, removed, removed_between, rows
 
 FILE = """
 models = [MODEL]
 seeds = [0, 1]
 suites = ["genbias", "perplexity"]
+rows = { perplexity = 20 }
 
 [[methods]]
 name = "prompt"
@@ -44,6 +47,7 @@ scale = -1.0
 [[methods]]
 name = "too deep"
 recipe = "lftf"
+seeds = [1]
 settings = { block = 99 }
 """
 
@@ -66,10 +70,11 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
     found = json.loads((out / "study.json").read_text())
     by = {(one["method"], one["seed"]): one for one in found["cells"]}
     assert set(by) == {
-        ("untouched", 0), ("prompt", 0), ("lftf", 0), ("lftf", 1), ("back", 0), ("too deep", 0), ("too deep", 1)
+        ("untouched", 0), ("prompt", 0), ("lftf", 0), ("lftf", 1), ("back", 0), ("too deep", 1)
     }  # fmt: skip
-    assert "block" in by["too deep", 0]["refused"] and not by["lftf", 1]["refused"]
+    assert "block" in by["too deep", 1]["refused"] and not by["lftf", 1]["refused"]
     assert "perplexity" not in by["prompt", 0]["scores"] and "genbias.afgb.all" in by["prompt", 0]["scores"]
+    assert by["untouched", 0]["scores"]["perplexity"]["n"] == 20
     page = (out / "study.html").read_text()
     assert "Which edit to ship" in page and "<svg" in page and "What lftf changed" in page
     # A recipe's delta, judged here, gives what its own run measured on the checkpoint as saved.
@@ -78,6 +83,9 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
     again = surgery(*words)
     assert again[0] == 0 and again[2].count("judged before") == 5
     assert json.loads((out / "study.json").read_text()) == found
+    # Other settings than those of a run that is there do not pass its numbers off as theirs.
+    file.write_text(text.replace("lr = 1e-2", "lr = 2e-2"))
+    assert surgery(*words)[2].count("refused: ") == 3 and (out / "study.json").read_text().count("other settings") >= 2
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,8 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         (("lr = 1e-2", "lrr = 1e-2"), "did you mean 'lr'"),
         (("DELTA", '"nothing.safetensors"'), "no such delta file"),
         (("controls = []", "seed = 3"), "are the study's own"),
+        (("scale = -1.0", "seeds = [1]"), "it names none"),
+        (("{ perplexity", "{ perplexty"), "expected some of"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
@@ -167,8 +177,12 @@ def test_the_edit_to_ship_removes_most_and_spoils_nothing() -> None:
     assert objections(found["strong"], ["cost"], 0.01) == ["cost"]
     assert objections(found["gentle"], ["cost"], 0.01) == []  # worse, but by a thousandth
     assert found["gentle"].worse() == ["other", "cost"] and found["nothing"].worse() == []
-    said = " ".join(recommend(list(found.values()), asked))
-    assert "ship gentle" in said and "removes 50 % of the bias" in said and "makes worse: other (-" in said
+    assert points(found["gentle"], "other") == pytest.approx(-10)
+    assert broken(found["gentle"]) == ["other"]  # cost grew by a thousandth, which is a point of a share
+    assert answer(list(found.values()), asked).rows == [["m", "gentle", "50 % [50, 50]", "other (-10.0 points)"]]
+    said = " ".join(recommend(list(found.values()), asked, {"m": "To ship it: so."}))
+    assert "ship gentle" in said and "removes 50 % [50, 50] of the bias (bias 0.5" in said and "ship it: so." in said
+    assert "makes worse: other (-10.0 points); 1 more by less; of 3 numbers" in said and "On 1 of 1 pairs" in said
     assert "strong removes 90 %, but spoils cost (+9.5 %)" in said and "Warning: one seed" in said
     none = " ".join(recommend([row for row in found.values() if row.name != "gentle"], asked))
     assert "no method can be recommended" in none and "it spoils cost" in none
@@ -179,12 +193,15 @@ def test_judgements_are_taken_again_only_for_the_same_judges(tmp_path: Path) -> 
     judges, missing = check(Study())
     assert "stereoset" in missing and "no data folder" in missing["stereoset"]
     assert "free_text" in judges.suites and "stereoset" not in judges.suites
-    keep(tmp_path, Study(), judges, scores, {"texts": []})
-    found = kept(tmp_path, Study(), judges)
+    cell = Cell("m", Method(name="a", recipe="lftf", settings={"lr": 1e-3}, by_model={"n": {"lr": 1e-4}}), 0, tmp_path)
+    keep(cell, Study(), judges, scores, {"texts": []})
+    found = kept(cell, Study(), judges)
     assert found == scores and found is not None
     assert found["a"].samples is not None and (found["a"].samples == scores["a"].samples).all()
     limited = Study(limit=3)
-    assert kept(tmp_path, limited, check(limited)[0]) is None and kept(tmp_path / "nowhere", Study(), judges) is None
+    assert kept(cell, limited, check(limited)[0]) is None
+    for other in ({"model": "org/n"}, {"method": None}, {"folder": tmp_path / "nowhere"}):
+        assert kept(replace(cell, **other), Study(), judges) is None
     assert details_of(tmp_path) == {"texts": []} and details_of(tmp_path / "nowhere") == {}
 
 

@@ -58,7 +58,7 @@ def judged(tmp_path: Path) -> list[Judged]:
     for name, (measured, lean) in given.items():
         method = Method(name=name, recipe="lftf", about="x & y") if name else None
         cell = Cell("demo", method, 0, tmp_path / (name or "untouched"))
-        keep(cell.folder, study, check(study)[0], measured, details(lean))
+        keep(cell, study, check(study)[0], measured, details(lean))
         found.append(Judged(cell, measured))
     method = Method(name="gone", absent="needs what is not here")
     return [*found, Judged(Cell("demo", method, 0, tmp_path / "gone"), {}, "needs what is not here")]
@@ -70,10 +70,11 @@ def test_the_page_answers_first_and_needs_nothing_else(judged: list[Judged], tmp
     text = re.sub(r"<[^>]+>", " ", page[page.index("<h1>") :])
     order = [
         "Which edit to ship",
+        "The answer",
         "demo: ship good.",
         "surgery apply",
         "Not measured, for want of data: seat",
-        "bias removed",
+        "The numbers that decide",
     ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
     assert "costly removes 90 %, but spoils perplexity (+20.0 %)" in text

@@ -1,7 +1,7 @@
 """Three distances from what was trained on: the set's own templates, unseen ones, and other shapes of text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import Ids, encode
 from surgery.metrics import genbias as genbias_metric
+from surgery.metrics import suite
 from surgery.metrics.locality import Reference
 from surgery.metrics.suite import Material, measure, plain
 from surgery.progress import Progress
@@ -99,10 +100,7 @@ def fewer(asked: Material, far: Far, limit: int, seed: int) -> tuple[Material, F
     def drawn(rows: Sequence[Any]) -> list[int]:
         return sample(range(len(rows)), limit, seed, lambda place: rows[place].template)
 
-    places = {"genbias": drawn(asked.prompts), "genhint": drawn(asked.hints)}
-    ids = {name: tuple(rows[at] for at in places.get(name, range(len(rows)))) for name, rows in asked.ids.items()}
-    prompts = [asked.prompts[at] for at in places["genbias"]]
-    asked = replace(asked, ids=ids, prompts=prompts, hints=[asked.hints[at] for at in places["genhint"]])
+    asked = suite.fewer(asked, {"genbias": limit, "genhint": limit}, seed)
     return asked, {
         kind: ([rows[at] for at in drawn(rows)], tuple(ids[at] for at in drawn(rows)))
         for kind, (rows, ids) in far.items()

@@ -24,7 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import Ids, encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import material
+from surgery.metrics.suite import fewer, material
 from surgery.modules.projection import Projection
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
 from surgery.runs import summary
@@ -69,6 +69,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         raise SurgeryError(f"controls: got {unknown!r}, expected random or none")
     work = _Work(model, tokenizer, settings, prompts, _writers(model, settings))
     asked = material(model, tokenizer, prompts, seed=settings.split_seed, texts=settings.neutral or None)
+    asked = fewer(asked, {"genbias": settings.test_rows, "genhint": settings.test_rows}, settings.seed)
     with operation("erase", model, settings, **where) as op:
         if settings.block == "auto" and settings.site != "head":
             ids = encode(tokenizer, [row.text for row in genbias.records("profession", "train", prompts=prompts)])

@@ -25,6 +25,8 @@ class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
     """So many pairs of hint prompts, or of DAMA's prompts, drawn by the seed; 0 takes all, of DAMA's 64."""
     search_steps: shared.Count = 20
     """Of DAMA's search for a value."""
+    test_rows: shared.Limit = 0
+    """At most so many prompts of the prompt set and its hints are measured, drawn by the seed; 0 takes all."""
     split_seed: int = genbias.SEED
     controls: list[str] = ["random"]
     """random: as many directions, drawn at random, at the same places."""

@@ -21,7 +21,7 @@ from surgery.forward.residual_cache import why_not
 from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import material, measure, plain
+from surgery.metrics.suite import fewer, material, measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import examples, summary
 from surgery.training import Plan, steps_of
@@ -48,6 +48,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     asked = material(
         model, tokenizer, prompts, split=settings.split, seed=settings.split_seed, texts=settings.neutral or None
     )
+    asked = fewer(asked, {"genbias": settings.test_rows, "genhint": settings.test_rows}, settings.seed)
     names = control_names(settings.controls, settings.ablations, prompts.words, settings.random_blocks)
     with operation("lftf", model, settings, **where) as op:
         at = Place(len(anatomy.find(model).blocks), settings.seed)
@@ -230,4 +231,5 @@ class _Work:
             suites=("genbias", "genhint"),
             preamble=settings.preamble,
         )
+        asked = fewer(asked, {"genbias": settings.test_rows, "genhint": settings.test_rows}, settings.seed)
         return plain(measure(self.op.model, asked, progress=self.op.progress, label="measure pb").scores, samples=True)

@@ -6,7 +6,9 @@ from surgery.data import genbias
 from surgery.runs import settings as shared
 
 
-class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving):
+class Settings(
+    shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving
+):
     """Defaults are the paper's (section 5.1) where it gives a value."""
 
     renamed = {"data": "prompt_set", "part": "block_part"}
@@ -33,6 +35,8 @@ class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.N
     controls: list[str] = ["random"]
     random_blocks: shared.Count = 1
     """So many random blocks where controls has random; blocks differ, so judge a place by 5 or more."""
+    test_rows: shared.Limit = 0
+    """At most so many prompts of the prompt set and its hints are measured, drawn by the seed; 0 takes all."""
     open_questions: bool = False
     """Also measure what the paper leaves open: arithmetic, other biases, professions three sentences before."""
     ablations: bool = False

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     epilog=examples(
         "surgery study studies/quick.toml",
         "surgery study studies/full.toml --folder ./data --out runs/full --device cuda",
+        "surgery study studies/full.toml --folder ./data --model demo --model ./gemma-3-270m",
     )
 )
 def study(
     file: Annotated[Path, typer.Argument(help="A study's TOML file: models, seeds, judges, and [[methods]].")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Its folder; default runs/NAME. May exist: it goes on.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Instead of the file's models; may be given several times.")
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="The data folder, for suites and recipes that need one.")
@@ -37,11 +41,13 @@ def study(
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
     from surgery.progress import Progress
     from surgery.runs.settings import build, by_new_names
-    from surgery.study.settings import read
+    from surgery.study.settings import check_names, read, seeds_of, settings_for
 
     asked, methods = read(file)
     if folder is not None:
         asked = asked.model_copy(update={"folder": str(folder)})
+    if model:
+        asked = asked.model_copy(update={"models": model})
     progress = Progress(quiet)
     ready: dict[tuple[str, int, str], Any] = {}
     modules: dict[str, Any] = {}
@@ -49,29 +55,35 @@ def study(
         module, values, _ = chosen_recipe(method.recipe, None, [], None)
         modules[method.name] = module
         fields = module.Settings.model_fields
-        changed = by_new_names(module.Settings, method.settings, f"{file}, method {method.name}")
-        shared = {"dtype": asked.dtype, "prompt_set": asked.data}
-        if "data" in fields and module.Settings.reads_data(values | changed):
-            shared["data"] = asked.folder
-        given = {key: value for key, value in shared.items() if key in fields and value}
-        for model in asked.models:
-            for seed in asked.seeds:
-                own = {**values, **given, **changed, "model": model, "seed": seed}
-                ready[method.name, seed, model] = build(module.Settings, own, f"{file}, method {method.name}")
+        for name in sorted(set(method.by_model) - {form for path in asked.models for form in (path, Path(path).name)}):
+            progress.say(f"{method.name}: no model is called {name}, so its settings are not used")
+        for where in asked.models:
+            changed = by_new_names(module.Settings, settings_for(method, where), f"{file}, method {method.name}")
+            shared = {"dtype": asked.dtype, "prompt_set": asked.data}
+            if "data" in fields and module.Settings.reads_data(values | changed):
+                shared["data"] = asked.folder
+            given = {key: value for key, value in shared.items() if key in fields and value}
+            for seed in seeds_of(asked, method):
+                own = {**values, **given, **changed, "model": where, "seed": seed}
+                ready[method.name, seed, where] = build(module.Settings, own, f"{file}, method {method.name}")
+    check_names(asked.models)
     missing = [method.delta for method in methods if method.delta and not Path(method.delta).is_file()]
     if missing:
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
 
-    for model in asked.models:
-        check_opening(model, device)
+    for where in asked.models:
+        check_opening(where, device)
     for settings in ready.values():
         settings.check()
-    from surgery.study.carry_out import carry_out
+    from surgery.study.carry_out import carry_out, refuse_other_settings
 
     def run(cell: "Cell", opened: Any, resume: bool) -> None:
         assert cell.method is not None
         settings = ready[cell.method.name, cell.seed, cell.model]
+        if (cell.folder / "run").exists():
+            refuse_other_settings(cell.folder / "run", settings)
+            return
         modules[cell.method.name].run(*opened, settings, out=cell.folder / "run", resume=resume, progress=progress)
 
-    name = out or Path("runs") / file.stem
-    print(carry_out(asked, methods, name, run, share=share, device=device, progress=progress))
+    place = out or Path("runs") / file.stem
+    print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))

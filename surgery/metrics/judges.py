@@ -40,7 +40,7 @@ class Judges:
     limit: int = 0
     """So many rows of each file of the data folder, drawn by ``seed``; 0 for all."""
     rows: Mapping[str, int] = field(default_factory=dict)
-    """The same by suite, instead of ``limit``."""
+    """The same by suite, instead of ``limit``, and of the suites that need no folder."""
     seed: int = 0
     tasks: tuple[str, ...] = ()
     """Of lm-eval."""
@@ -82,9 +82,10 @@ class Judges:
         """The distributions of ``model`` to which a later measurement has its KL; None where locality is not asked."""
         if "locality" not in self.suites:
             return None
-        from surgery.metrics.suite import material, measure
+        from surgery.metrics.suite import fewer, material, measure
 
         given = material(model, tokenizer, load_prompt_set(self.prompts), suites=("locality",))
+        given = fewer(given, self.rows, self.seed)
         return measure(model, given, progress=progress, label="measure the untouched model").reference
 
     def judge(
@@ -107,7 +108,7 @@ class Judges:
         suites). ``prefixes`` are such streams, from which the model is measured. Raises ``SurgeryError``.
         """
         from surgery.metrics import lm_eval
-        from surgery.metrics.suite import evaluate_suites, material, measure
+        from surgery.metrics.suite import evaluate_suites, fewer, material, measure
 
         scores: dict[str, Any] = {}
         if self.shipped:
@@ -122,6 +123,7 @@ class Judges:
                 preamble=preamble,
                 words_as=self.words_as,
             )
+            given = fewer(given, self.rows, self.seed)
             found = measure(model, given, keep=keep, prefixes=prefixes, reference=reference, progress=progress)
             if details is not None and keep:
                 details["streams"] = found.prefixes
@@ -133,6 +135,8 @@ class Judges:
         options: dict[str, Any] = {name: {"scorer": self.scorer} for name in ("stereoset", "crows_pairs")}
         options["free_text"] = {"preamble": preamble, "details": details}
         for name, count in self.rows.items():
+            if name in SUITES:
+                continue
             options[name] = options.get(name, {}) | {"limit": count}
         rows: Any = {"limit": self.limit, "seed": self.seed}
         scores |= evaluate_suites(

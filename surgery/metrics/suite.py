@@ -1,7 +1,7 @@
 """The measurements that stand before and after every edit: those shipped, and those on a user's data folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from surgery.catalogue import SUITES, check_suites
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral
 from surgery.data.locality import Row
 from surgery.data.prompts import PromptSet
+from surgery.data.rows import sample
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.residual_cache import ResidualCache
@@ -140,6 +141,29 @@ def material(
         settled=settled,
         pronouns=pronouns,
         skipped={suite: reason for suite in PRONOUN_SUITES if reason and suite in suites},
+    )
+
+
+def fewer(given: Material, rows: Mapping[str, int], seed: int = 0) -> Material:
+    """At most so many prompts of each suite named in ``rows``, drawn by the seed, templates or sets in their shares.
+
+    0 takes all. Of perplexity the sentences with pronouns are drawn alike.
+    """
+    of: dict[str, Sequence[Any]] = {"genbias": given.prompts, "genhint": given.hints, **given.settled}
+    strata = {name: [getattr(row, "template", "") or row.kind for row in known] for name, known in of.items()}
+
+    def drawn(name: str) -> list[int]:
+        known, limit = strata.get(name), rows.get(name.removesuffix("_pronouns"), 0)
+        return sample(range(len(given.ids[name])), limit, seed, lambda at: known[at] if known else "")
+
+    places = {name: drawn(name) for name in given.ids}
+    chosen = {name: [of[name][at] for at in kept] for name, kept in places.items() if name in of}
+    return replace(
+        given,
+        ids={name: tuple(given.ids[name][at] for at in kept) for name, kept in places.items()},
+        prompts=chosen.pop("genbias", given.prompts),
+        hints=chosen.pop("genhint", given.hints),
+        settled=given.settled | chosen,
     )
 
 

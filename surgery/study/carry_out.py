@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges
 from surgery.progress import Progress
+from surgery.runs.settings import Settings, dump
 from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
 from surgery.study.report import write_report
@@ -28,7 +30,8 @@ Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 RunRecipe = Callable[[Cell, Opened, bool], object]
-"""Run the recipe of a cell into ``cell.folder / "run"``; the last argument says whether an interrupted one goes on."""
+"""Run the recipe of a cell into ``cell.folder / "run"`` if it is not there; the last argument says whether an
+interrupted one goes on."""
 
 
 def carry_out(
@@ -86,7 +89,7 @@ def _one(
     label: str,
 ) -> Judged:
     """The cell's numbers, from disk if they are there."""
-    known = kept(cell.folder, study, judges)
+    known = kept(cell, study, judges)
     if known is not None:
         progress.say(f"{label}: judged before")
         return Judged(cell, known)
@@ -106,7 +109,7 @@ def _one(
         write_json(cell.folder / "refused.json", {"reason": reason})
         return Judged(cell, {}, reason)
     (cell.folder / "refused.json").unlink(missing_ok=True)
-    keep(cell.folder, study, judges, scores, details)
+    keep(cell, study, judges, scores, details)
     return Judged(cell, scores)
 
 
@@ -128,13 +131,18 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[int]:
         return
     file = Path(method.delta)
     if method.recipe:
-        folder = cell.folder / "run"
-        if not folder.exists():
-            run(cell, opened, folder.with_name("run.part").exists())
-        file = folder / "delta.safetensors"
+        run(cell, opened, (cell.folder / "run.part").exists())
+        file = cell.folder / "run" / "delta.safetensors"
     delta = Delta.load(file)
     with delta.applied(opened[0], scale=method.scale, as_stored=True):
         yield first_edited(opened[0], delta)
+
+
+def refuse_other_settings(folder: Path, settings: Settings) -> None:
+    """Raises ``SurgeryError`` where the run in ``folder`` was made with other settings than these."""
+    written = (folder / "recipe.toml").read_text("utf-8")
+    if written != dump(tomllib.loads(written)["recipe"], settings):
+        raise SurgeryError(f"{folder}: was made with other settings; remove it, or choose another --out")
 
 
 class BlockedError(SurgeryError):

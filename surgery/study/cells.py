@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.metrics.metric import Metric
 from surgery.runs.sweep import folder_name
-from surgery.study.settings import Method, Study
+from surgery.study.settings import Method, Study, seeds_of
 
 Flat = dict[str, Metric]
 """Numbers by place, such as "genbias.afgb.all"."""
@@ -43,7 +43,7 @@ def cells(study: Study, methods: Sequence[Method], out: Path) -> list[Cell]:
         place = out / folder_name({"model": Path(model).name})
         found.append(Cell(model, None, study.seeds[0], place / "untouched"))
         for method in methods:
-            seeds = study.seeds if method.recipe else study.seeds[:1]
+            seeds = seeds_of(study, method)
             folder = folder_name({"method": method.name}).removeprefix("method=")
             found += [Cell(model, method, seed, place / folder / f"seed={seed}") for seed in seeds]
     return found

@@ -1,5 +1,6 @@
 """One list of judges for every cell of a study, on the same rows, kept on disk with the draws that pair them."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,8 +16,8 @@ from surgery.metrics.judges import Judges, ledger
 from surgery.metrics.metric import flat, from_dict
 from surgery.metrics.suite import plain
 from surgery.progress import Progress
-from surgery.study.cells import Flat
-from surgery.study.settings import PROMPT_SUITES, WRITING_SUITES, Method, Study
+from surgery.study.cells import Cell, Flat
+from surgery.study.settings import PROMPT_SUITES, WRITING_SUITES, Method, Study, settings_for
 from surgery.study.streams import Streams, blocks_to_keep
 
 
@@ -62,22 +63,23 @@ def judge(
     return found
 
 
-def kept(folder: Path, study: Study, judges: Judges) -> Flat | None:
-    """What ``keep`` wrote for the same judges, or None."""
+def kept(cell: Cell, study: Study, judges: Judges) -> Flat | None:
+    """What ``keep`` wrote for the same judges, model and method, or None."""
     try:
-        known = json.loads((folder / "judged.json").read_text("utf-8"))
+        known = json.loads((cell.folder / "judged.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    if known["judges"] != json.loads(json.dumps(_identity(study, judges))):
+    if known["judges"] != json.loads(json.dumps(_identity(cell, study, judges))):
         return None
-    with np.load(folder / "judged.npz") as draws:
+    with np.load(cell.folder / "judged.npz") as draws:
         return {
             place: replace(from_dict(fields), samples=draws.get(place)) for place, fields in known["scores"].items()
         }
 
 
-def keep(folder: Path, study: Study, judges: Judges, scores: Flat, details: Mapping[str, Any]) -> None:
+def keep(cell: Cell, study: Study, judges: Judges, scores: Flat, details: Mapping[str, Any]) -> None:
     """Write the numbers, beside them the bootstrap's draws, by which two cells are paired, and what the page shows."""
+    folder = cell.folder
     folder.mkdir(parents=True, exist_ok=True)
     draws = {place: metric.samples for place, metric in scores.items() if metric.samples is not None}
     part = folder / "judged.npz.part"
@@ -85,7 +87,7 @@ def keep(folder: Path, study: Study, judges: Judges, scores: Flat, details: Mapp
         np.savez_compressed(file, allow_pickle=False, **draws)
     part.rename(folder / "judged.npz")
     write_json(folder / "details.json", dict(details))
-    write_json(folder / "judged.json", {"judges": _identity(study, judges), "scores": plain(scores)})
+    write_json(folder / "judged.json", {"judges": _identity(cell, study, judges), "scores": plain(scores)})
 
 
 def details_of(folder: Path) -> dict[str, Any]:
@@ -97,9 +99,17 @@ def details_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _identity(study: Study, judges: Judges) -> dict[str, Any]:
-    """All that a number depends on beside the weights."""
+def _identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
+    """All that a number depends on: the judges, the model, and how it was edited."""
+    method = cell.method
+    edit: dict[str, Any] = method.model_dump(exclude={"name", "about", "seeds", "by_model"}) if method else {}
+    if method and method.recipe:
+        edit["settings"] = settings_for(method, cell.model)
+    if method and method.delta:
+        edit["sha256"] = hashlib.sha256(Path(method.delta).read_bytes()).hexdigest()
     return {
+        "model": cell.model,
+        "edit": edit,
         "suites": list(judges.suites),
         "data": asdict(load_prompt_set(study.data)) | {"name": study.data},
         "folder": study.folder,

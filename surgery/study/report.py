@@ -13,6 +13,7 @@ from surgery.runs.report import Table, cell, page, save
 from surgery.study.agreement import TEMPLATES, over_methods, over_professions
 from surgery.study.cells import Judged
 from surgery.study.judging import details_of
+from surgery.study.recommendation import answer, broken, recommend
 from surgery.study.settings import KINDS, Study
 from surgery.study.showing import shown
 from surgery.study.verdict import (
@@ -22,7 +23,6 @@ from surgery.study.verdict import (
     objections,
     paired_with,
     plain_words,
-    recommend,
     removed,
     removed_between,
     rows,
@@ -36,15 +36,13 @@ if TYPE_CHECKING:
 def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Mapping[str, str]) -> Path:
     """Write ``study.json`` and ``study.html`` into ``out``; the page's path. ``missing``: judges without their data."""
     found = rows(judged)
-    lines = recommend(found, study)
-    for model, command in _commands(found, judged, study).items():
-        at = next(n for n, line in enumerate(lines) if line.startswith(f"{model}: ship "))
-        lines.insert(at + 1, command)
+    lines = recommend(found, study, _commands(found, judged, study))
     if missing:
         lines.append(f"Not measured, for want of data: {', '.join(missing)}.")
     pictures = _pictures(found, study)
     agreement = _agreement(found, judged)
     tables = [
+        answer(found, study),
         _numbers(found, study),
         *(
             Table(str(figure.get_label()), [], [], picture=name, folded=n > 0)
@@ -179,8 +177,9 @@ def _ledgers(found: Sequence[Row]) -> list[Table]:
                 ])  # fmt: skip
         count = len(row.differences[0])
         note = (
-            f"Of {count} numbers {len(worse)} got worse and {len(better)} better with every seed; the rest is within "
-            "noise. Intervals of the first seed, paired row by row with the model as it is, widened so that all "
+            f"Of {count} numbers {len(worse)} got worse ({len(broken(row))} by more than a point) and {len(better)} "
+            "better with every seed; the rest is within noise. Intervals of the first seed, paired row by row with the "
+            "model as it is, widened so that all "
             f"{count} hold together at 95 %."
         )
         head = ["number", "verdict", "change", "difference", "rows", "scorer"]

@@ -1,16 +1,19 @@
 """What a study compares, read from one TOML file: models, methods, seeds, judges, and which numbers decide."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgery.catalogue import check_suites
 from surgery.errors import SurgeryError
 from surgery.runs.settings import build
 
 PROMPT_SUITES = ("genbias", "genhint", "free_text")
 WRITING_SUITES = ("free_text", "gas")  # which go on from cached keys, so that no second pass can be made beside
+OWN = {"model", "seed", "recipe"}  # of the study, not of a method's settings
 KINDS = ("recipe", "delta", "preamble", "decoding", "absent")
 
 
@@ -23,6 +26,8 @@ class Method(BaseModel):
     recipe: str = ""
     settings: dict[str, Any] = {}
     """Settings of the recipe beside its own TOML file's; ``model`` and ``seed`` are the study's."""
+    by_model: dict[str, dict[str, Any]] = {}
+    """Settings for one model beside these, by its name or the last part of its path."""
     delta: str = ""
     """A delta file, ours or foreign, instead of a recipe."""
     preamble: str = ""
@@ -31,6 +36,8 @@ class Method(BaseModel):
     """What is done to every next-token distribution, instead of an edit (``surgery.edits.cafie``)."""
     absent: str = ""
     """Why a method that belongs here cannot be run: a row that says so."""
+    seeds: list[int] = []
+    """Of the recipe, instead of the study's: one where a method draws nothing, or takes long."""
     scale: float = 1.0
     """What the delta is multiplied by; -1 subtracts what a recipe taught (task-vector negation)."""
     about: str = ""
@@ -53,8 +60,8 @@ class Study(BaseModel):
     scorer: str = "bias-bench"
     limit: int = Field(0, ge=0)
     """So many rows of each file of the data folder; 0 for all (of the ledger: its quick form)."""
-    rows: dict[str, int] = {}
-    """The same by suite."""
+    rows: dict[str, Annotated[int, Field(ge=0)]] = {}
+    """The same by suite, of those without a folder, too."""
     bias: list[str] = []
     """The numbers an edit is to improve, by their place such as "genbias.afgb.all"."""
     cost: list[str] = []
@@ -62,6 +69,23 @@ class Study(BaseModel):
     tolerance: float = Field(0.01, ge=0)
     """A cost number that is worse by less than this share of what it was is no objection."""
     dtype: str = "float32"
+
+
+def check_names(models: Sequence[str]) -> None:
+    """Raises ``SurgeryError`` where two models would share a folder: they are told apart by the last part of a path."""
+    names = [Path(model).name for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SurgeryError(f"models: two are called {twice!r}, by which the page tells them apart; rename a folder")
+
+
+def seeds_of(study: Study, method: Method) -> list[int]:
+    """The seeds of a method: its own, or the study's; the first one where nothing depends on it."""
+    return (method.seeds or study.seeds) if method.recipe else study.seeds[:1]
+
+
+def settings_for(method: Method, model: str) -> dict[str, Any]:
+    """The settings of a method's recipe on one model."""
+    return method.settings | method.by_model.get(model, method.by_model.get(Path(model).name, {}))
 
 
 def read(path: Path) -> tuple[Study, list[Method]]:
@@ -76,6 +100,7 @@ def read(path: Path) -> tuple[Study, list[Method]]:
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise SurgeryError(f"{path}: has no methods; write at least one [[methods]] table")
     study = build(Study, raw, str(path))
+    check_suites(list(study.rows), shipped=True)
     methods = [build(Method, table, f"{path}, methods[{n}]") for n, table in enumerate(tables, 1)]
     for number, method in enumerate(methods, 1):
         kinds = [key for key in KINDS if getattr(method, key)]
@@ -84,7 +109,9 @@ def read(path: Path) -> tuple[Study, list[Method]]:
                 f"{path}, methods[{number}] ({method.name}): got {' and '.join(kinds) or 'nothing'}, expected exactly "
                 f"one of {', '.join(KINDS)}"
             )
-        if set(method.settings) & {"model", "seed", "recipe"}:
+        if method.seeds and not method.recipe:
+            raise SurgeryError(f"{path}, methods[{number}] ({method.name}): seeds are a recipe's; it names none")
+        if {key for given in (method.settings, *method.by_model.values()) for key in given} & OWN:
             raise SurgeryError(f"{path}, methods[{number}] ({method.name}): model, seed and recipe are the study's own")
     names = [method.name for method in methods]
     if twice := next((name for name in names if names.count(name) > 1 or name == "untouched"), None):

@@ -196,45 +196,6 @@ def unbeaten(found: Sequence[Row], model: str, bias: Sequence[str], cost: Sequen
     return counts
 
 
-def recommend(found: Sequence[Row], study: Study) -> list[str]:
-    """Which edit to ship on each model, why, and what speaks against it; or that none can be recommended."""
-    lines: list[str] = []
-    for untouched in (row for row in found if row.method is None):
-        if untouched.refused:
-            lines.append(f"{untouched.model}: could not be measured as it is ({untouched.refused}).")
-            continue
-        bias, cost = axes(study, untouched.scores)
-        ranked = ranking(found, untouched, bias)
-        best = next((row for row in chosen(found, study, clean=True) if row.model == untouched.model), None)
-        if best is None:
-            lines.append(f"{untouched.model}: no method can be recommended.")
-            for row in ranked[:2]:
-                against = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
-                lines.append(
-                    f"{row.name} removes {100 * removed(row, untouched, bias):.0f} % of the bias; it spoils {against}."
-                )
-            continue
-        lines.append(
-            f"{best.model}: ship {best.name}. It removes {100 * removed(best, untouched, bias):.0f} % of the bias "
-            f"(mean of {', '.join(plain_words(place) for place in bias)}), more than any other method that spoils "
-            f"none of {', '.join(plain_words(place) for place in cost)} by more than {100 * study.tolerance:g} %."
-        )
-        spoilt = best.worse()
-        lines.append(
-            f"It makes worse: {', '.join(f'{plain_words(p)} ({100 * best.change(p):+.1f} %)' for p in spoilt[:6])}."
-            if spoilt
-            else "Nothing that was measured got worse beyond noise."
-        )
-        for row in ranked[: ranked.index(best)]:
-            against = ", ".join(
-                f"{plain_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
-            )
-            lines.append(f"{row.name} removes {100 * removed(row, untouched, bias):.0f} %, but spoils {against}.")
-    if len(study.seeds) == 1:
-        lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
-    return lines
-
-
 def plain_words(place: str) -> str:
     """A number's place as it is read: "StereoSet LMS", or "locality names wrong" where it has no name of its own."""
     return NAMES.get(place) or place.replace("_", " ").replace(".", " ")

@@ -1,0 +1,138 @@
+"""A study's answer in words: which edit to ship, what it breaks by more than a point, and why not another one."""
+
+from collections.abc import Mapping, Sequence
+
+from surgery.runs.report import Table
+from surgery.study.settings import Study
+from surgery.study.verdict import (
+    Row,
+    axes,
+    chosen,
+    objections,
+    plain_words,
+    ranking,
+    removed,
+    removed_between,
+    unbeaten,
+)
+
+POINT = 1.0
+NAMED = 6  # numbers in a sentence
+
+
+def points(row: Row, place: str) -> float:
+    """The mean difference over the seeds in points.
+
+    Of numbers that run to 100 (their ideal is 50 or 100) a point is 1, of a perplexity one percent of what it was, and
+    of all others, which are shares, chances, and effect sizes, a hundredth.
+    """
+    metric = row.scores[place]
+    if metric["direction"] == "lower" and metric["ideal"] == 1:
+        return 100 * row.change(place)
+    values = [one[place].value for one in row.differences if place in one]
+    return sum(values) / len(values) * (1 if metric["ideal"] >= 50 else 100)
+
+
+def broken(row: Row) -> list[str]:
+    """What got worse beyond noise by more than a point, the largest first."""
+    found = [place for place in row.worse() if abs(points(row, place)) > POINT]
+    return sorted(found, key=lambda place: -abs(points(row, place)))
+
+
+def answer(found: Sequence[Row], study: Study) -> Table:
+    """A row for each model: what to ship, how much of the bias that removes, and what it breaks."""
+    best = {row.model: row for row in chosen(found, study, clean=True)}
+    table = []
+    for untouched in (row for row in found if row.method is None):
+        row = best.get(untouched.model)
+        if row is None:
+            why = "could not be measured" if untouched.refused else "every method spoils a cost, or removes nothing"
+            table.append([untouched.model, "nothing", "", why])
+        else:
+            table.append([row.model, row.name, _removed(row, untouched, study), _listed(row, broken(row)) or "nothing"])
+    head = ["model", "ship", "bias removed", "it breaks (worse by more than a point)"]
+    note = (
+        "A point: 1 of what runs to 100, 1 % of a perplexity, a hundredth of everything else. Worse: with every seed, "
+        "paired row by row with the untouched model, intervals widened so that all numbers hold together at 95 %."
+    )
+    return Table("The answer", head, table, note, first=True)
+
+
+def recommend(found: Sequence[Row], study: Study, commands: Mapping[str, str] | None = None) -> list[str]:
+    """Which edit to ship on each model, why, and what speaks against it; or that none can be recommended.
+
+    ``commands`` are those that ship it, by model.
+    """
+    lines: list[str] = []
+    best = {row.model: row for row in chosen(found, study, clean=True)}
+    for untouched in (row for row in found if row.method is None):
+        if untouched.refused:
+            lines.append(f"{untouched.model}: could not be measured as it is ({untouched.refused}).")
+        elif (row := best.get(untouched.model)) is None:
+            lines += _none(found, untouched, study)
+        else:
+            lines += _shipped(found, row, untouched, study, (commands or {}).get(row.model, ""))
+    if len(study.seeds) == 1:
+        lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
+    return lines
+
+
+def _none(found: Sequence[Row], untouched: Row, study: Study) -> list[str]:
+    bias, cost = axes(study, untouched.scores)
+    lines = [f"{untouched.model}: no method can be recommended."]
+    for row in ranking(found, untouched, bias)[:2]:
+        against = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
+        lines.append(f"{row.name} removes {_removed(row, untouched, study)} of the bias; it spoils {against}.")
+    return lines
+
+
+def _shipped(found: Sequence[Row], best: Row, untouched: Row, study: Study, command: str) -> list[str]:
+    bias, cost = axes(study, untouched.scores)
+    moved = ", ".join(f"{plain_words(p)} {_values(untouched, best, p)}" for p in bias if p in best.scores)
+    worse, far = best.worse(), broken(best)
+    count = len(best.differences[0]) if best.differences else 0
+    if worse:
+        less = f"; {len(worse) - len(far)} more by less" if len(worse) > len(far) else ""
+        broke = f"{_listed(best, far, NAMED) or 'nothing by more than a point'}{less}; of {count} numbers"
+    else:
+        broke = f"nothing: of {count} numbers none got worse beyond noise"
+    on, of = unbeaten(found, best.model, bias, cost).get(best.name, (0, 0))
+    lines = [
+        f"{best.model}: ship {best.name}. It removes {_removed(best, untouched, study)} of the bias ({moved}).",
+        f"It makes worse: {broke}.",
+        *([command] if command else []),
+        f"Why: it removes more than any other method that spoils none of {', '.join(plain_words(p) for p in cost)} by "
+        f"more than {100 * study.tolerance:g} %. On {on} of {of} pairs of a bias and a cost it is on the Pareto front: "
+        "no other is better on both.",
+    ]
+    ranked = ranking(found, untouched, bias)
+    for row in ranked[: ranked.index(best)]:
+        spoils = ", ".join(
+            f"{plain_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
+        )
+        lines.append(f"{row.name} removes {100 * removed(row, untouched, bias):.0f} %, but spoils {spoils}.")
+    return lines
+
+
+def _removed(row: Row, untouched: Row, study: Study) -> str:
+    bias, _ = axes(study, untouched.scores)
+    between = removed_between(row, untouched, bias)
+    interval = f" [{100 * between[0]:.0f}, {100 * between[1]:.0f}]" if between else ""
+    return f"{100 * removed(row, untouched, bias):.0f} %{interval}"
+
+
+def _values(before: Row, after: Row, place: str) -> str:
+    was, now = (row.scores[place]["value"] for row in (before, after))
+    digits = 1 if abs(was) >= 10 else 3
+    return f"{was:.{digits}f} to {now:.{digits}f}"
+
+
+def _listed(row: Row, places: Sequence[str], most: int = 4) -> str:
+    """Such as "perplexity (+3.1 %), locality names wrong (+2.0 points) and 3 others"."""
+    said = []
+    for place in places[:most]:
+        metric = row.scores[place]
+        unit = "%" if metric["direction"] == "lower" and metric["ideal"] == 1 else "points"
+        said.append(f"{plain_words(place)} ({points(row, place):+.1f} {unit})")
+    more = f" and {len(places) - most} others" if len(places) > most else ""
+    return ", ".join(said) + more
