@@ -6,9 +6,7 @@ from surgery.data import genbias
 from surgery.runs import settings as shared
 
 
-class Settings(
-    shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving
-):
+class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.Neutral, shared.Saving):
     """Defaults are the paper's (section 5.1) where it gives a value."""
 
     renamed = {"data": "prompt_set", "part": "block_part"}
