@@ -236,6 +236,8 @@ def test_the_command_compares_all_methods(checkpoint: Path, tmp_path: Path) -> N
     assert first[0].startswith(f"Where to cut: block {gain.top()[0]}, first by gain_depth;")
     assert first[1].strip().startswith(spark(gain.scores)) and first[3].startswith("first by: gain_depth")
     assert "half 2 by patching: 3 in" in result.stderr
+    assert result.stderr.count("by gain") == 1  # its halves come from the groups of the one measurement
+    assert "gain_depth" in numbers["comparison"]["stability"]
     assert "what each predicted of an edit" in result.stdout and "gain_attention" in result.stdout
     assert "Spearman" in result.stdout and "stability" in result.stdout and "mean-ablation" in result.stdout
     methods = {

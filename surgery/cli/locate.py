@@ -99,7 +99,7 @@ def locate(
     of_gain: Any = {"objective": objective, "retain": retained[:RETAIN], "factored": sketch, "seed": seed}
     options = {"positions": positions, "aggregate": aggregate, **of_gain}
     found: list[Any] = []
-    said = ""
+    said, measured = "", None
     for method in chosen:
         with progress.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
             if method == "gain":
@@ -112,7 +112,9 @@ def locate(
         print(f"the first {len(rows)} of {len(every)} training prompts of {prompts.name} (--limit)\n")
     numbers: dict[str, Any] = {key(ranking): ranking.to_dict() for ranking in found}
     if compare:
-        checked = check(opened, tokenizer, prompts, rows, chosen, found, progress=progress, **options)
+        checked = check(
+            opened, tokenizer, prompts, rows, chosen, found, progress=progress, measured=measured, **options
+        )
         numbers |= checked.to_dict()
         print(summary(found, checked.comparison, checked.ablation, checked.others))
     if verbose or not compare:

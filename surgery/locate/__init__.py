@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.ablation import Ablation, mean_ablation
 from hooks.block_importance import BlockImportance, bmi
 from hooks.counterfactuals import counterfactual_pairs
+from hooks.gain_rankings import Gain
 from hooks.logit_lens import lens
 from hooks.patching import attribution_patch, patch
 from hooks.plots import block_bars
@@ -174,10 +175,14 @@ def check(
     rankings: Sequence[Ranking],
     *,
     seed: int = 0,
+    measured: Gain | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Check:
     """Compare ``rankings``, which the methods ``chosen`` gave on ``rows``; rank again on two random halves; ablate.
+
+    ``measured`` is what gain was ranked by: its halves are those of its own groups of prompts, against the same texts
+    that must stay, so that no gradient is computed again.
 
     The first block of each ranking is held against ``RANDOM`` blocks (fewer in a small model), drawn by ``seed``
     among those that no ranking puts first. ``options`` are those of ``rank``.
@@ -189,6 +194,9 @@ def check(
     for number, half in enumerate(halves(rows, seed), 1):
         runs.append([])
         for method in chosen:
+            if method == "gain" and measured is not None:
+                runs[-1] += rankings_of(measured, range(measured.plain.shape[1])[number - 1 :: 2])
+                continue
             with progress.work(f"half {number} by {method}", len(half)) as step:
                 runs[-1] += rank(model, tokenizer, prompts, half, method, seed=seed, step=step, **options)
     compared = compare(rankings, repeats=list(zip(*runs, strict=True)), seed=seed)

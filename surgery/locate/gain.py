@@ -96,12 +96,16 @@ def gain_of(
     return rank_by_gain(model, tokenizer, losses, len(rows), data=data, **options)
 
 
-def rankings_of(found: Gain) -> list[Ranking]:
-    """By block: what ``auto`` takes, and the natural gain of blocks and, where all have them, of attention and MLP."""
+def rankings_of(found: Gain, only: Sequence[int] | None = None) -> list[Ranking]:
+    """By block: what ``auto`` takes, and the natural gain of blocks and, where all have them, of attention and MLP.
+
+    ``only``: of these groups of the examples.
+    """
     parts = [
-        replace(found.ranking("natural", part), unit="block", method=f"gain_{part}") for part in _everywhere(found)
+        replace(found.ranking("natural", part, only=only), unit="block", method=f"gain_{part}")
+        for part in _everywhere(found)
     ]
-    return [auto_ranking(found), found.ranking("natural"), *parts]
+    return [auto_ranking(found, only), found.ranking("natural", only=only), *parts]
 
 
 def details(found: Gain, count: int = 5) -> str:
@@ -112,13 +116,14 @@ def details(found: Gain, count: int = 5) -> str:
     return f"{matrices}\n\nSpearman's correlation between two halves of the examples: {agreement}"
 
 
-def auto_ranking(found: Gain) -> Ranking:
+def auto_ranking(found: Gain, only: Sequence[int] | None = None) -> Ranking:
     """The block ranking whose first block ``block = "auto"`` takes: gain and depth.
 
     That is a block's place by the natural gain of attention (of the whole block where some block has no attention),
     counted from the least, plus its number. Chosen on four cases and tested on others: docs/which_block.md.
+    ``only``: of these groups of the examples.
     """
-    gains = found.ranking("natural", "attention" if "attention" in _everywhere(found) else "block")
+    gains = found.ranking("natural", "attention" if "attention" in _everywhere(found) else "block", only=only)
     scores = ranks(gains.scores) - 1 + np.arange(len(gains.scores))
     return replace(gains, method="gain_depth", unit="block", scores=scores, low=None, high=None)
 
