@@ -19,7 +19,9 @@ from surgery.edits.supervised import Lora, encode_rows, evaluate
 from surgery.errors import SurgeryError
 from surgery.metrics import gas
 from surgery.metrics.metric import from_dict
+from surgery.modules import projection
 from surgery.modules.cross_attention import reattached, switched_off
+from surgery.modules.projection import Projection
 from surgery.runs.folder import Folder
 from surgery.training import Plan
 
@@ -158,6 +160,29 @@ def test_the_projection_takes_the_reference_words_off_the_stream(tiny: Any, rows
     torch.testing.assert_close(half.tensors["fusion.weight"], 0.5 * tuned.module.tensors["fusion.weight"])
 
 
+def test_a_stored_projection_damps_the_words_about_their_mean(tiny: Any, rows: Any) -> None:
+    """The factors are those of plain fine-tuning; lambda 0: what a state says of the words never varies; 1: identity."""
+    model, tokenizer = tiny
+    plan = Plan(5e-3, 2, 8)
+    plain = tune(model, tokenizer, rows, method("vanilla"), plan, seed=0)
+    given = method("crawd", form="projected", module={"decay": 0.0})
+    tuned = tune(model, tokenizer, rows, given, plan, seed=0)
+    assert all(torch.equal(tensor, plain.differences[name]) for name, tensor in tuned.differences.items())
+    words = tokenizer.convert_tokens_to_ids(["he", "she"])
+    ids = torch.tensor([list(rows[0].ids), list(rows[1].ids)])
+
+    def said(kept: Any) -> Any:
+        with torch.no_grad(), applied(model, kept):
+            logits = model(ids).logits.double()
+        return logits[..., words] - logits.mean(-1, keepdim=True)
+
+    free, damped = said(plain), said(tuned)
+    assert free.std((0, 1)).min() > 100 * damped.std((0, 1)).max()
+    torch.testing.assert_close(damped[0, 0], free.mean((0, 1)), atol=1e-4, rtol=1e-3)
+    whole = tune(model, tokenizer, rows, replace(given, module={"decay": 1.0}), plan, seed=0)
+    assert torch.equal(said(whole), free)
+
+
 def test_a_wide_head_starts_at_random(tiny: Any, rows: Any) -> None:
     model, tokenizer = tiny
     tuned = tune(model, tokenizer, rows, method("crawd", form="wide_head"), Plan(1e-9, 1, 16), seed=0)
@@ -195,7 +220,9 @@ def applied(model: Any, tuned: Any) -> Any:
         with ExitStack() as stack, torch.no_grad():
             for stem in stems:
                 named[stem] += tuned.differences[f"{stem}.lora_B"] @ tuned.differences[f"{stem}.lora_A"]
-            if tuned.module is not None:
+            if isinstance(tuned.module, Projection):
+                stack.enter_context(projection.attached(model, tuned.module))
+            elif tuned.module is not None:
                 stack.enter_context(reattached(model, tuned.module))
             yield
             for stem in stems:
@@ -288,6 +315,17 @@ def test_the_numbers_are_those_of_the_saved_file(tiny: Any, checkpoint: Path, da
     assert torch.tensor(nll).exp().item() == pytest.approx(value, rel=1e-5)
 
 
+def test_a_run_that_stores_a_projection(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    own = settings(checkpoint, data, form="projected").controls
+    assert own == ["vanilla", "random_words"]
+    given: Any = {"form": "projected", "decay": 0.2, "controls": own, "random_words": ["nurse", "guard"], "suites": []}
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", **given)
+    assert summary["delta"]["kind"] == "module" and set(summary["controls"]) == set(own)
+    value = {name: each["after"]["perplexity"]["value"] for name, each in summary["controls"].items()}
+    assert len({*value.values(), summary["after"]["perplexity"]["value"]}) == 3
+    assert "stored with a projection" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_no_held_out_text_is_trained_on(tiny: Any, data: Path) -> None:
     parts = {}
     for part in ("dev", "test"):
@@ -350,6 +388,8 @@ def test_settings_follow_method_and_profile() -> None:
         ({"controls": ["cross_off"], "method": "vanilla"}, "got 'cross_off', but vanilla has no module"),
         ({"controls": ["random_words"], "random_words": ["kind"]}, "expected at least 2 that are no reference words"),
         ({"method": "vanilla", "form": "projection", "controls": []}, "got 'projection' for vanilla"),
+        ({"form": "projected", "decay_stored": 0.5}, "decay_stored: the form projected"),
+        ({"form": "projected", "controls": ["module_off"]}, "the form projected trains no module"),
         ({"reference": ["he", "he"]}, "named twice"),
         ({"four_bit": True}, "four_bit: this model is on cpu"),
     ],

@@ -11,9 +11,11 @@ from recipes.crawd.measuring import Judge
 from recipes.crawd.report import cases, verdict, write_report
 from recipes.crawd.settings import OFF, OWN_CONTROLS, WEIGHTS, Settings
 from recipes.crawd.texts import read
-from surgery.edits.debiased_tuning import OBJECTIVES, Method, Tuned, check, four_bit, trained_names, tune
+from surgery.edits.debiased_tuning import OBJECTIVES, Method, Tuned, check, trained_names, tune
+from surgery.edits.four_bit import four_bit
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
+from surgery.modules.cross_attention import Weights
 from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import summary
 from surgery.training import Plan, steps_of
@@ -106,13 +108,18 @@ def _switched_off(settings: Settings) -> dict[str, str]:
     asked = {name: part for name, part in OFF.items() if name in settings.controls}
     if asked and settings.method != "crawd":
         raise SurgeryError(f"controls: got {next(iter(asked))!r}, but {settings.method} has no module; leave it out")
+    if asked and settings.form == "projected":
+        raise SurgeryError(
+            f"controls: got {next(iter(asked))!r}, but the form projected trains no module; without its projection it "
+            "is vanilla: name that"
+        )
     return asked
 
 
 def _own_part(settings: Settings) -> OwnPart | None:
     if settings.method == "vanilla":
         return None
-    off = settings.method == "crawd" and settings.form not in OFF
+    off = settings.method == "crawd" and settings.form not in (*OFF, "projected")
     part = {"crawd": "the module", "debias_tuning": "the term"}.get(settings.method, settings.method)
     told = ["gas.gas", "gas.male", "gas.female", "held_out_perplexity"]
     return OwnPart(part, "module_off" if off else "vanilla", told)
@@ -151,6 +158,6 @@ def _train(op: Operation, judge: Judge, method: Method, plan: Plan, track: Track
 
 def _stored(tuned: Tuned, settings: Settings) -> Any:
     """The module as it is stored: with another decay than it was trained with, where the settings say so."""
-    if tuned.module is None or settings.decay_stored is None:
+    if not isinstance(tuned.module, Weights) or settings.decay_stored is None:
         return tuned.module
     return replace(tuned.module, settings={**tuned.module.settings, "decay": settings.decay_stored})

@@ -21,6 +21,8 @@ FORMS = {
     "cross_off": "trained with it, and stored without what the cross-attention adds",
     "module_off": "trained with it, and stored without it",
     "projection": "1 - lambda of H_x along the reference words' rows in the head goes, and the factors train below",
+    "projected": "trained without the module, and stored with a projection: of how far a state lies from the mean state "
+    "along the reference words' rows in the head, 1 - lambda goes",
     "wide_head": "the map from [H_x, H_cross] starts at random, as a new head of width 2d does",
 }
 
@@ -43,7 +45,7 @@ def write_report(
         tables.append(Table("Continuations", head, rows, "One text each, drawn with the same random numbers."))
     rankings = [Ranking.from_dict(one) for one in summary["sensitivity"].values() if one]
     figures: dict[str, Figure] = {"sensitivity": block_bars(*rankings)} if rankings else {}
-    if summary["delta"]["kind"] == "module":
+    if summary["delta"]["kind"] == "module" and settings.form != "projected":
         with Delta.load(folder / summary["delta"]["file"]).applied(model), torch.no_grad():
             figures["cross_attention"] = cross_attention_map(cross_weights(model, tokenizer, settings.shown_prompt))
     write_page(

@@ -59,10 +59,11 @@ class Settings(
     ffn: int = Field(0, ge=0)
     """Inner width of the module's feed-forward network; 0 takes four times the model's width."""
     renormalise: bool = False
-    form: Literal["printed", "cross_off", "module_off", "projection", "wide_head"] = "printed"
+    form: Literal["printed", "cross_off", "module_off", "projection", "projected", "wide_head"] = "printed"
     """printed: the paper's. The others are ours (``surgery.edits.debiased_tuning.Method``): trained with the module and
     stored without its cross part, or without it; the decay as a projection of H_x off the reference words' rows in the
-    head; a map from [H_x, H_cross] that starts at random."""
+    head, trained with, or (projected) stored with what was trained without; a map from [H_x, H_cross] that starts at
+    random."""
     decay_stored: float | None = Field(None, ge=0, le=1)
     """Lambda of the module as it is stored; the paper trains and generates with the same one."""
     weight: float = Field(0.0, ge=0)
@@ -108,12 +109,15 @@ class Settings(
         """The profile's values, the weight of the method's own term, and its controls."""
         method = values.get("method", "crawd")
         controls = {"crawd": ["vanilla", *OWN_CONTROLS], "vanilla": []}.get(str(method), ["vanilla"])
+        controls = ["vanilla", "random_words"] if values.get("form") == "projected" else controls
         weight = {"weight": WEIGHTS[method]} if method in WEIGHTS else {}
         return PROFILES.get(str(values.get("profile")), {}) | {"controls": controls} | weight
 
     def check(self) -> None:
         """Also whether there is something to train on."""
         super().check()
+        if self.form == "projected" and self.decay_stored is not None:
+            raise SurgeryError("decay_stored: the form projected trains without its projection; set decay alone")
         if not self.data and (self.suites or not self.file):
             raise SurgeryError(
                 "crawd: no data; name the directory of data sets with --set data=DIR, or a file of texts with file=F "

@@ -3,26 +3,28 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.edits import debiasing
+from surgery.edits.four_bit import check_four_bit
+from surgery.edits.reference_projection import about_mean, reference_rows
 from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch, target_names, token_losses
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
+from surgery.modules.projection import Projection
 from surgery.moved import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
 METHODS = ("crawd", "vanilla", "debias_tuning", "ibm", "deep_soft_debias")
-FORMS = ("printed", "cross_off", "module_off", "projection", "wide_head")
+FORMS = ("printed", "cross_off", "module_off", "projection", "projected", "wide_head")
 """Of CrAWD: the paper's, and ours (see ``Method.form``)."""
 OBJECTIVES = {
     "crawd": "token cross-entropy with the cross-attention module",
@@ -58,6 +60,8 @@ class Method:
     Ours: cross_off is trained so and stored without what the cross-attention adds (the map of H_x stays), module_off is
     stored as the identity, so that the factors alone remain. projection: the decay acts on H_x, of which 1 - decay of
     the part along the reference words' rows in the head goes; this map is fixed, and the factors train below it.
+    projected: the factors train alone and are stored with such a projection about the
+    mean state of the training texts.
     wide_head: the map from [H_x, H_cross] starts at random, as a new head of width 2d does."""
     module: dict[str, Any] = field(default_factory=dict)
     """Settings of ``cross_attention.attached``: top_percent, decay, scope, heads, ffn, renormalise, dropout."""
@@ -74,7 +78,7 @@ class Tuned:
 
     differences: dict[str, Tensor]
     kind: str
-    module: cross_attention.Weights | None
+    module: cross_attention.Weights | Projection | None
     losses: list[float]
     parameters: int
     moved: Moved | None = None
@@ -120,7 +124,12 @@ def tune(
         with trainable(model, names) as parameters:
             done, far = train(model, parameters, losses, len(rows), plan, **options)
             model.eval()  # the reference states are taken without dropout
-            weights = _as_stored(cross_attention.weights_of(module), method.form) if module is not None else None
+            weights: cross_attention.Weights | Projection | None = None
+            if module is not None:
+                weights = _as_stored(cross_attention.weights_of(module), method.form)
+            elif method.form == "projected":
+                words, decay = debiasing.word_forms(tokenizer, method.reference), method.module.get("decay", 0.2)
+                weights = about_mean(model, words, [row.ids for row in rows], decay)
             count = sum(parameter.numel() for parameter in parameters.values())
             found = factors(layers)
         tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)
@@ -134,8 +143,8 @@ def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method
         raise SurgeryError(f"method: got {method.name!r}, expected one of {', '.join(METHODS)}")
     if method.form not in FORMS or (method.form != "printed" and method.name != "crawd"):
         raise SurgeryError(f"form: got {method.form!r} for {method.name}, expected one of {', '.join(FORMS)}, of crawd")
-    if method.form == "projection" and method.lora is None:
-        raise SurgeryError("form projection: nothing to train without LoRA, since the projection is fixed; set lora")
+    if method.form in ("projection", "projected") and method.lora is None:
+        raise SurgeryError(f"form {method.form}: nothing to train without LoRA; a projection is fixed; set lora")
     if method.lora is None and method.name != "crawd":
         raise SurgeryError(f"method {method.name}: nothing to train without LoRA; only crawd trains its module alone")
     if method.weight and method.name == "vanilla":
@@ -145,7 +154,9 @@ def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method
         term = stack.enter_context(_term(model, tokenizer, method))
         layers = stack.enter_context(adapters(model, method.lora, seed)) if method.lora else {}
         module = None
-        if method.name == "crawd":
+        if method.form == "projected":
+            debiasing.word_forms(tokenizer, method.reference)  # refused now rather than after training
+        elif method.name == "crawd":
             live = method.lora is not None
             settings: dict[str, Any] = {"reference": method.reference, "seed": seed, "live": live} | method.module
             module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
@@ -173,13 +184,6 @@ def _start(
         fusion[:, :width] -= torch.eye(width).to(fusion)
 
 
-def reference_rows(model: PreTrainedModel, words: Sequence[int]) -> Float[Tensor, "rank d_model"]:
-    """An orthonormal basis of the rows of ``words`` in the head, without the mean row, which moves all logits alike."""
-    rows = cast(nn.Linear, model.get_output_embeddings()).weight.detach().float()
-    basis, values, _ = torch.linalg.svd((rows[list(words)] - rows.mean(0)).T, full_matrices=False)
-    return basis[:, values > 1e-5 * values.max()].T
-
-
 def _as_stored(weights: cross_attention.Weights, form: str) -> cross_attention.Weights:
     """The module as its form stores it: without the part of the cross-attention, or as the identity."""
     if form not in ("cross_off", "module_off"):
@@ -193,7 +197,7 @@ def check(
 ) -> None:
     """Raises ``SurgeryError`` now for what ``tune`` would refuse, and for ``bits`` = 4 where that cannot be."""
     if bits == 4:
-        _check_four_bit(model.device)
+        check_four_bit(model.device)
     with _prepared(model, tokenizer, method, seed):
         pass
 
@@ -205,28 +209,6 @@ def trained_names(model: PreTrainedModel, method: Method) -> list[str]:
         embedding = _embedding(model)
         names += [name for name, parameter in model.named_parameters() if parameter is embedding]
     return names
-
-
-def four_bit(directory: Path | str, device: torch.device) -> PreTrainedModel:
-    """The checkpoint as a causal model with 4-bit weights (NF4, Dettmers et al. 2023), to train factors beside them.
-
-    Raises ``SurgeryError`` without a CUDA device or without bitsandbytes.
-    """
-    _check_four_bit(device)
-    settings: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
-    )
-    return cast(PreTrainedModel, model.eval())
-
-
-def _check_four_bit(device: torch.device) -> None:
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        got = f"this model is on {device.type}" if device.type != "cuda" else "bitsandbytes is not installed"
-        raise SurgeryError(
-            f"four_bit: {got}; expected a CUDA device and bitsandbytes (pip install bitsandbytes); or leave it off"
-        )
 
 
 @contextmanager
