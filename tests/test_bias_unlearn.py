@@ -225,6 +225,7 @@ def test_folds_steer_by_terms_that_a_training_never_saw(
     for name in ("recipes.bias_unlearn.recipe.train", "recipes.bias_unlearn.folds.train"):
         monkeypatch.setattr(name, spy)
     settings: Any = {"variant": "ours", "folds": 2, "steps": 6, "evaluate_every": 3, "gradient_ratio": 2.0}
+    settings |= {"offset": ["gender=0.3", 0.1]}
     summary = learn(tiny, checkpoint, data, tmp_path / "run", **settings)
     folds, whole = seen[:2], seen[2]
     assert all(not learnt & scored for learnt, scored, _ in folds)
@@ -238,6 +239,15 @@ def test_folds_steer_by_terms_that_a_training_never_saw(
     assert weights["retain"] == 0.4 and weights["prefer"] not in (0.0, 1.0)  # set by gradient_ratio
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Weights of the terms: " in page and "not every sentence was seen: passes" in page
+
+
+def test_an_offset_is_of_a_bias_type() -> None:
+    ready = bias_unlearn.Settings(data="x", offset=["race=0.3", 0.1])
+    assert training.offsets_of(ready, ["gender", "race", "gender"]) == [0.1, 0.3, 0.1]
+    assert training.offsets_of(bias_unlearn.Settings(data="x"), ["gender"]) == [0.0]
+    for given, said in ((["race=0.3"], "none for the bias type gender"), (["age=1", 0.1], "offset: got 'age=1'")):
+        with pytest.raises(SurgeryError, match=said):
+            training.offsets_of(bias_unlearn.Settings(data="x", offset=given), ["gender", "race"])
 
 
 def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     settings: dict[str, Any] = {"pairs": written(rows, tmp_path / "own.jsonl"), "dose": ["auto"], "epochs": 2}
     settings |= {"doses": [0.0, 0.4], "folds": 2, "scales": [0.5, 1.0], "margin_gone": 0.01}
     settings |= {"samples": 5, "hold_texts": 1.0}
-    monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))
+    monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("locality",))
     whole = operate(checkpoint, tmp_path / "whole", **settings)
     chosen = whole["doses"]["gender"]
     assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
@@ -128,6 +128,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
             operate(checkpoint, tmp_path / "cut", **settings)
     rest = operate(checkpoint, tmp_path / "cut", resume=True, **settings)
     assert rest["delta"]["sha256"] == whole["delta"]["sha256"] and rest["doses"] == whole["doses"]
+    assert rest["after"] == whole["after"] and "kl" in rest["after"]["locality"]["things"]  # to the first model
     again = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").open()]
     assert sum(row.get("edit") == "dose 0, fold 1 of 2" for row in again) == batches  # not trained a second time
 

@@ -47,7 +47,9 @@ def test_values_from_the_command_line() -> None:
     settings = build(lftf.Settings, values, "--set")
     assert (settings.lr, settings.block, settings.ablations, settings.epochs) == (1e-4, 25, True, 3)
     assert settings.controls == ["last", "random"] and settings.prompt_set == "my set.toml"
-    assert build(lftf.Settings, parse_set(["block=[3, 4]"]), "--set").block == [3, 4]
+    for several in ("block=[3, 4]", "block=3,4", "block=3, 4"):
+        assert build(lftf.Settings, parse_set([several]), "--set").block == [3, 4]
+    assert build(lftf.Settings, parse_set(["block=3,last"]), "--set").block == "3,last"  # refused where it is read
     assert build(lftf.Settings, parse_set(["lr=1"]), "--set").lr == 1.0
 
 

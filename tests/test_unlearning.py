@@ -293,7 +293,7 @@ def test_in_the_scorers_unit_every_loss_is_of_means_over_tokens() -> None:
     model = nudged(frozen).to(F64)
     kept = reference(frozen.to(F64), ROWS, *KEPT)
     items = [item for item in ITEMS if item.role in ("forget", "retain", "prefer")]
-    objective = Objective({}, beta=0.3, unit="mean", prefer="margin", offset=0.2)
+    objective = Objective({}, beta=0.3, unit="mean", prefer="margin", offsets=[number / 10 for number in range(len(ROWS))])
     values, _ = batch_losses(model, model, items, ROWS, kept, objective)
     expected = []
     for item in items:
@@ -302,7 +302,7 @@ def test_in_the_scorers_unit_every_loss_is_of_means_over_tokens() -> None:
         if item.role == "prefer":
             other = ROWS[item.triple][ANTI]
             margin = logp - summed(model, other) / (len(other.ids) - other.start)
-            expected.append(preference(margin, 0.3, 0.2))
+            expected.append(preference(margin, 0.3, objective.offsets[item.triple]))
         else:
             expected.append(npo(logp, ref, 0.3) if item.role == "forget" else -logp)
     assert values.tolist() == pytest.approx([value.item() for value in expected], rel=1e-6)

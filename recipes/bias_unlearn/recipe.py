@@ -11,7 +11,7 @@ from recipes.bias_unlearn.folds import cross_validate, parts_of, steering, unsee
 from recipes.bias_unlearn.measuring import measure, watched_scores
 from recipes.bias_unlearn.report import verdict, write_report
 from recipes.bias_unlearn.settings import Settings
-from recipes.bias_unlearn.training import OBJECTIVES, parts, train
+from recipes.bias_unlearn.training import OBJECTIVES, offsets_of, parts, train
 from surgery.edits.unlearning import Dataset, Scores, read_dataset, trained_names
 from surgery.operation import Edit, Outcome, Run, Where, operation
 from surgery.runs import summary
@@ -38,6 +38,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     settings.check()
     given = _read(settings)
     parts(settings)
+    offsets_of(settings, [row.bias_type for row in given.train])
     if settings.steer == "folds":
         parts_of(given.train, settings)
     trains = trained_names(model, settings.target_modules)

@@ -100,7 +100,8 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """From step 2 on, the norm of the weighted gradients of what pushes (NPO, preference) over that of retention, which
     the weights set from its size after step 1; 0 leaves the weights as they are."""
     prefer_batch: int = Field(16, ge=1)
-    offset: float = 0.0
+    offset: list[str | int | float] = [0.0]
+    """Nats (by unit): 0.1, or by bias type, a number alone being that of the others: gender=0.3,0.1."""
     retain_by: Literal["sentence", "token"] = "sentence"
     """Eq. 2's cross-entropy summed over a sentence, as NPO's argument is, or per token, as the released code has it.
 

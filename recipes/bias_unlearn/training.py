@@ -1,13 +1,14 @@
 """One unlearning: batches of the training triples, losses of the method, early stopping on the watched rows."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
 from recipes.bias_unlearn.settings import Settings
+from surgery.edits.equalize.dose import read_doses
 from surgery.edits.supervised import Lora
 from surgery.edits.unlearning import (
     PUSHES,
@@ -72,7 +73,8 @@ def train(
     with op.progress.work("reference", len(sentences) + len(unrelated)) as step:
         kept = reference(op.model, coded.rows, sentences, unrelated, step=step)
     forget = "ascent" if settings.method == "ga" else "npo_batch" if released else "npo"
-    objective = objective_of(settings, weights, forget)
+    offsets = offsets_of(settings, chunks.types)
+    objective = objective_of(settings, weights, forget, offsets)
     found = unlearn(
         op.model,
         coded.rows,
@@ -104,7 +106,22 @@ def train(
     return Made(found.trained.differences, edit, "lora")
 
 
-def objective_of(settings: Settings, weights: Mapping[str, float], forget: str) -> Objective:
+def offsets_of(settings: Settings, types: Sequence[str]) -> list[float]:
+    """The offset of each triple, given their bias types; raises ``SurgeryError`` for a type that has none."""
+    kinds = sorted(set(types))
+    found = read_doses(settings.offset, kinds, key="offset")
+    missing = next((kind for kind in kinds if found[kind] is None), None)
+    if missing is not None:
+        raise SurgeryError(
+            f"offset: got {settings.offset} and none for the bias type {missing}; expected a number for each, or one "
+            "for the others (gender=0.3,0.1); name it"
+        )
+    return [float(found[kind] or 0.0) for kind in types]
+
+
+def objective_of(
+    settings: Settings, weights: Mapping[str, float], forget: str, offsets: Sequence[float]
+) -> Objective:
     """The losses by role: DPO is of the summed log-probabilities unless the unit says otherwise."""
     return Objective(
         weights,
@@ -114,7 +131,7 @@ def objective_of(settings: Settings, weights: Mapping[str, float], forget: str) 
         settings.retain_by,
         settings.unit,
         "dpo" if settings.method == "dpo" else "margin",
-        settings.offset,
+        offsets,
         settings.gradient_ratio,
     )
 

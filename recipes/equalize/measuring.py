@@ -51,8 +51,11 @@ class Measuring:
 
     def before(self) -> dict[str, Any]:
         """The scores of the untouched model, and what a run that goes on later needs of it (``take_up``)."""
-        found = self.with_probabilities("measure before")
-        return found | {"reference": self.reference.to_dict() if self.reference else None}
+        return self.with_probabilities("measure before") | self.kept()
+
+    def kept(self) -> dict[str, Any]:
+        """What ``take_up`` needs of a first measurement."""
+        return {"reference": self.reference.to_dict() if self.reference else None}
 
     def take_up(self, before: Mapping[str, Any]) -> None:
         """Go on behind ``before``, measured now or by an interrupted run."""

@@ -133,7 +133,9 @@ def run(
         main = work.located(main, tokenizer, build(given.train, dict.fromkeys(given.wanted, 0.0))[0])
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
-        before = op.once("before", partial(measure, "measure before"))
+        first = op.once("before", lambda: {"scores": measure("measure before"), **measuring.kept()})
+        measuring.take_up(first)
+        before = first["scores"]
         sampled = settings.samples and settings.hold_texts
         own = op.once("own-texts", partial(written, op, tokenizer, settings)) if sampled else []
         build = partial(build, own=own)

@@ -263,12 +263,18 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
             number = _decimal if "float" in str(fields[key].annotation) else _whole
             ready[key] = [number(piece) for piece in pieces]
+        elif key in fields and "list[int]" in str(fields[key].annotation) and _numbers(value):
+            ready[key] = [int(piece) for piece in value.split(",")]  # one of several forms: block=1,2
         else:
             ready[key] = value
     try:
         return kind(**ready)
     except ValidationError as error:
         raise SurgeryError(f"{where}: " + "; ".join(_fault(kind, fault) for fault in error.errors())) from None
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, str) and "," in value and all(isinstance(_whole(p.strip()), int) for p in value.split(","))
 
 
 def _whole(piece: str) -> int | str:

@@ -38,7 +38,7 @@ class Choice:
         return asdict(self) | {"curve": {f"{dose:g}": score for dose, score in self.curve.items()}}
 
 
-def read_doses(given: Sequence[str | float], types: Sequence[str]) -> dict[str, float | None]:
+def read_doses(given: Sequence[str | float], types: Sequence[str], key: str = "dose") -> dict[str, float | None]:
     """The dose of each bias type, None for one that is to be chosen ("auto").
 
     ``given`` holds "TYPE=DOSE" for single types, and a DOSE alone for the others: a number, or "auto", which is also
@@ -47,22 +47,22 @@ def read_doses(given: Sequence[str | float], types: Sequence[str]) -> dict[str, 
     >>> read_doses(["gender=0.2", "auto"], ["gender", "race"])
     {'gender': 0.2, 'race': None}
 
-    Raises ``SurgeryError`` for what is no dose, a type that the pairs do not have, and one that is given twice.
+    ``key`` is the setting's name in errors. Raises ``SurgeryError`` for what is no dose, a type that the pairs do not have, and one that is given twice.
     """
     found: dict[str, float | None] = {}
     for piece in given:
         name, sign, text = str(piece).rpartition("=")
         name = name.strip()
         if sign and name not in types:
-            raise SurgeryError(f"dose: got {piece!r}; the pairs have the bias types {', '.join(types)}; name one")
+            raise SurgeryError(f"{key}: got {piece!r}; the pairs have the bias types {', '.join(types)}; name one")
         if name in found:
-            raise SurgeryError(f"dose: {name or 'of the other types'!r} is given twice; give it once")
+            raise SurgeryError(f"{key}: {name or 'of the other types'!r} is given twice; give it once")
         try:
             dose = None if text.strip() == "auto" else float(text)
         except ValueError:
             dose = np.nan
         if dose is not None and not np.isfinite(dose):
-            raise SurgeryError(f"dose: got {piece!r}, expected a number (nats a token), auto, or TYPE=NUMBER")
+            raise SurgeryError(f"{key}: got {piece!r}, expected a number (nats a token), auto, or TYPE=NUMBER")
         found[name] = dose
     return {name: found.get(name, found.get("")) for name in types}
 

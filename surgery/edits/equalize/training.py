@@ -162,7 +162,8 @@ def losses_of(
 
     Apart, short texts are not padded to the length of long ones, and prompts go through the head at one position.
     """
-    found: list[Tensor | None] = [None] * len(chosen)
+    found: list[Tensor] = []
+    order: list[int] = []  # the places of ``chosen`` that the values in ``found`` belong to
     for members in passes(given.terms, chosen, model.device.type):
         sequences = [
             (term, example * given.terms[term].size + part)
@@ -170,22 +171,20 @@ def losses_of(
             for part in range(given.terms[term].size)
         ]
         logits = _logits(model, module, given, sequences)
-        at = 0
         by_term: dict[int, list[int]] = {}
         spans: dict[int, list[Tensor]] = {}
-        for term, row in sequences:
-            width = len(given.terms[term].places[row])
+        # Split, since the gradient of every slice would be as large as all logits together.
+        widths = [len(given.terms[term].places[row]) for term, row in sequences]
+        for (term, row), piece in zip(sequences, logits.split(widths), strict=True):
             by_term.setdefault(term, []).append(row)
-            spans.setdefault(term, []).append(logits[at : at + width])
-            at += width
+            spans.setdefault(term, []).append(piece)
         for term, rows in by_term.items():
             kept = [given.targets[given.first[term] + row] for row in rows]
             target = tuple(torch.cat(pieces) for pieces in zip(*kept, strict=True))
-            values = given.terms[term].loss(torch.cat(spans[term]), target, rows)
-            mine = [place for place, (number, _) in members.items() if number == term]
-            for place, value in zip(mine, values, strict=True):
-                found[place] = value
-    return torch.stack([value for value in found if value is not None])
+            found.append(given.terms[term].loss(torch.cat(spans[term]), target, rows))
+            order += [place for place, (number, _) in members.items() if number == term]
+    back = torch.tensor(order, device=model.device).argsort()
+    return torch.cat(found)[back]
 
 
 def losses_untouched(model: PreTrainedModel, term: Term, rows: Sequence[int]) -> Float[Tensor, " rows"]:

@@ -79,7 +79,9 @@ def dpo(
     return softplus(-beta * ((chosen - chosen_reference) - (rejected - rejected_reference)))
 
 
-def preference(margin: Float[Tensor, " n"], beta: float, offset: float = 0.0) -> Float[Tensor, " n"]:
+def preference(
+    margin: Float[Tensor, " n"], beta: float, offset: float | Float[Tensor, " n"] = 0.0
+) -> Float[Tensor, " n"]:
     """-log sigma(-beta (m + offset)), m the stereotype's log-probability minus the anti-stereotype's. Ours, labelled.
 
     DPO without its reference: a pair that prefers the anti-stereotype by more than ``offset`` already weighs little,

@@ -29,8 +29,9 @@ class Objective:
     )
     unit: str = "sum"
     """A sentence's log-probability in every loss but KL: "sum" over its learnt tokens as printed, or their "mean"."""
-    prefer: str = "dpo"  # "dpo", or "margin": ``losses.preference`` with ``offset``
-    offset: float = 0.0
+    prefer: str = "dpo"  # "dpo", or "margin": ``losses.preference`` with ``offsets``
+    offsets: Sequence[float] = ()
+    """Of each triple's margin; none: 0 of all."""
     ratio: float = 0.0
     """How steep what pushes ("forget", "prefer") is beside "retain": see ``push``. 0 leaves the weights as they are."""
 
@@ -84,7 +85,9 @@ def batch_losses(
             part = each.new_zeros(len(plain)).index_add(0, index, each) / each.new_tensor([len(r.ids) for r in plain])
         elif role == "prefer":
             if objective.prefer == "margin":
-                part = equations.preference(logp[at + 1] - logp[at], objective.beta, objective.offset)
+                offsets = objective.offsets or [0.0] * len(rows)
+                offset = logp.new_tensor([offsets[item.triple] for item in items if item.role == role])
+                part = equations.preference(logp[at + 1] - logp[at], objective.beta, offset)
             else:
                 part = equations.dpo(logp[at], logp[at + 1], reference[at], reference[at + 1], objective.beta)
         elif role != "forget":
