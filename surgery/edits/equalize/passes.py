@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from surgery.edits.equalize.terms import Term
 
-LONGER = 1.5  # the longest sequence of a pass is at most so many times as long as its shortest example's longest
+LONGER = {"cpu": 1.5}
+"""The longest sequence of a pass is at most so many times as long as its shortest example's longest; elsewhere 4."""
 PASS = {"cpu": 100}
 """What a pass costs beside its tokens, in tokens (measured on two cores, six blocks of SmolLM2-135M): on a processor
 the weights are read once more, while tokens of padding cost as much as others. Elsewhere padding costs next to nothing.
@@ -23,9 +24,9 @@ def passes(terms: Sequence[Term], chosen: Sequence[Example], device: str) -> lis
         only_last = all(one.places[row] == (len(one.ids[row]) - 1,) for row in rows)
         (last if only_last else whole)[place] = max(len(one.ids[row]) for row in rows)
     groups: list[list[int]] = cheapest(last, PASS[device]) if device in PASS else [list(last)]
-    shortest = 0
+    shortest, longer = 0, LONGER.get(device, 4.0)
     for place in sorted(whole, key=lambda place: whole[place]):
-        if not shortest or whole[place] > LONGER * shortest:
+        if not shortest or whole[place] > longer * shortest:
             groups.append([])
             shortest = whole[place]
         groups[-1].append(place)
