@@ -130,7 +130,8 @@ def apply(
             total = sum((stored.path / name).stat().st_size for name in stored.files)
             with Copier(stored.path, part, links, total, progress, sync=sync) as copier:
                 copier.copy(edited)
-                copier.start([name for name in stored.files if name not in edited])
+                rest = [name for name in stored.files if name not in edited]
+                copier.start(lambda: copier.copy(rest))
                 changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
             if writer:
                 writer.finish()

@@ -17,9 +17,9 @@ from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.atomic import check_destination, publish, temporary
-from surgery.files.copying import OnBytes, copy_range, sync_file, write_exactly
+from surgery.files.copying import Beside, OnBytes, copy_range, sync_file, write_exactly
 from surgery.files.gguf import GgufFile, open_gguf, read_rows, row_groups
-from surgery.files.gguf_codes import quantise
+from surgery.files.gguf_codes import requantise
 from surgery.files.k_quants import KINDS, recode
 from surgery.files.rounding import ROUNDINGS, random16
 from surgery.files.safetensors_io import Entry, open_regular, parse_json, read_header
@@ -167,30 +167,32 @@ def _write(
     writer: RecordWriter | None,
     progress: OnBytes | None,
 ) -> tuple[list[GgufChange], int]:
-    changes, wanted, done = [], {target.tensor.name: target for target in targets}, 0
-    size = places[""]
-
-    def seen(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, size)
-
+    """Touched tensors are computed here while a second thread copies what lies between them, inside the kernel."""
+    wanted, size = {target.tensor.name: target for target in targets}, places[""]
     source = open_regular(file.path)
     fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        copy_range(source, fd, file.data, seen)
-        for tensor in file.tensors.values():
-            place, target, after = places[tensor.name], wanted.get(tensor.name), file.rooms[tensor.name]
-            kind = target.kind if target else tensor.type
-            write_exactly(fd, tensor.at, memoryview(type_and_offset(kind, place - file.data)))
-            if target is None:
-                copy_range(source, fd, after - tensor.begin, seen, start=tensor.begin, at=place)
-                continue
-            changes.append(rewrite.tensor(target, source, fd, place, writer))
-            if target.bytes == tensor.end - tensor.begin:
-                copy_range(source, fd, after - tensor.end, seen, start=tensor.end, at=place + target.bytes)
-            seen(target.bytes)
+        with Beside(size, progress) as beside:
+            copy_range(source, fd, file.data, beside.seen)
+            spans = []  # (first byte, byte behind the last, where it goes)
+            for tensor in file.tensors.values():
+                place, target, after = places[tensor.name], wanted.get(tensor.name), file.rooms[tensor.name]
+                kind = target.kind if target else tensor.type
+                write_exactly(fd, tensor.at, memoryview(type_and_offset(kind, place - file.data)))
+                if target is None:
+                    spans.append((tensor.begin, after, place))
+                elif target.bytes == tensor.end - tensor.begin:
+                    spans.append((tensor.end, after, place + target.bytes))
+
+            def copy() -> None:
+                for first, end, at in spans:
+                    copy_range(source, fd, end - first, beside.seen, start=first, at=at)
+
+            beside.start(copy)
+            changes = []
+            for target in targets:
+                changes.append(rewrite.tensor(target, source, fd, places[target.tensor.name], writer))
+                beside.seen(target.bytes)
         os.ftruncate(fd, size)  # zeros up to the alignment behind a tensor that grew or shrank
     finally:
         os.close(fd)
@@ -225,16 +227,18 @@ class _Rewriter:
 
         def work(rows: tuple[int, int]) -> tuple[bytes, np.ndarray, int, int]:
             raw, old = read_rows(file, source, tensor, *rows)
-            moved = move(*rows) * np.float32(self._scale)
+            moved = move(*rows)
+            if self._scale != 1.0:
+                moved = moved * np.float32(self._scale)
             stored, new = self._stored(target, raw, old, moved, rows[0])
             same = new == old
             kept = int(np.count_nonzero(same & (moved != 0)))
-            return raw, np.ascontiguousarray(stored).reshape(-1), same.size - int(np.count_nonzero(same)), kept
+            data = np.ascontiguousarray(stored).reshape(-1)
+            write_exactly(fd, place + rows[0] * (target.bytes // tensor.rows), data.data)
+            return raw, data, same.size - int(np.count_nonzero(same)), kept
 
         for raw, data, new, kept in in_order(work, row_groups(tensor)):
             changed, lost = changed + new, lost + kept
-            write_exactly(fd, place, data.data)
-            place += data.size
             before.update(raw)
             after.update(data.data)
             if writer:
@@ -256,24 +260,22 @@ class _Rewriter:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType[target.kind]
-        draw = None
+        kind, draw = GGMLQuantizationType[target.kind], None
         if self._rounding != "nearest" and target.kind != "F32":
             first = start * old.shape[1]
             draw = random16(self._seed, target.sources[0], first, old.size).reshape(old.shape) / np.float32(65536)
         if target.kind in KINDS:
             stored = self._recoded(target, raw, moved, draw)
+            new = dequantize(stored, kind).astype(np.float32, copy=False).reshape(old.shape)
         else:
-            stored = quantise(old + moved, target.kind, draw)
-        if (
-            target.kind == target.tensor.type and target.kind not in KINDS
-        ):  # blocks that the delta leaves alone keep their bytes
+            stored, new = requantise(old + moved, target.kind, draw)
+        if target.kind == target.tensor.type and target.kind not in KINDS:
             block, size = GGML_QUANT_SIZES[kind]
             still = ~(moved.reshape(-1, block) != 0).any(axis=1)
-            blocks = stored.reshape(-1, size).copy()
-            blocks[still] = np.frombuffer(raw, np.uint8).reshape(-1, size)[still]
-            stored = blocks.reshape(stored.shape)
-        new = dequantize(stored, kind).astype(np.float32, copy=False).reshape(old.shape)
+            if still.any():  # blocks that the delta leaves alone keep their bytes
+                stored, new = np.ascontiguousarray(stored), np.ascontiguousarray(new)
+                stored.reshape(-1, size)[still] = np.frombuffer(raw, np.uint8).reshape(-1, size)[still]
+                new.reshape(-1, block)[still] = old.reshape(-1, block)[still]
         if not np.isfinite(new).all():
             raise SurgeryError(
                 f"{target.tensor.name}: the edited value is too large for {target.kind}; smaller --scale"

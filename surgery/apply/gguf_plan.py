@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from surgery.apply.gguf_names import EXPERT, check_architecture, names_in_file
-from surgery.apply.plan import Tied
+from surgery.apply.plan import Tied, check_finite
 from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError
@@ -46,8 +46,10 @@ class Target:
             return lambda start, stop: _of_experts(delta, self, start, stop)
 
         def read(start: int, stop: int) -> np.ndarray:
-            parts = [delta.read(name, start * columns, stop * columns) for name in self.sources]
-            return np.sum(parts, axis=0, dtype=np.float32).reshape(stop - start, columns)
+            total = delta.read(self.sources[0], start * columns, stop * columns)
+            for name in self.sources[1:]:
+                total = total + delta.read(name, start * columns, stop * columns)
+            return total.reshape(stop - start, columns)
 
         if self.layout == "plain":
             return read
@@ -103,9 +105,7 @@ def make_plan(
         raise SurgeryError(f"touched type {touched_type!r}: expected one of {', '.join(WRITABLE)}")
     check_architecture(delta, file)
     names = names_in_file(delta, file, tied)
-    for name, shape in delta.shapes.items():
-        for start in range(0, math.prod(shape), 2**20):
-            refuse_not_finite(delta.read(name, start, min(start + 2**20, math.prod(shape))), name, "the delta")
+    check_finite(delta)
     notes = []
     fd = open_regular(file.path)
     try:

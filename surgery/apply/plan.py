@@ -84,7 +84,7 @@ def make_plan(
     check_architecture(delta, stored)
     targets = _targets(delta, stored, rename, tied)
     sizes = {target: _elements(delta, stored, target, sources, vocabulary) for target, sources in targets.items()}
-    _refuse_not_finite(delta)
+    check_finite(delta)
 
     def look(target: str) -> Measured | None:
         base, layer = delta.metadata["tensors"][targets[target][0]], stored.layers.get(target)
@@ -118,7 +118,9 @@ def make_plan(
     return Plan(tuple(edits), farthest, gap, sketch.verdict(gap), tuple(_notes(delta, stored)))
 
 
-def _refuse_not_finite(delta: Differences) -> None:
+def check_finite(delta: Differences) -> None:
+    """Raises: SurgeryError when a difference is NaN or infinite."""
+
     def look(at: tuple[str, int]) -> None:
         name, start = at
         stop = min(start + 2**20, math.prod(delta.shapes[name]))

@@ -65,7 +65,8 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = 
             total = sum((stored.path / file).stat().st_size for file in names)
             with Copier(stored.path, part, frozenset(), total, progress) as copier:
                 copier.copy(edited)
-                copier.start([file for file in names if file not in edited])
+                rest = [file for file in names if file not in edited]
+                copier.start(lambda: copier.copy(rest))
                 for tensor in record.tensors:
                     _restore(stored, original, record, tensor, part)
             sync_tree(part, names)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
+from typing import Self
 
 from surgery.errors import SurgeryError
 from surgery.files.atomic import sync_folder
@@ -21,11 +22,47 @@ _NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EN
 OnBytes = Callable[[int, int], None]
 
 
-class Copier:
-    """Copies files of `source` into `out`, some at once (`copy`), the rest in a second thread (`start`).
+class Beside:
+    """A second thread (`start`) beside this one, which share one count of the bytes that are done.
 
-    Inside `with`; at its end the second thread has finished, after an exception it is stopped at the next
-    piece. Files in `link` become hard links. Without `sync` the copies need not survive the machine.
+    Inside `with`; at its end the second thread has finished, after an exception it is stopped at the next piece.
+    `progress` is called with (bytes done, bytes in all), from either thread but never at once.
+    """
+
+    def __init__(self, total: int, progress: OnBytes | None = None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+        self._lock, self._stop = Lock(), Event()
+        self._thread = ThreadPoolExecutor(1)
+        self._rest: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work` in the second thread."""
+        self._rest = self._thread.submit(work)
+
+    def seen(self, count: int) -> None:
+        """So many more bytes are done."""
+        if self._stop.is_set():
+            raise InterruptedError("stopped")
+        with self._lock:
+            self._done += count
+            if self._progress:
+                self._progress(self._done, self._total)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._thread.shutdown(wait=True)
+        if kind is None and self._rest is not None:
+            self._rest.result()
+
+
+class Copier(Beside):
+    """Copies files of `source` into `out`, some at once (`copy`), the rest in the second thread.
+
+    Files in `link` become hard links. Without `sync` the copies need not survive the machine.
 
     Raises:
         OSError: the disk is full, ...; SurgeryError: a hard link is impossible.
@@ -41,11 +78,8 @@ class Copier:
         *,
         sync: bool = True,
     ) -> None:
+        super().__init__(total, progress)
         self._source, self._out, self._link, self._sync = source, out, link, sync
-        self._total, self._progress, self._done = total, progress, 0
-        self._lock, self._stop = Lock(), Event()
-        self._thread = ThreadPoolExecutor(1)
-        self._rest: Future[None] | None = None
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy now, in this thread."""
@@ -55,11 +89,7 @@ class Copier:
             if name in self._link:
                 self._hard_link(name, target)
             else:
-                copy_file(self._source / name, target, self._seen, sync=self._sync)
-
-    def start(self, names: Iterable[str]) -> None:
-        """Copy in the second thread."""
-        self._rest = self._thread.submit(self.copy, names)
+                copy_file(self._source / name, target, self.seen, sync=self._sync)
 
     def _hard_link(self, name: str, target: Path) -> None:
         source = self._source / name
@@ -67,25 +97,7 @@ class Copier:
             os.link(os.path.realpath(source), target)
         except OSError as error:
             raise SurgeryError(f"{source}: cannot be hard-linked ({error.strerror}); repeat without --link") from None
-        self._seen(source.stat().st_size)
-
-    def _seen(self, count: int) -> None:
-        if self._stop.is_set():
-            raise InterruptedError("stopped")
-        with self._lock:
-            self._done += count
-            if self._progress:
-                self._progress(self._done, self._total)
-
-    def __enter__(self) -> "Copier":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._stop.set()
-        self._thread.shutdown(wait=True)
-        if kind is None and self._rest is not None:
-            self._rest.result()
+        self.seen(source.stat().st_size)
 
 
 def can_link(source: Path, out: Path) -> bool:

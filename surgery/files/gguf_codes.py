@@ -24,41 +24,71 @@ def quantise(
     if kind == "Q4_K":
         return quantise_q4_k(values)
     if draw is not None and kind in _CODES:
-        return _by_chance(values.reshape(-1, 32), kind, draw.reshape(-1, 32)).reshape(values.shape[0], -1)
+        return _by_chance(values, kind, draw)[0]
     stored = np.ascontiguousarray(quantize(values, GGMLQuantizationType[kind]))
     return stored.view(np.uint8).reshape(values.shape[0], -1)
 
 
+def requantise(
+    values: Float[np.ndarray, "rows columns"], kind: str, draw: Float[np.ndarray, "rows columns"] | None = None
+) -> tuple[UInt8[np.ndarray, "rows bytes"], Float[np.ndarray, "rows columns"]]:
+    """As ``quantise``, and what the stored bytes mean, in fp32."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if draw is not None and kind in _CODES:
+        return _by_chance(values, kind, draw)
+    stored = quantise(values, kind, draw)
+    meant = dequantize(stored, GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+    return stored, meant.reshape(values.shape)
+
+
+def _extreme(of: np.ufunc, values: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "blocks 1"]:
+    """The largest or smallest of each 32, by halves: seven times as fast as numpy along so short an axis."""
+    found = np.ascontiguousarray(values).reshape(-1)
+    for _ in range(5):
+        found = of(found[0::2], found[1::2])
+    return found[:, None]
+
+
 def _by_chance(
-    blocks: Float[np.ndarray, "blocks 32"], kind: str, draw: Float[np.ndarray, "blocks 32"]
-) -> UInt8[np.ndarray, "blocks bytes"]:
+    values: Float[np.ndarray, "rows columns"], kind: str, draw: Float[np.ndarray, "rows columns"]
+) -> tuple[UInt8[np.ndarray, "rows bytes"], Float[np.ndarray, "rows columns"]]:
     """Codes under the step as it is stored (fp16), so that no rounding of the step moves what they mean."""
     low, high = _CODES[kind]
-    head, numbers = [], blocks
+    blocks = values.reshape(-1, 32)
+    top, bottom = _extreme(np.maximum, values), _extreme(np.minimum, values)
     if kind in ("Q4_1", "Q5_1"):
-        smallest = blocks.min(axis=1, keepdims=True)
-        step = ((blocks.max(axis=1, keepdims=True) - smallest) / high).astype(np.float16)
-        smallest = smallest.astype(np.float16)
-        head, numbers = [step, smallest], blocks - smallest.astype(np.float32)
+        step, smallest = ((top - bottom) / high).astype(np.float16), bottom.astype(np.float16)
+        head, start = [step, smallest], smallest.astype(np.float32)
+        numbers = blocks - start
     else:
-        top, bottom = blocks.max(axis=1, keepdims=True), blocks.min(axis=1, keepdims=True)
+        numbers, start = blocks, None
         largest = np.where(-bottom > top, bottom, top)
         step = (np.abs(largest) / high if kind == "Q8_0" else largest / low).astype(np.float16)
         head = [step]
     wide = step.astype(np.float32)
     inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
     codes = numbers * inverse
-    codes += draw
+    codes += draw.reshape(-1, 32)
     codes += np.float32(2.0**-17)  # the middle of a draw of 16 bits: what is a code already stays it
     np.floor(codes, out=codes)
     np.clip(codes, low, high, out=codes)
-    first = [part.view(np.uint8) for part in head]
+    meant = codes * wide
+    if start is not None:
+        meant += start
+    stored = np.hstack([*(part.view(np.uint8) for part in head), *_packed(codes, kind, low)])
+    return stored.reshape(len(values), -1), meant.reshape(values.shape)
+
+
+def _packed(codes: Float[np.ndarray, "blocks 32"], kind: str, low: int) -> list[UInt8[np.ndarray, "blocks bytes"]]:
+    """The codes as they are stored behind a block's step."""
     if kind == "Q8_0":
-        return np.hstack([*first, codes.astype(np.int8).view(np.uint8)])
+        return [codes.astype(np.int8).view(np.uint8)]
     if low:
         codes -= low
     whole = codes.astype(np.uint8)
     nibbles = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     if kind in ("Q5_0", "Q5_1"):  # the fifth bits, as one 32-bit number
-        first.append(np.packbits(whole >> 4, axis=1, bitorder="little"))
-    return np.hstack([*first, nibbles])
+        return [np.packbits(whole >> 4, axis=1, bitorder="little"), nibbles]
+    return [nibbles]
