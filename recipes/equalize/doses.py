@@ -3,6 +3,9 @@
 The fold left out is judged at every scale, in memory. At each scale a bias type's dose is where as many of its held-out
 pairs prefer one side as the other; the scale is the smallest at which enough of the margin goes, since what an edit
 does to other text grows about as the square of the scale, and what it does to the pairs in proportion.
+
+In the grid all types have the same dose, and what one of them learns moves the others: where several are chosen, each
+fold is trained once more with every type at its own dose, and the choice is made anew with that point beside the grid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +38,8 @@ class Chosen:
     scale: float
     scales: Sequence[Mapping[str, Any]] = ()
     """For each scale: the share of the mean |margin| that goes from held-out pairs with the doses chosen there, the
-    rise of perplexity on ordinary text, and whether every type's dose lay inside the grid."""
+    rise of perplexity on ordinary text, and whether every type's dose lay inside the grid; then the same of the
+    training with every type at its ``own`` dose, before the last choice."""
 
 
 def check_doses(
@@ -80,7 +84,10 @@ def choose_doses(
     fixed = [pair for pair in pairs if wanted[pair.bias_type] is not None]
     check_edit(work.op.model, work.trains(variant), work.op.directory, out=work.op.folder.path)
     before = work.op.once("dose-untouched", lambda: _plain(judge(judged)))
-    margins, costs = _cross_validated(work, variant, judged, fixed, wanted, build, judge)
+    grid = sorted(work.settings.doses)
+    trials = {dose: {name: dose if each is None else each for name, each in wanted.items()} for dose in grid}
+    across = partial(_cross_validated, work, variant, judged, fixed, build=build, judge=judge)
+    margins, costs = across(trials, sorted(work.settings.scales))
     chosen: dict[float, dict[str, Choice]] = {}
     rows: list[dict[str, Any]] = []
     for scale, by_dose in margins.items():
@@ -94,10 +101,32 @@ def choose_doses(
                 "perplexity": float(np.exp(np.mean(costs[scale]) - np.log(before["perplexity"])) - 1),
                 "reached": all(each.reached for each in chosen[scale].values()),
                 "doses": doses,
+                "own": False,
             }
         )
     enough = [row["scale"] for row in rows if row["reached"] and row["margin_gone"] >= work.settings.margin_gone]
     scale = enough[0] if enough else max(margins)
+    types = [pair.bias_type for pair in judged]
+    if len(set(types)) > 1:
+        own = {name: each.dose for name, each in chosen[scale].items()}
+        doses = {name: own[name] if each is None else each for name, each in wanted.items()}
+        settled, cost = across({"own": doses}, [scale])
+        at, found = settled[scale]["own"], dict[str, Choice]()
+        for name, dose in own.items():
+            mine = [place for place, kind in enumerate(types) if kind == name]
+            curve = {each: values[mine] for each, values in margins[scale].items()} | {dose: at[mine]}
+            found |= choose([judged[place] for place in mine], curve, seed=work.settings.seed)
+        chosen[scale] = found
+        rows.append(
+            {
+                "scale": scale,
+                "margin_gone": float(1 - np.abs(at).mean() / np.abs(before["margins"]).mean()),
+                "perplexity": float(np.exp(np.mean(cost[scale]) - np.log(before["perplexity"])) - 1),
+                "reached": all(each.reached for each in found.values()),
+                "doses": own,
+                "own": True,
+            }
+        )
     return Chosen(given | {name: each.to_dict() for name, each in chosen[scale].items()}, scale, rows)
 
 
@@ -106,29 +135,31 @@ def _cross_validated(
     variant: Variant,
     judged: Sequence[Pair],
     fixed: Sequence[Pair],
-    wanted: Mapping[str, float | None],
+    trials: Mapping[Any, Mapping[str, float]],
+    scales: Sequence[float],
+    *,
     build: Build,
     judge: Judge,
-) -> tuple[dict[float, Margins], dict[float, list[float]]]:
-    """By scale, the margins of every held-out pair at each dose, and the log perplexity of each training."""
+) -> tuple[dict[float, dict[Any, Float[np.ndarray, "pairs scorers"]]], dict[float, list[float]]]:
+    """By scale, the margins of every held-out pair in each trial (its doses by bias type), and the log perplexity of
+    each training."""
     settings = work.settings
     shape = (len(judged), len(settings.scorers))
-    scales = sorted(settings.scales)
-    margins: dict[float, Margins] = {
-        scale: {dose: np.full(shape, np.nan) for dose in sorted(settings.doses)} for scale in scales
+    margins: dict[float, dict[Any, Any]] = {
+        scale: {trial: np.full(shape, np.nan) for trial in trials} for scale in scales
     }
     costs: dict[float, list[float]] = {scale: [] for scale in scales}
     for number, part in enumerate(folds(judged, settings.folds, seed=settings.split_seed)):
         left_out = set(part)
         train = [*(pair for place, pair in enumerate(judged) if place not in left_out), *fixed]
         held = [judged[place] for place in part]
-        prepared: list[Prepared] = []  # the targets are those of every dose
-        for dose in sorted(settings.doses):
-            doses = {name: dose if each is None else each for name, each in wanted.items()}
-            name = f"dose {dose:g}, fold {number + 1} of {settings.folds}"
-            one = partial(_scored, work, variant, name, build(train, doses), prepared, partial(judge, held))
-            for scale, found in zip(scales, work.op.once(f"dose-{number}-{dose:g}", one), strict=True):
-                margins[scale][dose][part] = found["margins"]
+        prepared: list[Prepared] = []  # the targets are those of every trial
+        for trial, doses in trials.items():
+            said = f"dose {trial:g}" if isinstance(trial, float) else f"{trial} doses"
+            name = f"{said}, fold {number + 1} of {settings.folds}"
+            one = partial(_scored, work, variant, name, build(train, doses), prepared, partial(judge, held), scales)
+            for scale, found in zip(scales, work.op.once(f"dose-{number}-{trial}", one), strict=True):
+                margins[scale][trial][part] = found["margins"]
                 costs[scale].append(np.log(found["perplexity"]))
     return margins, costs
 
@@ -140,6 +171,7 @@ def _scored(
     terms: Sequence[Term],
     prepared: list[Prepared],
     judge: Callable[[], tuple[Float[np.ndarray, "pairs scorers"], float]],
+    scales: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Train on ``terms``, and judge with that in memory at each scale, rounded as the checkpoint would be."""
     if not prepared:
@@ -149,7 +181,7 @@ def _scored(
         made = work.train(variant, given, track)
     rounding: Any = {"rounding": work.op.rounding, "seed": work.settings.seed, "as_stored": True}
     found, delta = [], work.op.delta(made)
-    for scale in sorted(work.settings.scales):
+    for scale in scales:
         with delta.applied(work.op.model, scale=scale, **rounding):
             found.append(_plain(judge()))
     return found

@@ -80,10 +80,12 @@ def dose_table(summary: Summary) -> Table:
 def scale_table(summary: Summary) -> list[Table]:
     """What each scale does to groups left out, with the doses that it needs."""
     rows = []
+    last = next((row for row in reversed(summary["scales"]) if row["scale"] == summary["scale"]), None)
     for each in summary["scales"]:
         doses = ", ".join(f"{kind} {dose:.3f}" for kind, dose in each["doses"].items())
         cells = [f"{each['margin_gone']:.1%}", f"{each['perplexity']:+.1%}", "yes" if each["reached"] else "no", doses]
-        rows.append([f"{each['scale']:g}" + " (taken)" * (each["scale"] == summary["scale"]), *cells])
+        name = f"{each['scale']:g}{', each type at its own dose' if each['own'] else ''}"
+        rows.append([name + " (taken)" * (each is last), *cells])
     head = ["scale", "mean |margin| gone", "perplexity, sentences with pronouns", "SS reaches 50", "doses"]
     note = "Of trainings that never saw the groups on which margins are measured, without an interval."
     return [Table("Scales of what is learnt", head, rows, note)] if rows else []
@@ -107,11 +109,11 @@ def verdict(summary: Summary) -> list[str]:
         if skipped := after[name].get("skipped"):
             lines.append(f"{label}, scorer {scorer}: {len(skipped)} rows skipped, not scored: {skipped[0]}.")
     lines += [_dose(kind, each) for kind, each in summary["doses"].items()]
-    taken = next((row for row in summary["scales"] if row["scale"] == summary["scale"]), None)
+    taken = next((row for row in reversed(summary["scales"]) if row["scale"] == summary["scale"]), None)
     if taken and taken["margin_gone"] < summary["margin_gone"]:
         lines.append(
-            f"Warning: of the mean |margin| of groups left out {taken['margin_gone']:.0%} goes at the largest scale "
-            f"that was tried ({taken['scale']:g}), wanted: {summary['margin_gone']:.0%}; train longer, or widen scales."
+            f"Warning: of the mean |margin| of groups left out {taken['margin_gone']:.0%} goes at scale "
+            f"{taken['scale']:g}, the best that was tried, wanted: {summary['margin_gone']:.0%}; train longer, or widen scales."
         )
     elif summary["scale"] != 1:
         lines.append(f"What was learnt is multiplied by {summary['scale']:g}.")

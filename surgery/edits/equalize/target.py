@@ -51,8 +51,10 @@ def share_out(
 
 def keep(log_q: Float[Tensor, "places vocab"], always: Sequence[int] = (), top: int = TOP) -> Kept:
     """The ``top`` likeliest tokens of each target, the tokens ``always`` among them, and the rest as one entry."""
-    order = log_q.clone()
-    order[:, list(always)] = torch.inf
+    order = log_q
+    if len(always):  # of a large vocabulary a copy takes a gigabyte
+        order = log_q.clone()
+        order[:, list(always)] = torch.inf
     tokens = order.topk(min(top, log_q.shape[-1]), sorted=False).indices
     logs = log_q.gather(1, tokens)
     return tokens, torch.cat([logs, _log_rest(logs)], -1)
