@@ -161,7 +161,7 @@ def test_the_projection_takes_the_reference_words_off_the_stream(tiny: Any, rows
 
 
 def test_a_stored_projection_damps_the_words_about_their_mean(tiny: Any, rows: Any) -> None:
-    """The factors are those of plain fine-tuning; lambda 0: what a state says of the words never varies; 1: identity."""
+    """The factors are plain fine-tuning's; lambda 0: what a state says of the words never varies; 1: identity."""
     model, tokenizer = tiny
     plan = Plan(5e-3, 2, 8)
     plain = tune(model, tokenizer, rows, method("vanilla"), plan, seed=0)

@@ -129,7 +129,7 @@ def tune(
                 weights = _as_stored(cross_attention.weights_of(module), method.form)
             elif method.form == "projected":
                 words, decay = debiasing.word_forms(tokenizer, method.reference), method.module.get("decay", 0.2)
-                weights = about_mean(model, words, [row.ids for row in rows], decay)
+                weights = about_mean(model, words, tuple(row.ids for row in rows), decay)
             count = sum(parameter.numel() for parameter in parameters.values())
             found = factors(layers)
         tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)

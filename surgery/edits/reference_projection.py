@@ -1,4 +1,4 @@
-"""The decay of CrAWD as a projection of what the head reads, off the rows of the reference words (ours, not the paper's)."""
+"""CrAWD's decay as a projection of what the head reads, off the rows of the reference words (ours, not the paper's)."""
 
 from collections.abc import Sequence
 from typing import cast
