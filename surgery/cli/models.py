@@ -4,13 +4,17 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surgery import processes
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples
 from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.metrics.judges import Judges
+    from surgery.progress import Progress
 
 
 @command(
@@ -35,6 +39,13 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    ledger: Annotated[
+        str,
+        typer.Option(
+            help="Data folder on which every axis is measured without and with the edit, a few rows each. Unsaid: the "
+            "run's own data, on an accelerator; none: nowhere."
+        ),
+    ] = "",
     show_help: Annotated[bool, typer.Option("--help", help="This message; of a recipe, its settings too.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -62,6 +73,7 @@ def run(
     ready.check()
     for line in ready.cautions():
         Progress(quiet).say(line)
+    judges = _ledger(ledger, getattr(ready, "data", ""), device, Progress(quiet))
     began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
@@ -80,7 +92,29 @@ def run(
 
     for line in [*verdict(finished.summary), *told(finished.summary), *said(finished.summary)]:
         print(line)
+    if judges is not None and (finished.folder / "delta.safetensors").is_file():
+        from surgery.runs.spillover import spillover
+
+        for line in spillover(opened, tokenizer, finished.folder, judges, progress=Progress(quiet)):
+            print(line)
     print(finished.folder / "report.html")
+
+
+def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "Judges | None":
+    """The judges of the spillover ledger, or None where it is not measured; those without their data are named."""
+    if asked == "none" or processes.count() > 1 or not (asked or own):
+        return None
+    from surgery.devices import device_named
+    from surgery.metrics.judges import ledger
+
+    if not asked and device_named(device).type == "cpu":
+        return None  # there it takes minutes
+    if not Path(asked or own).is_dir():
+        raise SurgeryError(f"--ledger {asked}: no folder; expected one of data sets, or none")
+    judges, missing = ledger(asked or own)
+    for name, reason in missing.items():
+        progress.say(f"ledger: without {name}: {reason}")
+    return judges
 
 
 @command(name="list", epilog=examples("surgery list"))

@@ -169,6 +169,17 @@ def _better(before: Metric, after: Metric) -> float:
     return (after.value - before.value) * (1 if after.direction == "higher" else -1)
 
 
+def points(metric: Mapping[str, Any], difference: float) -> float:
+    """A difference that led to ``metric`` (as plain JSON values) in points.
+
+    Of numbers that run to 100 (their ideal is 50 or 100) a point is 1, of a perplexity one percent of what it was, of
+    all others, which are shares, chances and effect sizes, a hundredth.
+    """
+    if metric["direction"] == "lower" and metric["ideal"] == 1:
+        return 100 * difference / (float(metric["value"]) - difference)
+    return difference * (1 if metric["ideal"] >= 50 else 100)
+
+
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, axes: int = 1) -> dict[str, Any]:
     """``difference`` of every metric that stands at the same place of two trees of scores, as plain JSON values."""
     found: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from surgery.metrics import metric
 from surgery.runs.report import Table
 from surgery.study.settings import Study
 from surgery.study.verdict import (
@@ -21,16 +22,9 @@ NAMED = 6  # numbers in a sentence
 
 
 def points(row: Row, place: str) -> float:
-    """The mean difference over the seeds in points.
-
-    Of numbers that run to 100 (their ideal is 50 or 100) a point is 1, of a perplexity one percent of what it was, and
-    of all others, which are shares, chances, and effect sizes, a hundredth.
-    """
-    metric = row.scores[place]
-    if metric["direction"] == "lower" and metric["ideal"] == 1:
-        return 100 * row.change(place)
+    """The mean difference over the seeds in points (``surgery.metrics.metric.points``)."""
     values = [one[place].value for one in row.differences if place in one]
-    return sum(values) / len(values) * (1 if metric["ideal"] >= 50 else 100)
+    return metric.points(row.scores[place], sum(values) / len(values))
 
 
 def broken(row: Row) -> list[str]:
@@ -131,8 +125,8 @@ def _listed(row: Row, places: Sequence[str], most: int = 4) -> str:
     """Such as "perplexity (+3.1 %), locality names wrong (+2.0 points) and 3 others"."""
     said = []
     for place in places[:most]:
-        metric = row.scores[place]
-        unit = "%" if metric["direction"] == "lower" and metric["ideal"] == 1 else "points"
+        percent = row.scores[place]["direction"] == "lower" and row.scores[place]["ideal"] == 1
+        unit = "%" if percent else "points"
         said.append(f"{plain_words(place)} ({points(row, place):+.1f} {unit})")
     more = f" and {len(places) - most} others" if len(places) > most else ""
     return ", ".join(said) + more

@@ -1,0 +1,83 @@
+"""The ledger of a run: what got worse first, in points, on the rows with and without the edit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import state
+from test_cli import surgery as cli
+
+import surgery
+from surgery.metrics.judges import Judges
+from surgery.metrics.metric import difference, mean_metric, points
+from surgery.progress import Progress
+from surgery.runs.spillover import said, spillover
+
+
+def metric(values: Any, direction: str, ideal: float) -> Any:
+    return mean_metric(np.asarray(values, float), scorer="s", data="d", ideal=ideal, direction=direction)
+
+
+@pytest.mark.parametrize(
+    "value, direction, ideal, change, expected",
+    [(44.0, "lower", 1.0, 4.0, 10.0), (58.0, "nearer", 50.0, -2.5, -2.5), (0.75, "higher", 1.0, -0.02, -2.0)],
+)
+def test_a_point_of_each_kind_of_number(
+    value: float, direction: str, ideal: float, change: float, expected: float
+) -> None:
+    assert points(metric([value] * 3, direction, ideal).to_dict(), change) == pytest.approx(expected)
+
+
+def test_what_is_worse_by_more_than_a_point_is_named() -> None:
+    draw = np.random.default_rng(0).uniform(0.4, 0.6, 60)
+    before = {
+        "facts": metric(draw, "higher", 1.0),
+        "mass": metric(draw, "same", 0.5),
+        "gap": metric(draw, "lower", 0.0),
+    }
+    after = {
+        "facts": metric(draw - 0.05, "higher", 1.0),
+        "mass": metric(draw + 0.004, "same", 0.5),
+        "gap": metric(draw / 2, "lower", 0.0),
+    }
+    pairs = {place: difference(before[place], after[place], axes=3) for place in after}
+    lines = said({place: pair for place, pair in pairs.items() if pair is not None}, after)
+    assert "of 3 numbers" in lines[0] and "2 worse, 1 better" in lines[0]
+    assert lines[1] == "Warning: worse by more than a point: facts (-5.0)."
+
+
+def test_a_run_is_measured_without_and_with_its_edit(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [
+        "--set",
+        "block=2",
+        "--set",
+        "lr=1e-2",
+        "--set",
+        "epochs=1",
+        "--set",
+        "controls=[]",
+        "--set",
+        "test_rows=9",
+    ]
+    code, _, stderr = cli("run", "lftf", "--model", checkpoint, "--out", out, "--device", "cpu", *words)
+    assert code == 0, stderr
+    assert not (out / "ledger.json").exists(), "on a CPU, and without data, it is not measured unasked"
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    was = state(model)
+    judges = Judges(suites=("genbias", "perplexity"), rows={"genbias": 18, "perplexity": 9})
+    lines = spillover(model, tokenizer, out, judges, progress=Progress(quiet=True))
+    assert state(model) == was
+    found = json.loads((out / "ledger.json").read_text())
+    place = "genbias.mass.all"
+    moved = found["after"][place]["value"] - found["before"][place]["value"]
+    assert found["before"][place]["n"] == 18 and moved != 0
+    assert found["differences"][place]["value"] == pytest.approx(moved)
+    assert found["verdict"] == lines and "Ledger: of " in (out / "ledger.html").read_text()
+
+
+def test_a_folder_that_is_not_there_is_named_before_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    code, _, stderr = cli("run", "lftf", "--model", checkpoint, "--out", tmp_path / "run", "--ledger", tmp_path / "no")
+    assert code == 1 and "no folder" in stderr and not list(tmp_path.glob("run*"))
