@@ -52,22 +52,13 @@ from surgery.progress import Advance, Progress
 from surgery.runs.folder import AGAIN, Folder, Run, run_folder
 from surgery.runs.paired import differences, without_samples
 from surgery.runs.settings import Settings, dump
+from surgery.runs.sharing import Shared
 from surgery.runs.summary import Applied, Edit, Outcome, OwnPart, Summary, control
 from surgery.training import Log
 
 __all__ = [
-    "Edit",
-    "Made",
-    "Operation",
-    "Outcome",
-    "OwnPart",
-    "Run",
-    "Summary",
-    "Tracking",
-    "Where",
-    "control",
-    "operation",
-]
+    "Edit", "Made", "Operation", "Outcome", "OwnPart", "Run", "Summary", "Tracking", "Where", "control", "operation",
+]  # fmt: skip
 
 
 class Where(TypedDict, total=False):
@@ -84,6 +75,8 @@ class Where(TypedDict, total=False):
     """How many seconds opening the model took, if that is to stand among the stages."""
     again: str
     """The command that takes up an interrupted one, where it is not ``surgery run``."""
+    shared: Shared
+    """What the runs of a sweep share on this model."""
 
 
 class Tracking(TypedDict):
@@ -123,6 +116,7 @@ class Operation:
     progress: Progress
     recipe: str
     """The resolved settings as TOML, which stand in every delta of the run."""
+    shared: Shared
     rounding: Rounding = "auto"
     keep_checkpoint: bool = False
 
@@ -131,23 +125,26 @@ class Operation:
         self.folder.log({"note": line})
         self.progress.say(line)
 
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+    def once(self, name: str, compute: Callable[[], Any], *, of: Any = None) -> Any:
         """The JSON value of ``compute()``, computed once in a run however often that is interrupted.
 
         Its time counts for the stage called like it, up to a hyphen: "before", "ranking", "dose" of "dose-0-0.2".
+        ``of``, all that it depends on beside the model: runs of a sweep where that is equal compute it once.
         """
         with self.folder.stage(name.partition("-")[0]):
-            return self.folder.once(name, compute)
+            return self.folder.once(name, partial(self.shared.once, name, of, compute) if of else compute)
 
-    def located(self, tokenizer: PreTrainedTokenizerBase, objective: Objective, count: int) -> dict[str, Any]:
-        """What ``block = "auto"`` stands for, as ``surgery.locate.gain.auto_block`` finds it, said in the log."""
+    def located(
+        self, tokenizer: PreTrainedTokenizerBase, objective: Objective, count: int, *, of: Any = None
+    ) -> dict[str, Any]:
+        """What ``block = "auto"`` stands for, by ``surgery.locate.gain.auto_block``; ``of``: what ``objective`` is of."""
         from surgery.locate.gain import GAIN_LIMIT, RETAIN, auto_block
 
         def find() -> dict[str, Any]:
             with self.progress.work("locate by gain", min(count, GAIN_LIMIT) + RETAIN) as step:
                 return auto_block(self.model, tokenizer, objective, count, seed=self.settings.seed, step=step)
 
-        found: dict[str, Any] = self.once("located", find)
+        found: dict[str, Any] = self.once("located", find, of=of and (of, self.settings.seed))
         self.note(found["said"])
         return found
 
@@ -278,6 +275,7 @@ def operation(
     progress: Progress | None = None,
     opened: float = 0.0,
     again: str = AGAIN,
+    shared: Shared | None = None,
 ) -> Iterator[Operation]:
     """Inside, the recipe ``name`` works in the folder of its run, which gets its name ``out`` at the end.
 
@@ -292,7 +290,8 @@ def operation(
     with run_folder(out, text, resume=resume, again=again) as folder:
         if opened:
             folder.log({"stage": "open", "seconds": round(opened, 3)})
-        yield Operation(name, model, settings, directory, out, folder, progress or Progress(quiet=True), text, **saving)
+        said, kept = progress or Progress(quiet=True), shared or Shared()
+        yield Operation(name, model, settings, directory, out, folder, said, text, kept, **saving)
 
 
 def _plain(name: str) -> str:

@@ -24,6 +24,7 @@ from surgery.edits.warmup import usual_targets
 from surgery.operation import Edit, Outcome, OwnPart, Run, Where, control, operation
 from surgery.runs import summary
 from surgery.runs.folder import Folder
+from surgery.runs.sharing import untrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         work = Phases(op, tokenizer, settings, lora, material)
         dataset.refuse_shared(work.rows, [*work.probes.texts, *work.probes.antis])
         op.note(work.note)
-        before = op.once("before", partial(work.measure, "before"))
+        before = op.once("before", partial(work.measure, "before"), of=untrained(settings, "mitigation"))
         warmed = work.warm()
         scores = work.scores
         rows, selection, words = judge(material, scores, share=settings.top, seed=settings.seed)

@@ -48,7 +48,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         wanted: Any = {key: getattr(settings, key) for key in ("scorer", "suites", "seed")}
         wanted |= {"limit": settings.test_rows}
         measured = partial(measure, model, tokenizer, given, **wanted, folder=settings.data, progress=op.progress)
-        before = op.once("before", partial(measured, when="before"))
+        before = op.once("before", partial(measured, when="before"), of=(given, wanted, settings.data))
         if settings.method == "self_debias":
             after = op.once("after", partial(measured, when="after", debiased=True))
             main = Outcome(Edit(objective=OBJECTIVES[settings.method]), after)

@@ -119,9 +119,7 @@ def offsets_of(settings: Settings, types: Sequence[str]) -> list[float]:
     return [float(found[kind] or 0.0) for kind in types]
 
 
-def objective_of(
-    settings: Settings, weights: Mapping[str, float], forget: str, offsets: Sequence[float]
-) -> Objective:
+def objective_of(settings: Settings, weights: Mapping[str, float], forget: str, offsets: Sequence[float]) -> Objective:
     """The losses by role: DPO is of the summed log-probabilities unless the unit says otherwise."""
     return Objective(
         weights,

@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
 from surgery.modules.cross_attention import Weights
 from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import summary
+from surgery.runs.sharing import untrained
 from surgery.training import Plan, steps_of
 
 
@@ -45,7 +46,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     with operation("crawd", model, settings, **where) as op:
         op.note(given.note)
         judge = Judge(model, tokenizer, settings, given, op.progress)
-        before = op.once("before", partial(judge.measure, "before"))
+        before = op.once("before", partial(judge.measure, "before"), of=untrained(settings, "method"))
         found = {name: _carry_out(op, judge, name, method, off) for name, method in methods.items()}
         main = found[settings.method]
         without = {name: replace(main, measured=one) for name, one in main.measured["off"].items()}

@@ -69,8 +69,11 @@ class Measuring:
         return {"scores": scores, "probabilities": None if chances is None else chances.tolist()}
 
     def scores(self, label: str, start: int = 0) -> dict[str, Any]:
-        """Every score as plain values; from the kept streams entering block ``start`` where there are any."""
-        keep = self.keep if self.untouched else ()
+        """Every score as plain values, from the kept streams entering block ``start``.
+
+        Where there are none, as in a continued run, they are kept now: an edit from ``start`` on leaves them alone.
+        """
+        keep = self.keep if self.untouched else [start] if start and start not in self.suites else ()
         found = measure(
             self.model,
             self.asked,

@@ -57,18 +57,19 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
     )
     with operation("equalize", model, settings, **where) as op:
-        measuring = Measuring(model, asked, far, words, op.progress)
+        judged = (asked, far)
+        measuring = op.shared.get("measuring", judged, partial(Measuring, model, asked, far, words, op.progress))
         terms = word_terms(settings, ids, words, shares)
         work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
         main = work.located(main, tokenizer, terms[0])
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
-        before = op.once("before", measuring.before)
+        before = op.once("before", measuring.before, of=judged)
         measuring.take_up(before)
         settled, hints = ([row.text for row in rows] for rows in (asked.settled["locality"], asked.hints))
         seen = examples.texts_to_show(asked.prompts, before["probabilities"], hints, settled)
         look = partial(shown, model, tokenizer, seen, examples.words_to_show(prompts))
-        first = op.once("shown", look)
+        first = op.once("shown", look, of=seen)
 
         def measured(label: str, start: int) -> dict[str, Any]:
             return measuring.with_probabilities(label, start) | {"shown": look()}

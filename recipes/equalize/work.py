@@ -86,7 +86,7 @@ class Work:
         """``main`` at the block that auto stands for, by the gain of ``term``; as it is where the settings say more."""
         if self.settings.block != "auto":
             return main
-        found = self.op.located(tokenizer, term_objective(self.op.model, term), term.count)
+        found = self.op.located(tokenizer, term_objective(self.op.model, term), term.count, of=self._of(term))
         return replace(main, blocks=(found["block"],), located=found)
 
     def control(self, name: str, main: Variant) -> Variant:
@@ -117,6 +117,11 @@ class Work:
         """The parameters that a variant changes."""
         lora = self._lora(variant)
         return [f"{name}.weight" for name in lora.targets] if lora else self._names(variant)
+
+    def _of(self, term: Term) -> Any:
+        """What the gain of ``term`` depends on."""
+        about = {"words", "prompt_set", "shares", "emphasis", "kept_tokens", "pairs", "scorers"}
+        return term.name, term.ids, term.places, self.settings.model_dump(include=about)
 
     def _count(self, variant: Variant) -> int:
         return len(self.own) if variant.name == "lftf" else sum(term.count for term in self._terms(variant))

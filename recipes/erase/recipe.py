@@ -73,11 +73,12 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     with operation("erase", model, settings, **where) as op:
         if settings.block == "auto" and settings.site != "head":
             ids = encode(tokenizer, [row.text for row in genbias.records("profession", "train", prompts=prompts)])
-            located = op.located(tokenizer, words_objective(model, ids, asked.words), len(ids))
+            located = op.located(tokenizer, words_objective(model, ids, asked.words), len(ids), of=(ids, asked.words))
             work = replace(work, writers=_writers(model, settings, located["block"]), located=located)
         first = work.first
-        streams = KeptStreams(model, (), asked, op.progress, keep=[first] if first else [])
-        before = op.once("before", partial(streams.before, "measure before"))["scores"]
+        keep = [first] if first else []
+        streams = op.shared.get("streams", (asked, keep), partial(KeptStreams, model, (), asked, op.progress, keep))
+        before = op.once("before", partial(streams.before, "measure before"), of=(asked, keep))["scores"]
         kept = streams.measured.get(first)  # none in a continued run, which measures by plain passes
         start = first if kept and why_not(model, next(iter(kept.values()))) is None else None
         look = lambda: streams.measure("measure", start=start)["scores"]  # noqa: E731

@@ -23,6 +23,7 @@ from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, opera
 from surgery.progress import Progress
 from surgery.runs import summary
 from surgery.runs.report import compared, write_page
+from surgery.runs.sharing import untrained
 from surgery.training import Plan, steps_of
 
 LR = {"full": 2e-5, "lora": 2e-4}
@@ -56,7 +57,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         note = _note(encoded, len(learnt), len(held), length)
         op.note(note)
         look = partial(_measure, model, held, asked, settings, op.progress)
-        before = op.once("before", partial(look, "before"))
+        before = op.once("before", partial(look, "before"), of=untrained(settings, "method"))
         plan = settings.plan(optimizer=settings.optimizer, dropout=settings.dropout or settings.lora_dropout > 0)
         train = partial(_train, op, learnt, plan, settings)
         steps = steps_of(len(learnt), plan)

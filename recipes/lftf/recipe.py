@@ -53,24 +53,25 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     with operation("lftf", model, settings, **where) as op:
         at = Place(len(anatomy.find(model).blocks), settings.seed)
         main = main_variant(settings.block, settings.block_part, settings.trained_words, prompts.words, at)
-        work = _Work(op, tokenizer, settings, prompts, KeptStreams(model, ids, asked, op.progress))
+        streams = op.shared.get("streams", (ids, asked), partial(KeptStreams, model, ids, asked, op.progress))
+        work = _Work(op, tokenizer, settings, prompts, streams)
         if settings.block == "auto" and settings.rank_by == "gain":
             objective = words_objective(model, ids, word_ids(tokenizer, main.words), "log")
-            located = op.located(tokenizer, objective, len(ids))
+            located = op.located(tokenizer, objective, len(ids), of=(ids, main.words))
             main = replace(main, blocks=(located["block"],), located=located)
         if settings.block == "auto" and settings.rank_by != "gain":
-            ranking = op.once("ranking", work.rank)
+            ranking = op.once("ranking", work.rank, of=work.ranks_by)
             main = replace(main, blocks=(ranking["order"][settings.rank_by][0],))
             controls = work.beside(main, names, at)
         else:
             controls = work.beside(main, names, at)
-            ranking = op.once("ranking", work.rank)
-        before = op.once("before", work.before)
+            ranking = op.once("ranking", work.rank, of=work.ranks_by)
+        before = op.once("before", work.before, of=(asked, prompts, settings.open_questions, settings.split_seed))
         work.streams.reference = before["reference"]
         settled = [row.text for row in asked.settled["locality"]]
         hints = [row.text for row in asked.hints]
         work = replace(work, texts=examples.texts_to_show(asked.prompts, before["probabilities"], hints, settled))
-        first = op.once("shown", work.shown)
+        first = op.once("shown", work.shown, of=work.texts)
         if settings.objective == "as_printed":
             op.note("objective as_printed (Eq. 5) is smallest when the model says neither word: watch the mass")
         edited = work.carry_out(main, keep=True)
@@ -104,6 +105,11 @@ class _Work:
     streams: KeptStreams
     texts: Sequence[str] = ()
     """Those that a reader is shown, before and after."""
+
+    @property
+    def ranks_by(self) -> Any:
+        """What the ranking depends on."""
+        return self.streams.ids, self.streams.asked.words, self.settings.positions, self.settings.aggregate
 
     def before(self) -> dict[str, Any]:
         """The measurements of the untouched model; its streams are kept on the way."""

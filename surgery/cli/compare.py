@@ -46,6 +46,7 @@ def sweep(
     Runs that are finished are skipped, and an interrupted one is taken up. At the end compare.html stands beside them.
     """
     from surgery.progress import Progress
+    from surgery.runs.sharing import Shared
     from surgery.runs.sweep import parse_vary
     from surgery.runs.sweep import sweep as run_all
 
@@ -58,8 +59,9 @@ def sweep(
         key = (ready.model, ready.dtype)
         if key not in opened:
             opened.clear()  # one model at a time
-            opened[key] = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
-        module.run(*opened[key], ready, out=folder, resume=resume, progress=progress)
+            opened[key] = *open_model(ready.model, quiet, dtype=ready.dtype, device=device), Shared()
+        live, tokenizer, shared = opened[key]
+        module.run(live, tokenizer, ready, out=folder, resume=resume, progress=progress, shared=shared)
 
     name = module.__name__.rpartition(".")[2]
     folders = run_all(module.Settings, name, values, parse_vary(vary or []), out, run, progress=progress)

@@ -54,14 +54,16 @@ class KeptStreams:
     def measure(self, label: str, *, start: int | None) -> dict[str, Any]:
         """``{"scores": ..., "probabilities": P(word) by prompt, or None}`` for JSON, from block ``start`` on.
 
-        ``start`` is not behind the first edited block, so that what enters it is the same before and after the edit.
+        ``start`` is not behind the first edited block, so that what enters it is the same before and after the edit:
+        where its streams were not kept, as in a continued run, this measurement keeps them on its way.
         """
-        if start is not None and start not in self.measured:
-            self.measured |= measure(self.model, self.asked, keep=[start], progress=self.progress).prefixes
-        prefixes = None if start is None else self.measured[start]
+        keep = [start] if start and start not in self.measured else []
+        prefixes = None if start is None else self.measured.get(start)
         known = Reference.of(self.reference) if self.reference else None
         about: Any = {"prefixes": prefixes, "reference": known, "progress": self.progress, "label": label}
-        return _values(measure(self.model, self.asked, **about))
+        found = measure(self.model, self.asked, keep=keep, **about)
+        self.measured |= found.prefixes
+        return _values(found)
 
 
 def _values(found: Measured) -> dict[str, Any]:
