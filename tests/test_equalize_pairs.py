@@ -94,16 +94,20 @@ def test_the_margin_falls_and_ss_follows_the_dose(
 def test_a_chosen_dose_has_its_interval_and_resumes(
     checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four trainings on groups apart, and one on all; cut inside the third, it goes on to the same delta."""
+    """Four trainings on groups apart, two at the chosen doses, one on all; cut inside the third, it goes on alike."""
     settings: dict[str, Any] = {"pairs": written(rows, tmp_path / "own.jsonl"), "dose": ["auto"], "epochs": 2}
     settings |= {"doses": [0.0, 0.4], "folds": 2, "scales": [0.5, 1.0], "margin_gone": 0.01}
     settings |= {"samples": 5, "hold_texts": 1.0}
     monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("locality",))
     whole = operate(checkpoint, tmp_path / "whole", **settings)
-    chosen = whole["doses"]["gender"]
-    assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
-    assert chosen["low"] <= chosen["dose"] <= chosen["high"] and set(chosen["curve"]) == {"0", "0.4"}
-    assert [row["scale"] for row in whole["scales"]] == [0.5, 1.0] and whole["scale"] in (0.5, 1.0)
+    assert set(whole["doses"]) == {
+        "gender, with a start token",
+        "gender, without one",
+    }  # by the form that a scorer reads
+    for chosen in whole["doses"].values():
+        assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
+        assert chosen["low"] <= chosen["dose"] <= chosen["high"] and {"0", "0.4"} <= set(chosen["curve"])
+    assert [row["scale"] for row in whole["scales"]] == [0.5, 1.0, whole["scale"]] and whole["scale"] in (0.5, 1.0)
     for row in whole["scales"]:
         assert row["margin_gone"] < 1 and np.isfinite(row["perplexity"]) and set(row["doses"]) == {"gender"}
     # What is held: 40 shipped sentences and 5 of the model's own, of which every other one has a start token.
@@ -113,7 +117,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     # A fold learns of 6 of 12 groups 18 pairs and 6 unrelated sentences, each in both forms, 48 examples beside texts.
     batches = 2 * -(-(48 + whole["edit"]["terms"]["texts"]) // 32)
     assert {name: trained.count(name) for name in trained if name != "equalize"} == {
-        f"dose {dose}, fold {fold} of 2": batches for dose in ("0", "0.4") for fold in (1, 2)
+        f"{dose}, fold {fold} of 2": batches for dose in ("dose 0", "dose 0.4", "own doses") for fold in (1, 2)
     }
     write = Folder.log
 
@@ -199,7 +203,9 @@ def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatc
         once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
     )
     for wanted, scale in ((0.3, 0.5), (0.99, 1.0)):
-        settings = SimpleNamespace(scales=list(found), doses=[0.0, 1.0], margin_gone=wanted, seed=0)
+        settings = SimpleNamespace(
+            scales=list(found), doses=[0.0, 1.0], margin_gone=wanted, seed=0, scorers=["bias-bench"]
+        )
         work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
         chosen = dosing.choose_doses(
             work, Any, pairs, {"t": None}, lambda *_: [], lambda _: (np.full((4, 1), 0.4), 10.0)
@@ -211,7 +217,7 @@ def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatc
 
 
 def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Margins .6 - t - u / 2 of type t, .15 - u of type u: in the grid t seems to need .4, beside u at .15 it is .525."""
+    """Margins .6 - t - u / 2 of type t, .15 - u of u: in the grid t seems to need .4, beside u at .15 it is .525."""
     pairs = [Pair("a", "b", kind, group, "") for kind in "tu" for group in ("x", "y") for _ in range(2)]
 
     def margins(work: Any, variant: Any, judged: Any, fixed: Any, trials: Any, scales: Any, **_: Any) -> Any:
@@ -226,15 +232,39 @@ def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: 
     op = SimpleNamespace(
         once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
     )
-    settings = SimpleNamespace(scales=[1.0], doses=[0.0, 1.0], margin_gone=0.3, seed=0)
+    settings = SimpleNamespace(scales=[1.0], doses=[0.0, 1.0], margin_gone=0.3, seed=0, scorers=["bos"])
     work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
     wanted = {"t": None, "u": None}
     chosen = dosing.choose_doses(work, Any, pairs, wanted, lambda *_: [], lambda _: (np.full((8, 1), 0.4), 10.0))
     grid, own = chosen.scales
     assert grid["doses"] == pytest.approx({"t": 0.4, "u": 0.15}, abs=0.03) and not grid["own"] and own["own"]
-    assert own["doses"] == grid["doses"] and 0.45 < chosen.doses["t"]["dose"] < 0.525
-    assert chosen.doses["u"]["dose"] == pytest.approx(0.15, abs=0.01)
-    assert set(chosen.doses["t"]["curve"]) == {"0", f"{own['doses']['t']:g}", "1"}
+    assert own["doses"] == grid["doses"] and 0.45 < chosen.doses["t"] < 0.525
+    assert chosen.doses["u"] == pytest.approx(0.15, abs=0.01)
+    assert set(chosen.told["t"]["curve"]) == {"0", f"{own['doses']['t']:g}", "1"}
+
+
+def test_a_form_that_prefers_more_gets_a_larger_dose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Margins .6 - dose with a start token and .2 - dose without: one dose, .4, would leave both where they differ."""
+    pairs = [Pair("a", "b", "t", group, "") for group in ("x", "y") for _ in range(2)]
+
+    def margins(work: Any, variant: Any, judged: Any, fixed: Any, trials: Any, scales: Any, **_: Any) -> Any:
+        each = {name: d["t"] if isinstance(d["t"], tuple) else (d["t"], d["t"]) for name, d in trials.items()}
+        found = {name: np.array([[0.2 - bare, 0.6 - begun]] * 4) for name, (begun, bare) in each.items()}
+        return {scale: found for scale in scales}, {scale: [np.log(10.0)] for scale in scales}
+
+    monkeypatch.setattr(dosing, "_cross_validated", margins)
+    monkeypatch.setattr(dosing, "check_edit", lambda *_, **__: None)
+    op = SimpleNamespace(
+        once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
+    )
+    settings = SimpleNamespace(scales=[1.0], doses=[0.0, 1.0], margin_gone=0.3, seed=0, scorers=["bias-bench", "bos"])
+    work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
+    chosen = dosing.choose_doses(
+        work, Any, pairs, {"t": None, "u": 0.1}, lambda *_: [], lambda _: (np.full((4, 2), 0.4), 10.0)
+    )
+    assert chosen.doses == {"u": 0.1, "t": pytest.approx((0.6, 0.2), abs=0.03)}
+    assert set(chosen.told) == {"u", "t, with a start token", "t, without one"}
+    assert chosen.scales[-1]["margin_gone"] > 0.9
 
 
 def test_doses_as_they_are_written() -> None:
@@ -245,6 +275,7 @@ def test_doses_as_they_are_written() -> None:
         ("gender=0.2,race=1", {"gender": 0.2, "race": 1.0}),
         ("gender=0.2", {"gender": 0.2, "race": None}),
         ("1,race=auto", {"gender": 1.0, "race": None}),
+        ("gender=0.4/0.2,race=1", {"gender": (0.4, 0.2), "race": 1.0}),
     ):
         settings = build(equalize.Settings, parse_set([f"dose={text}", "pairs=own.jsonl"]), "--set")
         assert read_doses(settings.dose, types) == wanted

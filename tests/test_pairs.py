@@ -34,15 +34,18 @@ def test_the_loss_by_hand() -> None:
 def test_the_term_is_the_squared_margin_of_the_scorers(tiny: Any) -> None:
     model, tokenizer = tiny
     tokenizer.bos_token = "<pad>"
-    term = pairs_term(tokenizer, PAIRS, DOSES)
+    first, *rest = DOSES
+    doses = {first: (0.1, 0.4), **{name: DOSES[name] for name in rest}}  # of the first type by form
+    term = pairs_term(tokenizer, PAIRS, doses)
     assert (term.count, term.size) == (4, 2)
     with torch.no_grad():
         found = losses_of(model, model, prepare(model, [term]), [(0, example) for example in range(4)])
     sides = [text for pair in PAIRS for text in (pair.more, pair.less)]
     expected: list[float] = []
-    for scorer in ("bos", "no-start"):  # with a start token before the sentence, and without one
+    for form, scorer in enumerate(("bos", "no-start")):  # with a start token before the sentence, and without one
         means = per_token(sentence_tokens(model, tokenizer, sides, scorer=scorer)).reshape(2, 2)
-        expected += [(m + d) ** 2 for m, d in zip(means[:, 0] - means[:, 1], DOSES.values(), strict=True)]
+        wanted = [d[form] if isinstance(d, tuple) else d for d in doses.values()]
+        expected += [(m + d) ** 2 for m, d in zip(means[:, 0] - means[:, 1], wanted, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-3)
     assert min(expected) > 1e-4
 

@@ -110,13 +110,13 @@ def offsets_of(settings: Settings, types: Sequence[str]) -> list[float]:
     """The offset of each triple, given their bias types; raises ``SurgeryError`` for a type that has none."""
     kinds = sorted(set(types))
     found = read_doses(settings.offset, kinds, key="offset")
-    missing = next((kind for kind in kinds if found[kind] is None), None)
+    missing = next((kind for kind in kinds if not isinstance(found[kind], float)), None)
     if missing is not None:
         raise SurgeryError(
             f"offset: got {settings.offset} and none for the bias type {missing}; expected a number for each, or one "
             "for the others (gender=0.3,0.1); name it"
         )
-    return [float(found[kind] or 0.0) for kind in types]
+    return [float(found[kind] or 0.0) for kind in types]  # type: ignore[arg-type]
 
 
 def objective_of(settings: Settings, weights: Mapping[str, float], forget: str, offsets: Sequence[float]) -> Objective:

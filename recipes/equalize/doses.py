@@ -4,8 +4,8 @@ The fold left out is judged at every scale, in memory. At each scale a bias type
 pairs prefer one side as the other; the scale is the smallest at which enough of the margin goes, since what an edit
 does to other text grows about as the square of the scale, and what it does to the pairs in proportion.
 
-In the grid all types have the same dose, and what one of them learns moves the others: where several are chosen, each
-fold is trained once more with every type at its own dose, and the choice is made anew with that point beside the grid.
+In the grid all types and forms have the same dose, and what one of them learns moves the others: where several are
+chosen, each fold is trained once more with each at its own, and the choice is made anew with that point in its curve.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +20,24 @@ from recipes.equalize.work import Variant, Work
 from surgery.data.pairs import Pair, folds
 from surgery.delta import check_edit
 from surgery.edits.equalize import Prepared
-from surgery.edits.equalize.dose import Choice, between, choose
+from surgery.edits.equalize.dose import Choice, Dose, between, choose
 from surgery.edits.equalize.terms import Term
 from surgery.errors import SurgeryError
+from surgery.metrics.sentences import DEFINITIONS
 from surgery.training import steps_of
 
-Build = Callable[[Sequence[Pair], Mapping[str, float]], Sequence[Term]]
+Build = Callable[[Sequence[Pair], Mapping[str, Dose]], Sequence[Term]]
 Judge = Callable[[Sequence[Pair]], tuple[Float[np.ndarray, "pairs scorers"], float]]
-Margins = dict[float, Float[np.ndarray, "pairs scorers"]]  # by dose
+Margins = Mapping[float, Float[np.ndarray, "pairs scorers"]]  # by dose
+Form = tuple[str, list[int]]  # in words, and its scorers
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The dose of each bias type with what it was chosen from (``Choice.to_dict``), the delta's scale, and its grid."""
+    """The dose of each bias type, in words with what it was chosen from (``Choice``), the delta's scale, its grid."""
 
-    doses: dict[str, dict[str, Any]]
+    doses: Mapping[str, Dose]
+    told: Mapping[str, Mapping[str, Any]]
     scale: float
     scales: Sequence[Mapping[str, Any]] = ()
     """For each scale: the share of the mean |margin| that goes from held-out pairs with the doses chosen there, the
@@ -42,8 +45,21 @@ class Chosen:
     training with every type at its ``own`` dose, before the last choice."""
 
 
+def forms(scorers: Sequence[str]) -> list[Form]:
+    """The forms of a sentence, each with the places of the scorers that read it: with a start token, and without one.
+
+    One form stands for both where no scorer reads the other. A model may prefer one side of a pair in one form and the
+    other in the other (Gemma 3 270M: SS 65.8 with a start token, 54.4 without), so each has doses of its own.
+    """
+    begun = [place for place, name in enumerate(scorers) if DEFINITIONS[name].start == "before"]
+    bare = [place for place in range(len(scorers)) if place not in begun]
+    if begun and bare:
+        return [("with a start token", begun), ("without one", bare)]
+    return [("", [*begun, *bare])]
+
+
 def check_doses(
-    pairs: Sequence[Pair], wanted: Mapping[str, float | None], grid: Sequence[float], count: int, seed: int
+    pairs: Sequence[Pair], wanted: Mapping[str, Dose | None], grid: Sequence[float], count: int, seed: int
 ) -> None:
     """Raises ``SurgeryError`` where a dose is to be chosen, and groups or doses are too few."""
     judged = [pair for pair in pairs if wanted[pair.bias_type] is None]
@@ -53,7 +69,7 @@ def check_doses(
             raise SurgeryError(f"doses: got {list(grid)}, expected at least 2 numbers, each once; name others")
 
 
-def check_scales(scales: Sequence[float], wanted: Mapping[str, float | None]) -> None:
+def check_scales(scales: Sequence[float], wanted: Mapping[str, Dose | None]) -> None:
     """Raises ``SurgeryError`` for what is no scale, and for several where no dose is chosen with which to choose."""
     if not scales or len(set(scales)) < len(scales) or not all(0 < scale <= 2 for scale in scales):
         raise SurgeryError(f"scales: got {list(scales)}, expected numbers above 0 up to 2, each once; name others")
@@ -68,7 +84,7 @@ def choose_doses(
     work: Work,
     variant: Variant,
     pairs: Sequence[Pair],
-    wanted: Mapping[str, float | None],
+    wanted: Mapping[str, Dose | None],
     build: Build,
     judge: Judge,
 ) -> Chosen:
@@ -77,57 +93,83 @@ def choose_doses(
     ``build`` makes the terms of a training from its pairs and doses, ``judge`` gives the margins of pairs by the model
     as it is, and its perplexity. Each training is done once in a run, as every other step is.
     """
-    given: dict[str, dict[str, Any]] = {name: {"dose": dose} for name, dose in wanted.items() if dose is not None}
+    given = {name: dose for name, dose in wanted.items() if dose is not None}
+    told = {name: {"dose": dose} for name, dose in given.items()}
     judged = [pair for pair in pairs if wanted[pair.bias_type] is None]
     if not judged:
-        return Chosen(given, work.settings.scales[0])
+        return Chosen(given, told, work.settings.scales[0])
     fixed = [pair for pair in pairs if wanted[pair.bias_type] is not None]
     check_edit(work.op.model, work.trains(variant), work.op.directory, out=work.op.folder.path)
     before = work.op.once("dose-untouched", lambda: _plain(judge(judged)))
-    grid = sorted(work.settings.doses)
-    trials = {dose: {name: dose if each is None else each for name, each in wanted.items()} for dose in grid}
+    types = dict.fromkeys(pair.bias_type for pair in judged)
     across = partial(_cross_validated, work, variant, judged, fixed, build=build, judge=judge)
-    margins, costs = across(trials, sorted(work.settings.scales))
-    chosen: dict[float, dict[str, Choice]] = {}
+    margins, costs = across(
+        {dose: given | dict.fromkeys(types, dose) for dose in sorted(work.settings.doses)}, sorted(work.settings.scales)
+    )
+    kinds, seed = forms(work.settings.scorers), work.settings.seed
+
+    def row(
+        scale: float, doses: Mapping[str, Dose], found: _Choices, left: float, cost: Sequence[float]
+    ) -> dict[str, Any]:
+        return {
+            "scale": scale,
+            "margin_gone": float(1 - left / np.abs(before["margins"]).mean()),
+            "perplexity": float(np.exp(np.mean(cost) - np.log(before["perplexity"])) - 1),
+            "reached": all(each.reached for form in found for each in form.values()),
+            "doses": dict(doses),
+        }
+
+    chosen: dict[float, _Choices] = {}
     rows: list[dict[str, Any]] = []
     for scale, by_dose in margins.items():
-        chosen[scale] = choose(judged, by_dose, seed=work.settings.seed)
-        doses = {name: each.dose for name, each in chosen[scale].items()}
-        left = _left(judged, by_dose, doses) / np.abs(before["margins"]).mean()
-        rows.append(
-            {
-                "scale": scale,
-                "margin_gone": float(1 - left),
-                "perplexity": float(np.exp(np.mean(costs[scale]) - np.log(before["perplexity"])) - 1),
-                "reached": all(each.reached for each in chosen[scale].values()),
-                "doses": doses,
-                "own": False,
-            }
-        )
-    enough = [row["scale"] for row in rows if row["reached"] and row["margin_gone"] >= work.settings.margin_gone]
+        chosen[scale] = [choose(judged, _of_form(by_dose, form), seed=seed) for form in kinds]
+        doses = _by_type(chosen[scale])
+        left = _left(judged, by_dose, kinds, chosen[scale])
+        rows.append(row(scale, doses, chosen[scale], left, costs[scale]) | {"own": False})
+    enough = [each["scale"] for each in rows if each["reached"] and each["margin_gone"] >= work.settings.margin_gone]
     scale = enough[0] if enough else max(margins)
-    types = [pair.bias_type for pair in judged]
-    if len(set(types)) > 1:
-        own = {name: each.dose for name, each in chosen[scale].items()}
-        doses = {name: own[name] if each is None else each for name, each in wanted.items()}
-        settled, cost = across({"own": doses}, [scale])
-        at, found = settled[scale]["own"], dict[str, Choice]()
-        for name, dose in own.items():
-            mine = [place for place, kind in enumerate(types) if kind == name]
-            curve = {each: values[mine] for each, values in margins[scale].items()} | {dose: at[mine]}
-            found |= choose([judged[place] for place in mine], curve, seed=work.settings.seed)
-        chosen[scale] = found
-        rows.append(
-            {
-                "scale": scale,
-                "margin_gone": float(1 - np.abs(at).mean() / np.abs(before["margins"]).mean()),
-                "perplexity": float(np.exp(np.mean(cost[scale]) - np.log(before["perplexity"])) - 1),
-                "reached": all(each.reached for each in found.values()),
-                "doses": own,
-                "own": True,
-            }
-        )
-    return Chosen(given | {name: each.to_dict() for name, each in chosen[scale].items()}, scale, rows)
+    if len(types) * len(kinds) > 1:
+        own = _by_type(chosen[scale])
+        settled, cost = across({"own": given | own}, [scale])
+        at = settled[scale]["own"]
+        chosen[scale] = [
+            _anew(judged, _of_form(margins[scale], form), at[:, form[1]], found, seed)
+            for form, found in zip(kinds, chosen[scale], strict=True)
+        ]
+        rows.append(row(scale, own, chosen[scale], np.abs(at).mean(), cost[scale]) | {"own": True})
+    for (form, _), found in zip(kinds, chosen[scale], strict=True):
+        told |= {f"{name}, {form}" if form else name: each.to_dict() for name, each in found.items()}
+    return Chosen(given | _by_type(chosen[scale]), told, scale, rows)
+
+
+_Choices = Sequence[Mapping[str, Choice]]  # by form, by bias type
+
+
+def _by_type(found: _Choices) -> dict[str, Dose]:
+    if len(found) == 1:
+        return {name: each.dose for name, each in found[0].items()}
+    begun, bare = found
+    return {name: (each.dose, bare[name].dose) for name, each in begun.items()}
+
+
+def _of_form(margins: Margins, form: Form) -> Margins:
+    return {dose: values[:, form[1]] for dose, values in margins.items()}
+
+
+def _anew(
+    pairs: Sequence[Pair],
+    grid: Margins,
+    own: Float[np.ndarray, "pairs scorers"],
+    first: Mapping[str, Choice],
+    seed: int,
+) -> dict[str, Choice]:
+    """The choice of each bias type by the grid and the training with every type at the dose that ``first`` has."""
+    found: dict[str, Choice] = {}
+    for name, choice in first.items():
+        mine = [place for place, pair in enumerate(pairs) if pair.bias_type == name]
+        curve = {dose: values[mine] for dose, values in grid.items()} | {choice.dose: own[mine]}
+        found |= choose([pairs[place] for place in mine], curve, seed=seed)
+    return found
 
 
 def _cross_validated(
@@ -135,7 +177,7 @@ def _cross_validated(
     variant: Variant,
     judged: Sequence[Pair],
     fixed: Sequence[Pair],
-    trials: Mapping[Any, Mapping[str, float]],
+    trials: Mapping[Any, Mapping[str, Dose]],
     scales: Sequence[float],
     *,
     build: Build,
@@ -191,9 +233,13 @@ def _plain(judged: tuple[Float[np.ndarray, "pairs scorers"], float]) -> dict[str
     return {"margins": judged[0].tolist(), "perplexity": judged[1]}
 
 
-def _left(pairs: Sequence[Pair], margins: Margins, doses: Mapping[str, float]) -> float:
-    """The mean |margin| of the pairs, each at its type's dose."""
+def _left(pairs: Sequence[Pair], margins: Margins, kinds: Sequence[Form], found: _Choices) -> float:
+    """The mean |margin| of the pairs, each at its type's dose in each form."""
     fine = between(margins)
     at = np.array(list(fine))
-    nearest = {name: list(fine.values())[int(np.abs(at - dose).argmin())] for name, dose in doses.items()}
-    return float(np.mean([np.abs(nearest[pair.bias_type][place]).mean() for place, pair in enumerate(pairs)]))
+    left: list[float] = []
+    for (_, scorers), choices in zip(kinds, found, strict=True):
+        nearest = {name: list(fine.values())[int(np.abs(at - each.dose).argmin())] for name, each in choices.items()}
+        for place, pair in enumerate(pairs):
+            left += np.abs(nearest[pair.bias_type][place, scorers]).tolist()
+    return float(np.mean(left))

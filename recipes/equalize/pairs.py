@@ -30,7 +30,7 @@ from surgery.data import pairs as data
 from surgery.data.pairs import Pair
 from surgery.data.prompts import load_prompt_set
 from surgery.data.rows import find_file
-from surgery.edits.equalize.dose import read_doses
+from surgery.edits.equalize.dose import Dose, read_doses
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
@@ -78,7 +78,7 @@ class Given:
     test: tuple[Pair, ...]
     name: str
     suites: tuple[str, ...]
-    wanted: Mapping[str, float | None]
+    wanted: Mapping[str, Dose | None]
     """The dose of each bias type; None is to be chosen."""
     texts: tuple[str, ...]
     """Texts to hold beside the unrelated sentences."""
@@ -141,7 +141,7 @@ def run(
         build = partial(build, own=own)
         judged = partial(margins_and_perplexity, model, tokenizer, settings.scorers)
         chosen = choose_doses(work, main, given.train, given.wanted, build, judged)
-        terms = build(given.train, {name: each["dose"] for name, each in chosen.doses.items()})
+        terms = build(given.train, chosen.doses)
         work = replace(work, terms=terms, scale=chosen.scale)
         edited = work.carry_out(main, keep=True)
         others = {name: work.carry_out(variant, keep=False) for name, variant in beside.items()}
@@ -152,7 +152,7 @@ def run(
             controls={name: control(other, other.measured) for name, other in others.items()},
             pairs=given.name,
             scorers=list(settings.scorers),
-            doses=chosen.doses,
+            doses=chosen.told,
             scale=chosen.scale,
             scales=chosen.scales,
             margin_gone=settings.margin_gone,

@@ -71,7 +71,7 @@ def dose_table(summary: Summary) -> Table:
     for kind, each in summary["doses"].items():
         curve = ", ".join(f"{dose}: {score:.1f}" for dose, score in each.get("curve", {}).items())
         chosen = f"[{each['low']:.3f}, {each['high']:.3f}]" if curve else "given"
-        rows.append([kind, f"{each['dose']:.3f}", chosen, str(each.get("groups", "")), curve])
+        rows.append([kind, _said(each["dose"]), chosen, str(each.get("groups", "")), curve])
     head = ["bias type", "dose", "95 % interval", "groups", "SS of unseen groups by dose"]
     note = "The interval is over groups drawn anew; the scores are means over groups and scorers."
     return Table("Doses (nats a token)", head, rows, note)
@@ -82,7 +82,7 @@ def scale_table(summary: Summary) -> list[Table]:
     rows = []
     last = next((row for row in reversed(summary["scales"]) if row["scale"] == summary["scale"]), None)
     for each in summary["scales"]:
-        doses = ", ".join(f"{kind} {dose:.3f}" for kind, dose in each["doses"].items())
+        doses = ", ".join(f"{kind} {_said(dose)}" for kind, dose in each["doses"].items())
         cells = [f"{each['margin_gone']:.1%}", f"{each['perplexity']:+.1%}", "yes" if each["reached"] else "no", doses]
         name = f"{each['scale']:g}{', each type at its own dose' if each['own'] else ''}"
         rows.append([name + " (taken)" * (each is last), *cells])
@@ -113,7 +113,8 @@ def verdict(summary: Summary) -> list[str]:
     if taken and taken["margin_gone"] < summary["margin_gone"]:
         lines.append(
             f"Warning: of the mean |margin| of groups left out {taken['margin_gone']:.0%} goes at scale "
-            f"{taken['scale']:g}, the best that was tried, wanted: {summary['margin_gone']:.0%}; train longer, or widen scales."
+            f"{taken['scale']:g}, the best that was tried, wanted: {summary['margin_gone']:.0%}; train longer, or "
+            "widen scales."
         )
     elif summary["scale"] != 1:
         lines.append(f"What was learnt is multiplied by {summary['scale']:g}.")
@@ -125,9 +126,14 @@ def verdict(summary: Summary) -> list[str]:
     return [*lines, *_hidden(summary), *(note for note in summary["rows"]["notes"])]
 
 
+def _said(dose: Any) -> str:
+    """``dose``, or with a start token/without one."""
+    return f"{dose:.3f}" if isinstance(dose, int | float) else "/".join(f"{each:.3f}" for each in dose)
+
+
 def _dose(kind: str, each: Mapping[str, Any]) -> str:
     if "curve" not in each:
-        return f"Dose of {kind}: {each['dose']:g}, as given."
+        return f"Dose of {kind}: {_said(each['dose'])}, as given."
     said = f"{kind}: {each['dose']:.3f} [{each['low']:.3f}, {each['high']:.3f}], chosen on {each['groups']} groups"
     if each["reached"]:
         return f"Dose of {said} by cross-validation."

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hooks.batching import context_limit
 from hooks.tokens import ids_of
 from surgery.data.pairs import Pair
+from surgery.edits.equalize.dose import Dose
 from surgery.edits.equalize.pairs import STARTS, pairs_term
 from surgery.edits.equalize.terms import Term, hold_term
 from surgery.errors import SurgeryError
@@ -27,7 +28,7 @@ def terms_of(
     settings: "Settings",
     texts: Sequence[str],
     pairs: Sequence[Pair],
-    doses: Mapping[str, float],
+    doses: Mapping[str, Dose],
     own: Sequence[Sequence[int]] = (),
 ) -> list[Term]:
     """The pairs' term, and what is held: unrelated sentences and texts, with a start token and without one.

@@ -19,7 +19,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     pairs: str = ""
     """Sentences in pairs instead of words: stereoset or crows_pairs (of the folder data), or a .jsonl of your own."""
     dose: list[str | int | float] = ["auto"]
-    """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto."""
+    """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
+    0.4/0.2 are of a sentence with a start token and of one without."""
     doses: list[float] = [0.0, 0.2, 0.4, 0.6]
     """The doses among which auto chooses, by straight lines between them."""
     scales: list[float] = [1.0]

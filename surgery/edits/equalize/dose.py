@@ -15,6 +15,8 @@ from jaxtyping import Float
 from surgery.data.pairs import Pair
 from surgery.errors import SurgeryError
 
+Dose = float | tuple[float, float]
+"""Of a bias type: of both forms of its sentences, or of the one with a start token and of the one without."""
 RESAMPLES = 1000
 BETWEEN = 20  # steps from one dose of the grid to the next
 
@@ -38,18 +40,19 @@ class Choice:
         return asdict(self) | {"curve": {f"{dose:g}": score for dose, score in self.curve.items()}}
 
 
-def read_doses(given: Sequence[str | float], types: Sequence[str], key: str = "dose") -> dict[str, float | None]:
+def read_doses(given: Sequence[str | float], types: Sequence[str], key: str = "dose") -> dict[str, Dose | None]:
     """The dose of each bias type, None for one that is to be chosen ("auto").
 
     ``given`` holds "TYPE=DOSE" for single types, and a DOSE alone for the others: a number, or "auto", which is also
-    that of types of which nothing is said.
+    that of types of which nothing is said. "0.4/0.2" are the doses with a start token and without one.
 
-    >>> read_doses(["gender=0.2", "auto"], ["gender", "race"])
-    {'gender': 0.2, 'race': None}
+    >>> read_doses(["gender=0.4/0.2", "auto"], ["gender", "race"])
+    {'gender': (0.4, 0.2), 'race': None}
 
-    ``key`` is the setting's name in errors. Raises ``SurgeryError`` for what is no dose, a type that the pairs do not have, and one that is given twice.
+    ``key`` is the setting's name in errors. Raises ``SurgeryError`` for what is no dose, a type that the pairs do not
+    have, and one that is given twice.
     """
-    found: dict[str, float | None] = {}
+    found: dict[str, Dose | None] = {}
     for piece in given:
         name, sign, text = str(piece).rpartition("=")
         name = name.strip()
@@ -58,12 +61,15 @@ def read_doses(given: Sequence[str | float], types: Sequence[str], key: str = "d
         if name in found:
             raise SurgeryError(f"{key}: {name or 'of the other types'!r} is given twice; give it once")
         try:
-            dose = None if text.strip() == "auto" else float(text)
+            numbers = [] if text.strip() == "auto" else [float(each) for each in text.split("/")]
         except ValueError:
-            dose = np.nan
-        if dose is not None and not np.isfinite(dose):
-            raise SurgeryError(f"{key}: got {piece!r}, expected a number (nats a token), auto, or TYPE=NUMBER")
-        found[name] = dose
+            numbers = [np.nan]
+        if len(numbers) > 2 or not np.isfinite(numbers).all():
+            raise SurgeryError(
+                f"{key}: got {piece!r}, expected a number (nats a token), auto, or TYPE=NUMBER; two numbers, a/b, are "
+                "with a start token and without"
+            )
+        found[name] = None if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
     return {name: found.get(name, found.get("")) for name in types}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from surgery.data.pairs import Pair
+from surgery.edits.equalize.dose import Dose
 from surgery.edits.equalize.terms import Target, Term
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import start_token
@@ -30,13 +31,13 @@ def squared_margin(margin: Float[Tensor, " pairs"], dose: Float[Tensor, " pairs"
 def pairs_term(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
-    doses: Mapping[str, float],
+    doses: Mapping[str, Dose],
     *,
     weight: float = 1.0,
     starts: Sequence[bool] = STARTS,
     longest: int | None = None,
 ) -> Term:
-    """``squared_margin`` of each pair, once for each of ``starts``, with the dose of its bias type.
+    """``squared_margin`` of each pair, once for each of ``starts``, with the dose of its bias type and form.
 
     Raises ``SurgeryError`` for a type without a dose, and a sentence without a token to score or beyond ``longest``.
     """
@@ -56,7 +57,8 @@ def pairs_term(
                     most = f" to {longest}" if longest else ""
                     raise SurgeryError(f"{pair.where}: a side has {len(row)} tokens, expected 2{most}; leave it out")
             ids += both
-            wanted.append(doses[pair.bias_type])
+            dose = doses[pair.bias_type]
+            wanted.append(dose[0 if begun else 1] if isinstance(dose, tuple) else dose)
     places = tuple(tuple(range(len(row) - 1)) for row in ids)
 
     def loss(logits: Float[Tensor, "places vocab"], _: Target, rows: Sequence[int]) -> Float[Tensor, " examples"]:
