@@ -102,7 +102,7 @@ def test_norms_go_whole_with_the_checkpoint_at_hand(base, tmp_path):
 def test_what_servers_load(tmp_path):
     folder = kit.save(tmp_path / "base", kit.weights())
     delta = kit.edit(folder, (kit.DOWN, kit.NORM, "model.layers.1.self_attn.k_proj.weight"))
-    with pytest.raises(SurgeryError, match=r"norms frozen or add --drop-vectors"):
+    with pytest.raises(SurgeryError, match=r"norms frozen \(--set block_part=matrices\) or add --drop-vectors"):
         export_peft(delta, tmp_path / "x", served=True, checkpoint=folder)
     export_peft(delta, tmp_path / "adapter", served=True, drop_vectors=True, rank=12)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

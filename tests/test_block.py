@@ -53,6 +53,10 @@ def test_parts_of_a_block(family: str) -> None:
     assert attention and mlp and attention | mlp < whole and not attention & mlp
     assert set(names_of(model, [1], "without_attention")) == whole - attention
     assert set(names_of(model, [1], "without_mlp")) == whole - mlp
+    matrices = set(names_of(model, [1], "matrices"))
+    assert matrices == {name for name in whole if model.get_parameter(name).ndim > 1} != whole
+    assert matrices < set(names_of(model, None, "matrices")) and attention < set(names_of(model, None, "attention"))
+    assert not set(names_of(model, None, "attention")) & mlp
     assert not whole & set(names_of(model, [0]))
     assert names_of(model, None) == [name for name, _ in model.named_parameters()]
     with pytest.raises(SurgeryError, match="blocks 0 to"):

@@ -48,7 +48,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     block: str | int | list[int] = "upper"
     """upper (two thirds of the depth to a fifteenth below the end), auto (one, by the gain), all, last, middle,
     first, random, numbers, or blocks (all of them and nothing else, which is what pairs train)."""
-    block_part: Literal["all", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    block_part: Literal["all", "matrices", "attention", "mlp", "without_attention", "without_mlp"] = "all"
     method: Literal["dense", "lora"] = "dense"
     rank: shared.Count = 16
     alpha: shared.Positive = 32.0

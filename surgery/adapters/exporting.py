@@ -157,7 +157,7 @@ def _dropped(delta: Delta, drop_vectors: bool, saved: set[str], served: bool) ->
         whole = "" if served else ", give --checkpoint CHECKPOINT to keep norms whole,"
         raise SurgeryError(
             f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the edit with its "
-            f"norms frozen{whole} or add --drop-vectors, and see what is lost"
+            f"norms frozen (--set block_part=matrices){whole} or add --drop-vectors, and see what is lost"
         )
     return vectors
 

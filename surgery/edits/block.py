@@ -23,7 +23,7 @@ from surgery.moved import Moved
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
-PARTS = ("all", "attention", "mlp", "without_attention", "without_mlp")
+PARTS = ("all", "matrices", "attention", "mlp", "without_attention", "without_mlp")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def choose(chosen: str | int | Sequence[int], count: int, seed: int) -> tuple[in
 
 
 def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "all") -> list[str]:
-    """Parameter names of ``part`` of ``blocks``; every parameter of the model for None.
+    """Parameter names of ``part`` of ``blocks``; for None of the whole model, embedding and last norm among them.
 
     ``part``: all, only attention or mlp, or (LFTF Table 8) without_attention, without_mlp: norms stay trained there.
+    matrices: norms and biases are frozen, so that an adapter can hold the whole edit.
 
     A parameter that several blocks share (Zamba's attention) is named once, and only where all of them are chosen.
 
@@ -96,9 +97,10 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if part not in PARTS:
         raise SurgeryError(f"part: got {part!r}, expected one of {', '.join(PARTS)}")
-    if blocks is None:
-        return [name for name, _ in model.named_parameters()]
+    if blocks is None and part in ("all", "matrices"):
+        return [name for name, p in model.named_parameters() if part == "all" or p.ndim > 1]
     parts = anatomy.find(model).blocks
+    blocks = range(len(parts)) if blocks is None else blocks
     chosen: list[str] = []
     for index in blocks:
         if not 0 <= index < len(parts):
@@ -109,6 +111,7 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
         whole = _under(names, [block.name])
         chosen += {
             "all": whole,
+            "matrices": [name for name in whole if model.get_parameter(name).ndim > 1],
             "attention": attention,
             "mlp": mlp,
             "without_attention": [name for name in whole if name not in attention],
