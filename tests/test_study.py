@@ -27,7 +27,7 @@ FILE = """
 models = [MODEL]
 seeds = [0, 1]
 suites = ["genbias", "perplexity"]
-rows = { perplexity = 20 }
+rows = { perplexity = 20, genbias = 54 }
 
 [[methods]]
 name = "prompt"
@@ -36,7 +36,7 @@ preamble = "Good day . "
 [[methods]]
 name = "lftf"
 recipe = "lftf"
-settings = { block = 2, lr = 1e-2, epochs = 1, batch_size = 256, controls = [] }
+settings = { block = 2, lr = 1e-2, epochs = 1, batch_size = 256, controls = [], test_rows = 54 }
 about = "one block"
 
 [[methods]]

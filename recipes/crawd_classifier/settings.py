@@ -8,7 +8,7 @@ from pydantic import Field
 from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
-WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "adversarial": 1.0, "ibm": 1.0}
+WEIGHTS = {"crawd": 0.0, "vanilla": 0.0, "adversarial": 1.0, "ibm": 1.0, "cbe": 1.0}
 """How strong each method's own term is where nothing is said; no paper gives a number."""
 
 
@@ -19,7 +19,7 @@ class Settings(shared.Training, shared.TrainRows, shared.DataFolder, shared.Part
     source: Literal["hatecheck", "davidson", "both"] = "hatecheck"
     """What is trained on. HateCheck's templates of the test part are not seen in training; Davidson names no group."""
     """Of each source ``train_rows`` are drawn, the classes in their proportions."""
-    method: Literal["crawd", "vanilla", "adversarial", "ibm"] = "crawd"
+    method: Literal["crawd", "vanilla", "adversarial", "ibm", "cbe"] = "crawd"
     reference: list[str] = ["woman", "man", "black", "white", "gay", "straight", "Muslim", "Christian", "disabled"]
     """Those of the paper's 21 words that name the groups of HateCheck and their counterparts."""
     top_percent: float = Field(40.0, ge=0, le=100)
@@ -30,7 +30,7 @@ class Settings(shared.Training, shared.TrainRows, shared.DataFolder, shared.Part
     ffn: int = Field(0, ge=0)
     renormalise: bool = False
     weight: float = Field(0.0, ge=0)
-    """Of the adversary's reversed gradient, or of IBM's term; 1 where nothing is said. CrAWD has none."""
+    """Of the adversary's reversed gradient, or of IBM's or CBE's term; 1 where nothing is said. CrAWD has none."""
     lr: shared.Positive = 5e-5
     schedule: Literal["constant", "linear"] = "linear"
     warmup: shared.Share = 0.1

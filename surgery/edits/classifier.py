@@ -1,4 +1,4 @@
-"""Fine-tuning a sequence classifier: plain, against an adversary, with IBM's regulariser, or with CrAWD's module.
+"""Fine-tuning a sequence classifier: plain, against an adversary, with IBM's or CBE's term, or with CrAWD's module.
 
 A model is a transformers sequence classifier (BERT and its like); groups are numbers, -1 where a row is of none.
 """
@@ -26,7 +26,7 @@ from surgery.moved import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
-METHODS = ("crawd", "vanilla", "adversarial", "ibm")
+METHODS = ("crawd", "vanilla", "adversarial", "ibm", "cbe")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Method:
-    """How to train: ``weight`` is that of the adversary (``adversarial``) or of the regulariser (``ibm``)."""
+    """How to train: ``weight`` is that of the adversary (``adversarial``) or of the added term (``ibm``, ``cbe``)."""
 
     name: str = "crawd"
     reference: tuple[str, ...] = ()
@@ -163,7 +163,7 @@ def fit(
         if method.name == "crawd":
             settings: dict[str, Any] = {"reference": method.reference, "seed": seed, "live": True} | method.module
             module = stack.enter_context(cross_attention.attached(model, tokenizer, **settings))
-        penalty = stack.enter_context(_penalty(model, tokenizer, method))
+        penalty = stack.enter_context(_penalty(model, tokenizer, examples, method))
         adversary = _adversary(model, seen, seed) if method.name == "adversarial" else None
         judged = _Judged(model, adversary)
 
@@ -248,15 +248,18 @@ def _adversary(model: PreTrainedModel, groups: Sequence[int], seed: int) -> Adve
 
 @contextmanager
 def _penalty(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, method: Method
 ) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor] | None]:
-    if method.name != "ibm" or not method.weight:
+    """What IBM and CBE add: how much of a quantity of tokens the last block attends to."""
+    if method.name not in ("ibm", "cbe") or not method.weight:
         yield None
         return
-    words = debiasing.word_forms(tokenizer, method.reference)
     embedding = cast(Tensor, model.get_input_embeddings().weight)
-    similarity = debiasing.word_similarity(embedding, words)
+    if method.name == "ibm":
+        of_token = debiasing.word_similarity(embedding, debiasing.word_forms(tokenizer, method.reference))
+    else:
+        of_token = debiasing.bias_energy(examples.ids, examples.groups, len(embedding)).to(embedding.device)
     with debiasing.last_attention(model) as attention:
         yield lambda inputs: debiasing.attention_similarity(
-            attention(), similarity[inputs["input_ids"]], inputs["attention_mask"].bool()
+            attention(), of_token[inputs["input_ids"]], inputs["attention_mask"].bool()
         )

@@ -112,6 +112,31 @@ def word_similarity(embedding: Float[Tensor, "vocab d_model"], words: Sequence[i
     return (unit @ unit[list(words)].T).amax(-1).clamp(min=0)
 
 
+def bias_energy(ids: Sequence[Sequence[int]], groups: Sequence[int], vocabulary: int) -> Float[Tensor, " vocab"]:
+    """Controlling Bias Exposure (He et al. 2022): how much each token says of the protected attribute, in nats.
+
+    The auxiliary model guesses a row's group from one token: P(group | token) by counts of rows, shrunk to P(group) as
+    if one more row had shown the token. A token's energy is how far its guess is above chance, the expected fall of
+    the guess's negative log-likelihood: KL(P(group | token) || P(group)). It is added with ``attention_similarity``, so
+    that what the classifier attends to tells little. CrAWD says no more than that the auxiliary model's negative
+    log-likelihood is an energy that regulates the impact of biased tokens; He et al. learn the auxiliary model as a
+    network and gate rationales with it. Rows of group -1 are of none and left out.
+
+    Raises ``SurgeryError`` for fewer than two groups.
+    """
+    known = sorted({group for group in groups if group >= 0})
+    if len(known) < 2:
+        raise SurgeryError("cbe: rows are of fewer than two groups; expected groups to tell apart")
+    shown = torch.zeros(vocabulary, len(known), dtype=torch.float64)
+    for row, group in zip(ids, groups, strict=True):
+        if group >= 0:
+            shown[sorted(set(row)), known.index(group)] += 1
+    prior = torch.tensor([sum(group == one for group in groups) for one in known], dtype=torch.float64)
+    prior = prior / prior.sum()
+    guess = (shown + prior) / (shown.sum(1, keepdim=True) + 1)
+    return torch.special.xlogy(guess, guess / prior).sum(1).float()
+
+
 @contextmanager
 def last_attention(model: PreTrainedModel) -> Iterator[Callable[[], Tensor]]:
     """Inside, the function gives the last block's attention weights of the newest pass, with their gradients.
