@@ -1,6 +1,7 @@
 """Settings of a recipe: a flat TOML file, checked; a wrong key or value is answered with what was expected."""
 
 import difflib
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -251,19 +252,16 @@ def by_new_names(kind: type[BaseModel], values: Mapping[str, Any], where: str) -
 
 
 def build(kind: type[S], values: dict[str, Any], where: str) -> S:
-    """``kind(**values)``, with every fault of the values in one ``SurgeryError``.
-
-    A list may be written as "a,b"; an integer is taken where a float is expected. Old names are understood.
-    """
+    """``kind(**values)``, every fault in one ``SurgeryError``; a list may be "a,b", a float whole, a name an old one."""
     fields = kind.model_fields
     ready: dict[str, Any] = {}
     for key, value in by_new_names(kind, values, where).items():
-        listed = key in fields and str(fields[key].annotation).startswith("list[")
-        if listed and isinstance(value, str | int | float) and not isinstance(value, bool):
+        form = str(fields[key].annotation) if key in fields else ""
+        if form.startswith("list[") and isinstance(value, str | int | float) and not isinstance(value, bool):
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
-            number = _decimal if "float" in str(fields[key].annotation) else _whole
+            number = _decimal if "float" in form else _whole
             ready[key] = [number(piece) for piece in pieces]
-        elif key in fields and "list[int]" in str(fields[key].annotation) and _numbers(value):
+        elif "list[int]" in form and re.fullmatch(r"-?\d+(\s*,\s*-?\d+)+", str(value)):
             ready[key] = [int(piece) for piece in value.split(",")]  # one of several forms: block=1,2
         else:
             ready[key] = value
@@ -271,10 +269,6 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
         return kind(**ready)
     except ValidationError as error:
         raise SurgeryError(f"{where}: " + "; ".join(_fault(kind, fault) for fault in error.errors())) from None
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, str) and "," in value and all(isinstance(_whole(p.strip()), int) for p in value.split(","))
 
 
 def _whole(piece: str) -> int | str:
