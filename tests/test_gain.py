@@ -246,5 +246,8 @@ def test_bad_input_is_one_line() -> None:
     whole.model.layers[2].self_attn.q_proj = Quantised(32, 32)
     with pytest.raises(HookError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight is quantised \(int8\)"):
         find_places(whole)
+    adapted: Any = get_peft_model(whole, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)).eval()
+    ranked = hooks.gain(adapted, loss, 10, retain(), config=EXACT)  # gradients go through what is quantised
+    assert all("v_proj.lora" in place.name for place in ranked.places) and (ranked.ranking("natural").scores[:2] > 0).all()
     with pytest.raises(HookError, match="method is 'gains'; expected one of natural"):
         hooks.gain(model, loss, 10, retain(), config=EXACT).ranking("gains")

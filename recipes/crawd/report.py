@@ -21,8 +21,8 @@ FORMS = {
     "cross_off": "trained with it, and stored without what the cross-attention adds",
     "module_off": "trained with it, and stored without it",
     "projection": "1 - lambda of H_x along the reference words' rows in the head goes, and the factors train below",
-    "projected": "trained without the module, and stored with a projection: 1 - lambda of how far a state lies from the "
-    "mean state along the reference words' rows in the head goes",
+    "projected": "trained without the module, and stored with a projection: 1 - lambda of how far a state lies from "
+    "the mean state along the reference words' rows in the head goes",
     "wide_head": "the map from [H_x, H_cross] starts at random, as a new head of width 2d does",
 }
 
