@@ -115,7 +115,8 @@ def drawn(case: Case) -> dict[str, Scores]:
         if scores is not None:
             own = centred(scores)
             products = [(times * a * b).sum(1) for a, b in ((own, outcome), (own, own), (outcome, outcome))]
-            found[name] = products[0] / np.sqrt(products[1] * products[2])
+            length = np.sqrt(products[1] * products[2])  # 0 where all drawn are alike: they have no order
+            found[name] = np.divide(products[0], length, out=np.full(DRAWS, np.nan), where=length > 0)
     return found
 
 
