@@ -96,7 +96,7 @@ class Pass:
         return self.batch_pos[site.stack]
 
     def mask(self, stack: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        """True at real tokens; all true where the model got no mask. With a cache, the newest positions."""
+        """True at real tokens; all true with no mask or one of who sees whom. With a cache, the newest positions."""
         key = (stack, device)
         if key not in self._found:
             self._found[key] = self._mask(stack, device)
@@ -114,6 +114,8 @@ class Pass:
         decoder = len(self.anatomy.stacks) == 2 and stack == 1
         mask = self.given.get("decoder_attention_mask" if decoder else "attention_mask")
         if mask is None:
+            return torch.ones(batch, pos, dtype=torch.bool, device=device)
+        if mask.ndim == 4:  # who sees whom: which places are padding is the caller's to know
             return torch.ones(batch, pos, dtype=torch.bool, device=device)
         if mask.ndim != 2:
             raise HookError(f"attention_mask has shape {tuple(mask.shape)}; expected (batch, pos) to find real tokens")

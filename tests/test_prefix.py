@@ -10,10 +10,12 @@ from surgery.forward.batching import by_length, pad
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.residual_cache import shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
+from surgery.forward.trees import as_batch, trees_for, why_no_trees
 from surgery.training import Plan
 
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if kind.endswith(("CausalLM", "GPT2LMHeadModel"))]
-IDS = tuple(tuple(range(3 + row, 9 + 2 * row)) for row in range(6))
+STEM = (40, 41, 42, 43)  # of which the prompts share nothing, half, or all
+IDS = tuple((*STEM[: 2 * (row % 3)], *range(3 + row, 9 + 2 * row)) for row in range(6))
 WORDS = (5, 11)
 
 
@@ -37,15 +39,30 @@ def test_shortcuts_equal_the_plain_pass(family: str) -> None:
     assert state(model) == before
 
 
-def test_most_families_take_the_shortcut() -> None:
+def test_most_families_take_the_shortcut_and_trees() -> None:
     """The fallback is for the odd one: a change that silently sends every family there has to fail."""
     refused = {}
+    alone = {}
     for family in CAUSAL:
         model = build(family)
+        if reason := why_no_trees(model, max(map(len, IDS))):
+            alone[family] = reason
         reason = why_not(model, next_words(model, IDS, WORDS, keep=[1]).prefixes[1])
         if reason:
             refused[family] = reason
     assert len(refused) <= 1, refused
+    assert sorted(alone) == ["bloom", "mpt"], alone  # whose distances are counted along the row
+
+
+def test_what_prompts_begin_alike_runs_once() -> None:
+    model = build("llama")
+    ids = [(3, 4, 5), (3, 4, 6, 7), (3, 4), (8, 9), (3, 4, 5)]
+    ((packed,),) = trees_for(model, ids) or [()]
+    batch = as_batch(model, [packed])
+    assert len(packed.ids) == 7 and sorted(batch.rows) == [0, 1, 2, 3, 4]  # 3 4 5 6 7 and 8 9, not 14 tokens
+    for row, path in zip(batch.rows, batch.paths, strict=True):
+        assert tuple(batch.ids.flatten()[list(path)].tolist()) == ids[row]
+        assert batch.depths.flatten()[list(path)].tolist() == list(range(len(path)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])

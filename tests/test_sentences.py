@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from surgery import SurgeryError
 from surgery.catalogue import SCORERS
-from surgery.forward.token_logprobs import packs, token_log_probabilities
+from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.forward.trees import packs
 from surgery.metrics.sentences import DEFINITIONS, sentence_scores
 
 SENTENCES = [

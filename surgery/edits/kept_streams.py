@@ -39,7 +39,9 @@ class KeptStreams:
         if block not in self.trained:
             keep = [block] if edited else self.keep
             with self.progress.work("keep streams", len(self.ids)) as step:
-                self.trained |= next_words(self.model, self.ids, self.asked.words, keep=keep, step=step).prefixes
+                # Without stems, as a ranking keeps them: a continued run ends in the same bytes.
+                asked: Any = {"keep": keep, "stems": False, "step": step}
+                self.trained |= next_words(self.model, self.ids, self.asked.words, **asked).prefixes
         return self.trained[block]
 
     def before(self, label: str) -> dict[str, Any]:

@@ -36,6 +36,16 @@ class Batch:
         """What stands at each prompt's last token."""
         return tensor[torch.arange(len(self.ids), device=tensor.device), self.last.to(tensor.device)]
 
+    def only_last(self, tensor: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch 1 *rest"]:
+        """The same with a dimension for the position: what a block need compute where only the next token is asked."""
+        return self.at_last(tensor)[:, None]
+
+    def places(self) -> list[tuple[int, ...]]:
+        """Where the tokens of each row stand in the flattened batch."""
+        width = self.ids.shape[1]
+        lengths = self.mask.sum(1).tolist()
+        return [tuple(range(row * width, row * width + length)) for row, length in enumerate(lengths)]
+
 
 def pad(ids: Ids, rows: Sequence[int], device: torch.device | str) -> Batch:
     """The prompts ``rows`` as one batch; padding is token 0 under mask 0."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from hooks.activations import capture
 from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Ids, batches_for, logit_budget, pad
+from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.forward.trees import as_batch, trees_for
 from surgery.processes import count, gathered, joined, mine
 
 Step = Callable[[int], None]
@@ -53,12 +54,14 @@ def next_words(
     watch: Watch | None = None,
     step: Step | None = None,
     shortcuts: bool = True,
+    stems: bool = True,
     seen: Callable[[Sequence[int], Float[Tensor, "batch vocab"]], None] | None = None,
 ) -> Observation:
     """P(word | prompt) of the token ids ``words`` as the next token, softmax over the full vocabulary.
 
     ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
     tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
+    What prompts begin alike runs once, but under ``watch`` and without ``stems``: to rounding the same.
     ``shortcuts=False`` is the plain forward pass (every position through every block and the head). The model is in
     evaluation mode inside and as it was afterwards. ``seen`` is given each batch: the numbers of its prompts, and the
     log-probabilities of all tokens.
@@ -68,7 +71,8 @@ def next_words(
     found = np.zeros((len(ids), len(words)))
     kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
-        batches = mine(batches_for(model, ids))
+        packed = trees_for(model, ids) if shortcuts and stems and watch is None else None
+        batches: list[Any] = mine(packed or batches_for(model, ids))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
         if batches:  # what is looked at must come by
             kept.attach(model, stack)
@@ -82,9 +86,14 @@ def next_words(
                     positions=watch.positions,
                 )
             )
-        for rows in batches:
-            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
-            kept.rows = batch.rows
+        for given in batches:
+            batch: Batch
+            if packed:
+                batch = prefix.trees(model, given) if prefix else as_batch(model, given)
+            else:
+                batch = prefix.batch(given) if prefix else pad(ids, given, model.device)
+            rows = list(batch.rows)
+            kept.expect(batch)
             logits = run(batch)
             logs = (logits if shortcuts else batch.at_last(logits)).float().log_softmax(-1)
             found[rows] = logs[:, list(words)].exp().double().cpu().numpy()
@@ -126,7 +135,7 @@ def token_losses(
             kept.attach(model, stack)
         for rows in batches:
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
-            kept.rows = batch.rows
+            kept.expect(batch)
             logits = run(batch)[:, :-1].float()
             targets = batch.ids[:, 1:]
             losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
@@ -204,21 +213,24 @@ class Kept:
         self.starts = np.cumsum([0, *map(len, self.ids)])
         self.flat: dict[str, Tensor | None] = {f"blocks.{block}.hook_resid_pre": None for block in blocks}
         self.rows: tuple[int, ...] = ()
-        """Of the batch that is under way."""
+        self.places: list[tuple[int, ...]] = []
+        """Of the batch that is under way: its rows, and where their tokens stand in it."""
+
+    def expect(self, batch: Batch, first: int = 0) -> None:
+        """The next pass is of ``batch``, whose rows are counted from ``first``."""
+        self.rows = tuple(first + row for row in batch.rows)
+        self.places = batch.places() if self.flat else []
 
     def attach(self, model: PreTrainedModel, stack: ExitStack) -> None:
         if self.flat:
             stack.enter_context(capture(model, list(self.flat), reducer=self._take))
 
     def _take(self, site: str, stream: Tensor, mask: Tensor) -> None:
-        flat, width, rows = self.flat[site], stream.shape[1], self.rows
+        flat = self.flat[site]
         if flat is None:
             flat = self.flat[site] = stream.new_zeros(int(self.starts[-1]) + 1, stream.shape[-1])
-        lengths = [len(self.ids[row]) for row in rows]
-        here = np.concatenate([place * width + np.arange(length) for place, length in enumerate(lengths)])
-        there = np.concatenate(
-            [self.starts[row] + np.arange(length) for row, length in zip(rows, lengths, strict=True)]
-        )
+        here = np.concatenate(self.places)
+        there = np.concatenate([self.starts[row] + np.arange(len(self.ids[row])) for row in self.rows])
         chosen, into = (torch.from_numpy(index).to(stream.device) for index in (here, there))
         flat[into] = stream.flatten(0, 1)[chosen]
 

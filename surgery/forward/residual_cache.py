@@ -11,10 +11,11 @@ the plain pass of each prompt alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from hooks.logit_difference import forward_as
 from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, pad
+from surgery.forward.trees import Pack, Trees, as_batch
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class ResidualCache:
         ]
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
+
+    def trees(self, model: PreTrainedModel, packed: Sequence[Pack]) -> Trees:
+        """Packs of these prompts (``trees_for``) as a batch with their stream."""
+        plain = as_batch(model, packed)
+        starts = np.cumsum([0, *map(len, self.ids)])
+        index = np.full(plain.ids.numel(), self.flat.shape[0] - 1)
+        for row, path in zip(plain.rows, plain.paths, strict=True):
+            index[list(path)] = np.arange(starts[row], starts[row] + len(path))
+        gathered = self.flat[torch.from_numpy(index).to(self.flat.device)]
+        return replace(plain, stream=gathered.view(*plain.ids.shape, -1))
 
 
 Run = Callable[[Batch], Float[Tensor, "batch vocab"]]
@@ -120,7 +132,7 @@ def _cut_to_last(model: PreTrainedModel, running: list[Batch], stack: ExitStack)
     if type(head) is nn.Linear and head.weight.device.type == "cpu":
         stack.enter_context(_forward(head, partial(_few_rows, head), as_tuple=False))
     for name in _last_only(parts):
-        stack.callback(_cut(model, name, lambda stream: running[-1].at_last(stream)[:, None]).remove)
+        stack.callback(_cut(model, name, lambda stream: running[-1].only_last(stream)).remove)
 
 
 def why_no_cut(model: PreTrainedModel) -> str | None:

@@ -1,10 +1,7 @@
 """Log-probabilities of the tokens of many sequences, each shared beginning encoded once.
 
-Sorted, the sequences form trees: three sentences that begin alike share a stem, and so do all sentences after one
-start token. Each tree is laid into one row of the batch (a ``Pack``); a mask lets a token see its own ancestors and
-nothing else, and its position is its depth, so that every token gets what it would get in its own sequence. Sorted
-sequences fill packs of equal size, hence little padding. A sequence's last token is only predicted and never run,
-and only tokens whose successor is asked for go through the head.
+Sequences that begin alike share a stem (``surgery.forward.trees``). A sequence's last token is only predicted and
+never run, and only tokens whose successor is asked for go through the head.
 
 Architectures where a mask cannot say who sees whom (recurrent layers, biases by distance, sliding windows shorter
 than a sequence) are found by comparison and run one sequence a row.
@@ -12,11 +9,10 @@ than a sequence) are found by comparison and run one sequence a row.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,67 +23,9 @@ from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, logit_budget
 from surgery.forward.evaluation import evaluating
+from surgery.forward.trees import PACK, Ids, Pack, packs
 from surgery.processes import joined, mine
 from surgery.progress import Advance
-
-Ids = Sequence[Sequence[int]]
-PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Token trees in one row. ``parents`` are indices into ``ids``, -1 at a root.
-
-    ``rows`` are the sequences in it. Each entry of ``wanted`` is (node, next token, sequence, place): the
-    log-probability of that token after that node is the one at ``place`` of the sequence.
-    """
-
-    ids: list[int]
-    parents: list[int]
-    depths: list[int]
-    wanted: list[tuple[int, int, int, int]]
-    rows: list[int]
-
-    def sees(self, width: int) -> Bool[np.ndarray, "width width"]:
-        """Which node (row) sees which (column): itself and its ancestors; padding sees itself."""
-        seen = np.eye(width, dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
-
-
-def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
-    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); if not ``shared`` only those
-    that are equal but for their last token, which is never run, stand in one.
-
-    The log-probabilities of the tokens from ``starts[i]`` (at least 1) on are wanted of sequence i.
-    """
-    found: list[Pack] = []
-    path: list[int] = []  # the nodes of the previous sequence in the open pack
-    for row in sorted(range(len(rows)), key=lambda row: tuple(rows[row])):
-        inputs = rows[row][:-1]
-        common = 0
-        if found:
-            ids = found[-1].ids
-            while common < min(len(inputs), len(path)) and ids[path[common]] == inputs[common]:
-                common += 1
-        again = common == len(inputs) == len(path)  # the same tokens, of which another next one is asked
-        if not (again or (shared and found and len(found[-1].ids) + len(inputs) - common <= size)):
-            found.append(Pack([], [], [], [], []))
-            common = 0
-        pack = found[-1]
-        path = path[:common]
-        for depth in range(common, len(inputs)):
-            pack.parents.append(path[-1] if path else -1)
-            path.append(len(pack.ids))
-            pack.ids.append(inputs[depth])
-            pack.depths.append(depth)
-        pack.wanted.extend(
-            (path[at - 1], rows[row][at], row, at - starts[row]) for at in range(starts[row], len(path) + 1)
-        )
-        pack.rows.append(row)
-    return found
 
 
 def token_log_probabilities(

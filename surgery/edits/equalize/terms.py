@@ -51,6 +51,11 @@ class Term:
             )
 
     @property
+    def only_last(self) -> bool:
+        """Whether every sequence is read at its last token alone."""
+        return all(at == (len(row) - 1,) for at, row in zip(self.places, self.ids, strict=True))
+
+    @property
     def count(self) -> int:
         """How many examples there are."""
         return len(self.ids) // self.size

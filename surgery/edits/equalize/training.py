@@ -1,6 +1,6 @@
 """Training on several terms at once, at a chosen place, against targets that the untouched model gave once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from surgery.forward.batching import Batch, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import Kept
 from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
+from surgery.forward.trees import Trees, as_batch, trees_for
 from surgery.processes import mine
 from surgery.progress import Advance
 from surgery.training import Log, Plan
@@ -69,20 +70,21 @@ def prepare_each(
     entered = [start for start in dict.fromkeys(starts) if start]
     kept = Kept(ids, entered, model.device)
     with evaluating(model), ExitStack() as stack:
-        size = min(2048, logit_budget(model))
-        batches = mine(
-            [
-                (n, rows)
-                for n, term in enumerate(terms)
-                if n not in bare or entered
-                for rows in batches_for(model, term.ids, tokens=size)
-            ]
-        )
+        wanted = [number for number in range(len(terms)) if number not in bare or entered]
+        batches = mine([(number, some) for number in wanted for some in _together(model, terms[number])])
         if batches:  # what is looked at must come by
             kept.attach(model, stack)
-        for number, chosen in batches:
-            term, kept.rows = terms[number], tuple(first[number] + row for row in chosen)
-            found = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
+        for number, some in batches:
+            term = terms[number]
+            if isinstance(some, Trees):
+                kept.expect(some, first[number])
+                with shortcut(model) as run:
+                    found = term.target(run(some))
+                chosen = list(some.rows)
+            else:
+                chosen = some
+                kept.expect(pad(term.ids, chosen, model.device), first[number])
+                found = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
             pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in found]
             for place, row in enumerate(kept.rows):
                 targets[row] = tuple(piece[place].clone() for piece in pieces)
@@ -91,6 +93,15 @@ def prepare_each(
     whole = replace(plain, targets=_of_all(targets, len(ids), model.device))
     streams = kept.prefixes()
     return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
+
+
+def _together(model: PreTrainedModel, term: Term) -> Iterator[list[int] | Trees]:
+    """The sequences of a term in batches; those read at their last token with what they begin alike run once."""
+    packed = trees_for(model, term.ids) if term.only_last else None
+    if packed:
+        yield from (as_batch(model, some) for some in packed)
+    else:
+        yield from batches_for(model, term.ids, tokens=min(2048, logit_budget(model)))
 
 
 def _of_all(targets: dict[int, Target], count: int, device: torch.device) -> tuple[Target, ...]:

@@ -1,0 +1,174 @@
+"""Sequences as token trees, each shared beginning once: three prompts that begin alike share a stem.
+
+Each tree is laid into one row of the batch (a ``Pack``); a mask lets a token see its own ancestors and nothing else,
+and its position is its depth, so that every token gets what it would get in its own sequence. Sorted sequences fill
+packs of equal size, hence little padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks.batching import context_limit, remembered, short_rows, unhooked, why_alone
+from hooks.wider import errs_more
+from surgery.forward.batching import Batch, Ids, batches_for
+
+PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
+LENGTHS = 32  # a model is asked once for each so many tokens whether it takes trees of sequences that long
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Token trees in one row. ``parents`` are indices into ``ids``, -1 at a root.
+
+    ``rows`` are the sequences in it. Each entry of ``wanted`` is (node, next token, sequence, place): the
+    log-probability of that token after that node is the one at ``place`` of the sequence.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    depths: list[int]
+    wanted: list[tuple[int, int, int, int]]
+    rows: list[int]
+
+    def sees(self, width: int) -> Bool[np.ndarray, "width width"]:
+        """Which node (row) sees which (column): itself and its ancestors; padding sees itself."""
+        seen = np.eye(width, dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
+    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); if not ``shared`` only those
+    that are equal but for their last token, which is never run, stand in one.
+
+    The log-probabilities of the tokens from ``starts[i]`` (at least 1) on are wanted of sequence i.
+    """
+    found: list[Pack] = []
+    path: list[int] = []  # the nodes of the previous sequence in the open pack
+    for row in sorted(range(len(rows)), key=lambda row: tuple(rows[row])):
+        inputs = rows[row][:-1]
+        common = 0
+        if found:
+            ids = found[-1].ids
+            while common < min(len(inputs), len(path)) and ids[path[common]] == inputs[common]:
+                common += 1
+        again = common == len(inputs) == len(path)  # the same tokens, of which another next one is asked
+        if not (again or (shared and found and len(found[-1].ids) + len(inputs) - common <= size)):
+            found.append(Pack([], [], [], [], []))
+            common = 0
+        pack = found[-1]
+        path = path[:common]
+        for depth in range(common, len(inputs)):
+            pack.parents.append(path[-1] if path else -1)
+            path.append(len(pack.ids))
+            pack.ids.append(inputs[depth])
+            pack.depths.append(depth)
+        pack.wanted.extend(
+            (path[at - 1], rows[row][at], row, at - starts[row]) for at in range(starts[row], len(path) + 1)
+        )
+        pack.rows.append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Trees(Batch):
+    """Packs as a batch whose prompts are ``rows``: ``ids`` are the nodes, and ``mask`` says which may see which."""
+
+    mask: Float[Tensor, "batch 1 pos pos"]
+    depths: Int[Tensor, "batch pos"] = field(kw_only=True)
+    paths: tuple[tuple[int, ...], ...] = field(kw_only=True)
+    """The nodes of each prompt, first token to last, counted through the flattened batch."""
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for the model."""
+        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.depths}
+
+    def at_last(self, tensor: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "prompts *rest"]:
+        """What stands at each prompt's last token."""
+        return tensor.flatten(0, 1)[torch.tensor([path[-1] for path in self.paths], device=tensor.device)]
+
+    def only_last(self, tensor: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch pos *rest"]:
+        """All of it: several prompts of a row end, each in another place."""
+        return tensor
+
+    def places(self) -> list[tuple[int, ...]]:
+        """Where the tokens of each prompt stand in the flattened batch; what is shared stands there for each."""
+        return list(self.paths)
+
+
+def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
+    """All prompts in batches of packs; None where their stems are not to be shared (``why_no_trees``)."""
+    if len(ids) < 2 or why_no_trees(model, max(map(len, ids))):
+        return None
+    most = min(PACK, context_limit(model) or PACK)
+    more = [(*row, 0) for row in ids]  # the last token of a sequence is only predicted and never run
+    every = packs(more, [len(row) for row in ids], size=most)
+    return [[every[place] for place in group] for group in batches_for(model, [pack.ids for pack in every])]
+
+
+def as_batch(model: PreTrainedModel, batch: Sequence[Pack]) -> Trees:
+    """Packs of ``trees_for`` as one batch."""
+    width = max(len(pack.ids) for pack in batch)
+    sees = torch.from_numpy(np.stack([pack.sees(width) for pack in batch])).to(model.device)
+    closed = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
+    filled = [pack.ids + [0] * (width - len(pack.ids)) for pack in batch]
+    depths = [pack.depths + [0] * (width - len(pack.ids)) for pack in batch]
+    rows, paths = [], []
+    for place, pack in enumerate(batch):
+        for node, _, row, _ in pack.wanted:
+            path = [node]
+            while (parent := pack.parents[path[-1]]) >= 0:
+                path.append(parent)
+            rows.append(row)
+            paths.append(tuple(place * width + each for each in reversed(path)))
+    return Trees(
+        tuple(rows),
+        torch.tensor(filled, device=model.device),
+        closed.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None],
+        depths=torch.tensor(depths, device=model.device),
+        paths=tuple(paths),
+    )
+
+
+def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
+    """Why prompts of up to ``longest`` tokens are not laid into trees in this model, or None; compared once.
+
+    Architectures where a mask cannot say who sees whom (recurrent layers, biases by distance along the row, sliding
+    windows shorter than a prompt) show when a tree of such length stands beside each of its prompts alone.
+    """
+    length = -(-longest // LENGTHS) * LENGTHS
+
+    def find() -> str | None:
+        most = min(length, context_limit(model) or length)
+        stem, one, other, apart = short_rows(model, (most // 2, most - most // 2, most // 4 or 1, most // 4 or 1))
+        ids = [[*stem, *one], [*stem, *other], apart, [*stem, *one[:1]]]
+        with unhooked(model), torch.no_grad():
+            alone = [torch.tensor([row], device=model.device) for row in ids]
+
+            def plain() -> list[Tensor]:
+                return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in alone]
+
+            try:
+                batch = as_batch(model, packs([(*row, 0) for row in ids], [len(row) for row in ids], size=4 * most))
+                logs = _logs(batch.at_last(model(**batch.inputs(), use_cache=False).logits))
+            except Exception as error:  # an unknown architecture may break anywhere; each prompt is then run alone
+                return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            found = dict(zip(batch.rows, logs, strict=True))
+            return errs_more([found[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
+
+    if why_alone(model):
+        return "rows of this model must not share a batch"
+    reason: str | None = remembered(model, f"trees {length}", find)
+    return reason
+
+
+def _logs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
