@@ -128,7 +128,7 @@ def verdict(summary: Summary) -> list[str]:
 
 def _said(dose: Any) -> str:
     """``dose``, or with a start token/without one."""
-    return f"{dose:.3f}" if isinstance(dose, int | float) else "/".join(f"{each:.3f}" for each in dose)
+    return f"{dose:.3g}" if isinstance(dose, int | float) else "/".join(f"{each:.3g}" for each in dose)
 
 
 def _dose(kind: str, each: Mapping[str, Any]) -> str:
