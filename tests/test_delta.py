@@ -51,6 +51,23 @@ def test_same_delta_is_same_file(base, tmp_path):
     assert names == sorted(names)
 
 
+def test_numbers_that_are_bfloat16_take_two_bytes(base, tmp_path):
+    plain = kit.edit(base)
+    name = next(iter(plain.tensors))
+    short = torch.from_numpy(plain.tensors[name]).bfloat16().float().numpy()
+    half = Delta(plain.tensors | {name: short}, plain.metadata)
+    assert half.save(tmp_path / "half") == half.sha256
+    plain.save(tmp_path / "plain")
+    assert (tmp_path / "plain").stat().st_size - (tmp_path / "half").stat().st_size >= 2 * short.size - 16
+    with safe_open(tmp_path / "half", "pt") as file:
+        assert file.get_tensor(name).dtype == torch.bfloat16
+    opened = deltas.open_delta(tmp_path / "half")
+    for each, array in half.tensors.items():
+        assert np.array_equal(Delta.load(tmp_path / "half").tensors[each], array)
+        assert np.array_equal(opened.read(each, 3, array.size - 2), array.reshape(-1)[3:-2])
+    assert opened.sha256 == half.sha256
+
+
 def test_ten_lines_are_enough_to_read_a_delta(base, tmp_path):
     kit.edit(base).save(tmp_path / "d.safetensors")
     disk.apply(tmp_path / "d.safetensors", base, tmp_path / "out")

@@ -256,6 +256,8 @@ def test_the_whole_run_and_its_child(tiny: Any, checkpoint: Path, file: Path, tm
     delta = surgery.Delta.load(tmp_path / "run" / "delta.safetensors")
     assert delta.metadata["recipe"] == (tmp_path / "run" / "recipe.toml").read_text()
     assert delta.kind == "dense" and "model.embed_tokens.weight" in delta.tensors
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    assert summary["delta"]["bytes"] < weights + 30_000  # two bytes a number, and what is told of each tensor
     assert "held out loss" in (tmp_path / "run" / "report.html").read_text()
 
 

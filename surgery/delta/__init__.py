@@ -1,7 +1,8 @@
 """The delta file: what an edit changes, as one small safetensors file.
 
 How to read one:
- 1. It is a safetensors file; every tensor in it is fp32, and its header is written with sorted keys.
+ 1. It is a safetensors file; a tensor in it is bf16 where every number of it is one, else fp32; its header is
+    written with sorted keys.
  2. `__metadata__` has one key, "surgery": JSON with sorted keys and no timestamp, so equal deltas are equal
     files.
  3. `kind` is "dense", "lora" or "module"; `format` is 1.

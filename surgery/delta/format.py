@@ -15,7 +15,7 @@ from surgery.delta.differences import html_table, one_line
 from surgery.delta.metadata import KEY, MODULE, base_shapes, check_metadata, encode
 from surgery.errors import SurgeryError
 from surgery.files.atomic import check_destination, publish, temporary
-from surgery.files.rounding import Rounding, refuse_not_finite
+from surgery.files.rounding import STORED, Rounding, refuse_not_finite, widen
 from surgery.files.safetensors_io import Header, file_parts, open_regular, parse_json, read_exactly, read_header
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Delta:
     """The differences an edit makes, under the checkpoint's names; the file format is at the top of the
     package.
 
-    tensors: the arrays of the file, fp32. metadata: the decoded JSON of the file's "surgery" key.
+    tensors: the numbers of the file, fp32. metadata: the decoded JSON of the file's "surgery" key.
     """
 
     tensors: dict[str, np.ndarray]
@@ -74,10 +74,12 @@ class Delta:
 
     def _parts(self) -> Iterator[bytes | memoryview]:
         check_metadata(self.metadata, {name: array.shape for name, array in self.tensors.items()}, "this delta")
-        spec = {name: ("F32", array.shape) for name, array in self.tensors.items()}
+        spec = {name: (_kept(array), array.shape) for name, array in self.tensors.items()}
 
         def data(name: str) -> Iterator[bytes | memoryview]:
-            yield np.ascontiguousarray(self.tensors[name], "<f4").reshape(-1).view(np.uint8).data
+            flat = np.ascontiguousarray(self.tensors[name], "<f4").reshape(-1)
+            half = spec[name][0] == "BF16"
+            yield ((flat.view("<u4") >> 16).astype("<u2") if half else flat).view(np.uint8).data
 
         yield from file_parts(spec, {KEY: encode(self.metadata)}, data)
 
@@ -210,12 +212,23 @@ class DeltaFile:
 
     def _elements(self, name: str, start: int, stop: int) -> np.ndarray:
         entry = self.header.tensors[name]
+        kind = STORED[entry.dtype]
         fd = open_regular(self.path)
         try:
-            raw = read_exactly(fd, entry.begin + 4 * start, 4 * (stop - start), self.path)
+            raw = read_exactly(fd, entry.begin + kind.itemsize * start, kind.itemsize * (stop - start), self.path)
         finally:
             os.close(fd)
-        return np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
+        stored = np.frombuffer(raw, kind)
+        return widen(stored, "BF16") if entry.dtype == "BF16" else stored.astype(np.float32, copy=False)
+
+
+def _kept(array: np.ndarray) -> str:
+    """The dtype that a file keeps an array in: bf16 where that is exact for every number of it, else fp32."""
+    flat = np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint32)
+    for start in range(0, flat.size, 2**20):
+        if (flat[start : start + 2**20] & np.uint32(0xFFFF)).any():
+            return "F32"
+    return "BF16" if flat.size else "F32"
 
 
 def _product(left_rows: Any, right: np.ndarray, rows: int, start: int, stop: int) -> np.ndarray:
@@ -240,7 +253,7 @@ def open_delta(path: Path | str) -> DeltaFile:
         raise SurgeryError(f"{path}: a safetensors file, but no delta (no {KEY!r} in its metadata)")
     metadata = parse_json(header.metadata[KEY].encode("utf-8", "surrogatepass"), str(path))
     for name, entry in header.tensors.items():
-        if entry.dtype != "F32":
-            raise SurgeryError(f"{path}: {name!r} is {entry.dtype}; differences are stored as F32")
+        if entry.dtype not in ("F32", "BF16"):
+            raise SurgeryError(f"{path}: {name!r} is {entry.dtype}; differences are stored as F32 or BF16")
     check_metadata(metadata, {name: entry.shape for name, entry in header.tensors.items()}, str(path))
     return DeltaFile(path, header, metadata)
