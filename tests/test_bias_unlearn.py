@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import demo, state
@@ -19,6 +20,7 @@ from recipes.bias_unlearn import recipe, training
 from surgery.apply import apply
 from surgery.data import genbias
 from surgery.data.stereoset import Triples
+from surgery.delta import Delta
 from surgery.edits import self_debias
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import sentence_tokens
@@ -169,6 +171,31 @@ def test_baselines_are_settings(tiny: Any, checkpoint: Path, data: Path, tmp_pat
         "ga": {"forget": 4},
     }
     assert summary["edit"]["chunk"] == expected[method]
+    # Each does to the sentences what its name says; what was learnt of stereotypes is subtracted.
+    given = [json.loads(line) for line in (data / "stereoset" / "stereoset_train_union.jsonl").open()]
+
+    def likely() -> tuple[float, float]:
+        """The mean log-probability of stereotypes and of anti-stereotypes."""
+        stereotypes, others = (
+            np.mean([found.sum() for found in sentence_tokens(*tiny, [row[side] for row in given], scorer="bos")])
+            for side in ("stereotype", "anti-stereotype")
+        )
+        return float(stereotypes), float(others)
+
+    before = likely()
+    with Delta.load(tmp_path / "run" / "delta.safetensors").applied(
+        tiny[0], scale=-1 if method == "stereotypes" else 1
+    ):
+        after = likely()
+    stereotypes, others = after[0] - before[0], after[1] - before[1]
+    right = {
+        "cda": others > max(0, stereotypes),
+        "sft": min(stereotypes, others) > 0,
+        "stereotypes": stereotypes < min(0, others),
+        "dpo": stereotypes < others,
+        "ga": stereotypes < min(0, others),
+    }
+    assert right[method], (stereotypes, others)
 
 
 def test_self_debias_trains_nothing(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:

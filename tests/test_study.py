@@ -73,6 +73,8 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         ("untouched", 0), ("prompt", 0), ("lftf", 0), ("lftf", 1), ("back", 0), ("too deep", 1)
     }  # fmt: skip
     assert "block" in by["too deep", 1]["refused"] and not by["lftf", 1]["refused"]
+    asked = {name: by[name, 0]["scores"]["genbias.afgb.all"] for name in ("untouched", "prompt")}
+    assert asked["prompt"]["value"] != asked["untouched"]["value"] and asked["prompt"]["n"] == asked["untouched"]["n"]
     assert "perplexity" not in by["prompt", 0]["scores"] and "genbias.afgb.all" in by["prompt", 0]["scores"]
     assert by["untouched", 0]["scores"]["perplexity"]["n"] == 20
     page = (out / "study.html").read_text()

@@ -293,7 +293,9 @@ def test_in_the_scorers_unit_every_loss_is_of_means_over_tokens() -> None:
     model = nudged(frozen).to(F64)
     kept = reference(frozen.to(F64), ROWS, *KEPT)
     items = [item for item in ITEMS if item.role in ("forget", "retain", "prefer")]
-    objective = Objective({}, beta=0.3, unit="mean", prefer="margin", offsets=[number / 10 for number in range(len(ROWS))])
+    objective = Objective(
+        {}, beta=0.3, unit="mean", prefer="margin", offsets=[number / 10 for number in range(len(ROWS))]
+    )
     values, _ = batch_losses(model, model, items, ROWS, kept, objective)
     expected = []
     for item in items:
