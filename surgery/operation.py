@@ -12,7 +12,7 @@ A recipe is its settings, its own steps, and these calls:
                 return Made(trained.differences, Edit.of(trained, part="all", objective="cross-entropy"))
 
             main = op.carry_out("mine", train, lambda: measure(model, data), trains=names, steps=steps_of(...))
-            other = op.carry_out("random", ..., keep=False)      # a control: its file goes when it is measured
+            other = op.carry_out("random", ..., keep=False)      # a control: measured in memory, no file
             summary = Summary(**op.about(main), before=before, after=main.measured,
                               controls={"random": control(other, other.measured)})
             return op.finish(summary, write_report)
@@ -25,7 +25,7 @@ delta is written as soon as training ends.
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,6 @@ from surgery.delta.module import NewPart, module_delta
 from surgery.devices import peak_memory
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
-from surgery.files.copying import can_link
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
 from surgery.runs.folder import AGAIN, Folder, Run, run_folder
@@ -99,6 +98,7 @@ class Made:
 
 
 Train = Callable[[Tracking], Made]
+Then = Callable[[Made], dict[str, Any]]
 Report = Callable[[Path, dict[str, Any], str], None]  # folder, the contents of run.json, the recipe as TOML
 
 
@@ -171,15 +171,14 @@ class Operation:
         """Write the checkpoint with the delta in ``file`` applied to the folder ``saved``, over what stands there.
 
         Without an undo record: it would hold the changed part of the base again, which stands where it stood. Where
-        the folder is to be measured and removed, its files that do not change are hard links, if that can be.
+        the folder is to be measured and removed, its weights are hollow where they do not change.
         """
         return Applied(**processes.told(partial(self._apply, file, saved, undo)))
 
     def _apply(self, file: Path, saved: Path, undo: Undo) -> dict[str, Any]:
         shutil.rmtree(saved, ignore_errors=True)  # of an interrupted run
-        how: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo, "sync": self.keep_checkpoint}
-        link = not self.keep_checkpoint and can_link(self.directory, saved.parent)
-        report = disk.apply(file, self.directory, saved, link=link, **how)
+        how: Any = {"rounding": self.rounding, "seed": self.settings.seed, "undo": undo}
+        report = disk.apply(file, self.directory, saved, hollow=not self.keep_checkpoint, **how)
         return Applied(report.rounding, report.entries, report.changed, report.lost).to_dict()
 
     def carry_out(
@@ -197,34 +196,34 @@ class Operation:
 
         With ``keep`` this is the run's edit: the file is ``delta.safetensors`` and is applied to the checkpoint on
         disk, which is measured with the tensors read back from there. A control, and a module, is put onto the model
-        in memory, rounded as the checkpoint's dtype rounds it; a control's file is gone afterwards.
+        in memory, rounded as the checkpoint's dtype rounds it; a control is never a file.
 
         ``trains`` are the parameters that ``train`` changes, ``steps`` the steps that it takes. Raises ``SurgeryError``
         as ``surgery.delta.check_edit`` and the steps themselves do.
         """
-        plain = _plain(name)
-        file = self.folder.path / "delta.safetensors" if keep else self.folder.state(f"{plain}.safetensors")
-        saved = partial(self._as_saved, file, measure, undo) if keep else partial(self._in_memory, file, measure)
-        with nullcontext() if keep else self.folder.stage("control"):
-            made = self.folder.once(f"trained-{plain}", partial(self._trained, name, train, trains, steps, file))
-            found = self.folder.once(f"measured-{plain}", saved)
-            processes.wait()
-            if not keep and processes.first():
-                file.unlink(missing_ok=True)
+        plain, file = _plain(name), self.folder.path / "delta.safetensors"
+        if not keep:
+            then: Then = lambda made: self._in_memory(self.delta(made), measure)  # noqa: E731
+            with self.folder.stage("control"):
+                tried = self.folder.once(f"control-{plain}", partial(self._done, name, train, trains, steps, then))
+            return Outcome(Edit.from_dict(tried["edit"]), tried["measured"], None, Applied(**tried["applied"]))
+        then = lambda made: {"delta": processes.told(lambda: self.delta(made).record(file))}  # noqa: E731
+        made = self.folder.once(f"trained-{plain}", partial(self._done, name, train, trains, steps, then))
+        found = self.folder.once(f"measured-{plain}", partial(self._as_saved, file, measure, undo))
         return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], Applied(**found["applied"]))
 
-    def _trained(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
-        stage = self.folder.stage
-        with stage("train"), self.tracking(name, steps) as track:
-            deltas.check_edit(self.model, trains, self.directory, out=self.folder.path)
+    def _done(self, name: str, train: Train, trains: Sequence[str], steps: int, then: Then) -> dict[str, Any]:
+        with self.folder.stage("train"), self.tracking(name, steps) as track:
+            whole = self.keep_checkpoint
+            deltas.check_edit(self.model, trains, self.directory, out=self.folder.path, whole=whole)
             made = train(track)
-        with stage("write"):
-            return {"edit": made.edit.to_dict(), "delta": processes.told(lambda: self.delta(made).record(file))}
+        with self.folder.stage("write"):
+            return {"edit": made.edit.to_dict(), **then(made)}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
         saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)
         if delta.kind == "module":  # which no plain checkpoint holds
-            return self._in_memory(file, measure)
+            return self._in_memory(Delta.load(file), measure)
         with self.folder.stage("apply"):
             applied = self.apply(file, saved, undo=undo)
         with self.folder.stage("after"), tensors_of(self.model, delta, saved):
@@ -234,9 +233,9 @@ class Operation:
             shutil.rmtree(saved)
         return {"measured": measured, "applied": applied.to_dict()}
 
-    def _in_memory(self, file: Path, measure: Callable[[], Any]) -> dict[str, Any]:
+    def _in_memory(self, delta: Delta, measure: Callable[[], Any]) -> dict[str, Any]:
         rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
-        with self.folder.stage("after"), Delta.load(file).applied(self.model, **rounding):
+        with self.folder.stage("after"), delta.applied(self.model, **rounding):
             return {"measured": measure(), "applied": {"rounding": self.rounding}}
 
     def about(self, main: Outcome) -> dict[str, Any]:

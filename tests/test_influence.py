@@ -274,6 +274,31 @@ def test_only_the_answer_is_learnt() -> None:
     assert answer.tokens.tolist() == [1] and answer.scores[0, 0] != pytest.approx(whole.scores[0, 0], abs=1e-4)
 
 
+def test_only_the_masked_tokens_are_learnt() -> None:
+    from hooks.gradient_influence import Masked
+
+    model = build("llama")
+    ids = tuple(texts(1, 5, 8, 9)[0])
+    loss = lambda counted: hooks.influence(  # noqa: E731
+        model, None, [Masked(ids, counted)], hooks.influence_probe(model, None, PROBE), normalise="dot"
+    )
+    whole, one, other = loss(range(1, 8)), loss((2, 5)), loss((1, 3, 4, 6, 7))
+    assert np.allclose(7 * whole.scores, 2 * one.scores + 5 * other.scores, rtol=1e-4, atol=1e-9)
+    assert one.tokens.tolist() == [2] and not np.allclose(one.scores, whole.scores, rtol=1e-2)
+    with pytest.raises(hooks.HookError, match="none to predict"):
+        loss((0, 99))
+
+
+def test_content_tokens_are_those_of_words_that_say_something(tiny: Any) -> None:
+    _, tokenizer = tiny
+    text = "The nurse said that she was not in the ward, wasn't she?"
+    (found,) = hooks.content_tokens(tokenizer, [text])
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    front = len(found.ids) - len(spans)
+    said = "".join(text[slice(*spans[at - front])] for at in found.counted)
+    assert said.replace(" ", "") == "nursesaidsheward" + "she"
+
+
 def test_the_backward_pass_ends_below_the_lowest_layer_and_forms_no_weight_gradient() -> None:
     model = build("llama")
     probe = hooks.influence_probe(model, None, PROBE, targets=["layers.1.self_attn.v_proj"])

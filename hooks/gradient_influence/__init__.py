@@ -5,7 +5,8 @@ result = hooks.influence(model, tokenizer, training_texts, probe)
 result.top(10)  # [(place in the data, score), ...]
 """
 
-from hooks.gradient_influence.examples import Text, WithTargets
+from hooks.gradient_influence.content import Masked, content_tokens
+from hooks.gradient_influence.examples import Text, WithMask, WithTargets
 from hooks.gradient_influence.gradients import Gradient
 from hooks.gradient_influence.jobs import Job, job
 from hooks.gradient_influence.layers import Layer, Moments, adam_moments, find_layers, left_out
@@ -25,15 +26,18 @@ __all__ = [
     "Influence",
     "Job",
     "Layer",
+    "Masked",
     "Moments",
     "Probe",
     "Projected",
     "Text",
     "TokenInfluence",
+    "WithMask",
     "WithTargets",
     "adam_moments",
     "check_texts",
     "combine",
+    "content_tokens",
     "example_gradients",
     "find_layers",
     "highlighted",

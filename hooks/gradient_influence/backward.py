@@ -131,7 +131,7 @@ def _inputs_and_targets(work: Job, found: Sequence[Row], width: int) -> tuple[di
     inputs = model_inputs(work.model, {"input_ids": ids, "attention_mask": mask})
     device = inputs["input_ids"].device
     # The logits at place t - 1 predict token t.
-    at = torch.tensor([n * width + t - 1 for n, row in enumerate(found) for t in range(row.start, len(row.ids))])
+    at = torch.tensor([n * width + t - 1 for n, row in enumerate(found) for t in row.counted])
     owner = torch.tensor([n for n, row in enumerate(found) for _ in range(row.targets)])
     share = torch.tensor([1.0 / row.targets if work.loss == "mean" else 1.0 for row in found])
     at = at.to(device)

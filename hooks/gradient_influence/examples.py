@@ -26,21 +26,31 @@ class WithTargets(Protocol):
     def start(self) -> int: ...
 
 
-Text = str | Sequence[int] | WithTargets
+class WithMask(Protocol):
+    """Token ids, and the places of those whose loss counts (``hooks.content_tokens``); place 0 is never predicted."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def counted(self) -> Sequence[int]: ...
+
+
+Text = str | Sequence[int] | WithTargets | WithMask
 
 
 @dataclass(frozen=True)
 class Row:
-    """One text: its place in the data, its token ids, and the first one whose loss counts (at least 1)."""
+    """One text: its place in the data, its token ids, and the places (at least 1) of those whose loss counts."""
 
     place: int
     ids: tuple[int, ...]
-    start: int
+    counted: Sequence[int]
 
     @property
     def targets(self) -> int:
         """How many tokens have a loss."""
-        return len(self.ids) - self.start
+        return len(self.counted)
 
     @property
     def digest(self) -> bytes:
@@ -76,12 +86,15 @@ def rows(
         if isinstance(text, str):
             if tokenizer is None:
                 raise HookError(f"{what} {place} is a string and no tokenizer was given; expected token ids")
-            (ids,), start = text_tokens(tokenizer, [text]), 1
+            (ids,), counted = text_tokens(tokenizer, [text]), None
         elif isinstance(text, Sequence):
-            ids, start = tuple(int(token) for token in text), 1
+            ids, counted = tuple(int(token) for token in text), None
         else:
-            ids, start = tuple(text.ids), max(1, text.start)
-        row = Row(place, ids[:cut], start)
+            ids = tuple(text.ids)
+            counted = text.counted if hasattr(text, "counted") else range(text.start, len(ids))
+        ids = ids[:cut]
+        places = range(1, len(ids)) if counted is None else sorted(set(counted))
+        row = Row(place, ids, [at for at in places if 0 < at < len(ids)])
         if not row.ids:
             raise HookError(f"{what} {place} has no tokens: {text!r}; leave it out")
         if row.targets < 1:

@@ -19,10 +19,10 @@ from surgery.errors import SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.atomic import check_outside, publish, temporary
 from surgery.files.checkpoint_files import CheckpointFiles, chunks
-from surgery.files.copying import Copier, OnBytes, open_writable, sync_tree, write_exactly
+from surgery.files.copying import Copier, OnBytes, open_writable, outline, sync_tree, write_exactly
 from surgery.files.quantised_rows import open_target
 from surgery.files.rounding import STORED, Rounding, add
-from surgery.files.safetensors_io import read_exactly
+from surgery.files.safetensors_io import open_regular, read_exactly
 
 Undo = Literal["record", "reference", "none"]
 
@@ -81,7 +81,7 @@ def apply(
     tied: Tied | None = None,
     vocabulary: Vocabulary = "refuse",
     progress: OnBytes | None = None,
-    sync: bool = True,
+    hollow: bool = False,
 ) -> ApplyReport:
     """Write to the new folder `out` the checkpoint with scale * difference added, rounded once to each
     tensor's dtype.
@@ -102,7 +102,9 @@ def apply(
             or the reverse.
         vocabulary: "first" changes the first rows of an extended vocabulary, if the tokenizers agree on them.
         progress: called with (bytes done, bytes in all), from more than one thread but never at once.
-        sync: wait until all is on the disk; not for a result that is read once and removed.
+        hollow: of the weights write the headers and what changes, with holes for the rest (a quantised checkpoint is
+            whole all the same), and do not wait for the disk: for a result whose changed tensors are read back and
+            which is then removed.
 
     Raises:
         SurgeryError: refused or failed; then nothing was created and the source is as it was.
@@ -128,15 +130,18 @@ def apply(
             edited = sorted({edit.file for edit in plan.edits})
             links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
             total = sum((stored.path / name).stat().st_size for name in stored.files)
-            with Copier(stored.path, part, links, total, progress, sync=sync) as copier:
-                copier.copy(edited)
-                rest = [name for name in stored.files if name not in edited]
+            shells = set(stored.shards) if hollow and not stored.layers else set()
+            for name in shells:
+                outline(stored.path / name, part / name, stored.shards[name].begin)
+            with Copier(stored.path, part, links, total, progress, sync=not hollow) as copier:
+                copier.copy(name for name in edited if name not in shells)
+                rest = [name for name in stored.files if name not in {*edited, *shells}]
                 copier.start(lambda: copier.copy(rest))
                 changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
             if writer:
                 writer.finish()
             names = [*stored.files, *([record] if record else [])]
-            if sync:
+            if not hollow:
                 sync_tree(part, [name for name in names if name not in links])
             size = sum((part / name).stat().st_size for name in names)
             publish(part, out)
@@ -182,7 +187,7 @@ def _rewrite(
     changes = []
     for edit in plan.edits:
         path = folder / edit.file
-        fd = open_writable(path)
+        fd, source = open_writable(path), open_regular(stored.path / edit.file)
         try:
             if edit.layer is not None:
                 if writer:
@@ -191,15 +196,17 @@ def _rewrite(
                 name, size = edit.layer.name, edit.layer.elements
                 changes.append(TensorChange(name, edit.file, edit.layer.kind, size, *done, edit.distance))
                 continue
-            changes.append(_rewrite_tensor(delta, edit, fd, path, scale, rounding, seed, writer))
+            changes.append(_rewrite_tensor(delta, edit, source, fd, path, scale, rounding, seed, writer))
         finally:
             os.close(fd)
+            os.close(source)
     return changes
 
 
 def _rewrite_tensor(
     delta: Differences,
     edit: Edit,
+    source: int,
     fd: int,
     path: Path,
     scale: float,
@@ -215,7 +222,7 @@ def _rewrite_tensor(
         """Add to one chunk and write it: its bytes before, its numbers now, how many changed, how many were lost."""
         start, stop = at
         offset = edit.entry.begin + start * kind.itemsize
-        raw = read_exactly(fd, offset, (stop - start) * kind.itemsize, path)
+        raw = read_exactly(source, offset, (stop - start) * kind.itemsize, path)
         old = np.frombuffer(raw, kind)
         difference = delta.read(edit.sources[0], start, stop)
         for name in edit.sources[1:]:

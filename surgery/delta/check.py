@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str, *, out: Path | None = None) -> None:
+def check_edit(
+    model: "nn.Module", names: Iterable[str], checkpoint: Path | str, *, out: Path | None = None, whole: bool = True
+) -> None:
     """Refuse now what would stop the delta of an edit from being made, applied and measured when training is over.
 
     Call it before the first step; it reads the checkpoint's headers, not its weights:
@@ -27,7 +29,7 @@ def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str,
         names: the parameters that will change, as `model.named_parameters()` calls them.
         checkpoint: the directory that `surgery.delta.make` and `surgery.apply.apply` will be given.
         out: the folder that the run writes below, if the disk is to be checked too: the delta in float32 and one
-            checkpoint as saved must fit there.
+            checkpoint as saved must fit there; of that only what changes, unless it is written `whole`.
 
     Raises:
         SurgeryError: an unreadable or quantised checkpoint, a name or shape that it does not hold, weights that take no
@@ -58,7 +60,9 @@ def check_edit(model: "nn.Module", names: Iterable[str], checkpoint: Path | str,
         for target, piece in pieces.items():
             _check_tensor(stored, target, group.held[0], tuple(piece.shape))
     if out is not None:
-        _check_room(stored, sum(parameters[name].numel() for name in chosen), out)
+        size = sum((stored.path / name).stat().st_size for name in stored.files)
+        changed = sum(parameters[name].numel() for name in chosen)
+        _check_room(4 * changed + (size if whole else min(size, 4 * changed)), out)
 
 
 def _check_tensor(stored: CheckpointFiles, target: str, name: str, shape: tuple[int, ...]) -> None:
@@ -68,9 +72,8 @@ def _check_tensor(stored: CheckpointFiles, target: str, name: str, shape: tuple[
         raise SurgeryError(f"{name}: the model has {list(shape)} as {target}, {stored.path} has {list(entry.shape)}")
 
 
-def _check_room(stored: CheckpointFiles, elements: int, out: Path) -> None:
+def _check_room(needed: int, out: Path) -> None:
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    needed = 4 * elements + sum((stored.path / name).stat().st_size for name in stored.files)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SurgeryError(

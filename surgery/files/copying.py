@@ -100,16 +100,15 @@ class Copier(Beside):
         self.seen(source.stat().st_size)
 
 
-def can_link(source: Path, out: Path) -> bool:
-    """Whether the files of `source` can be hard-linked into `out`: one is, for a moment (other disk, not allowed)."""
-    file = next(path for path in source.iterdir() if path.is_file())
-    probe = out / f".{file.name}.{os.getpid()}.link"
+def outline(source: Path, target: Path, begin: int) -> None:
+    """The first `begin` bytes of a file, then a hole as long as the rest of it."""
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.link(os.path.realpath(file), probe)
-    except OSError:
-        return False
-    probe.unlink()
-    return True
+        with open(source, "rb") as file:
+            write_exactly(fd, 0, memoryview(file.read(begin)))
+        os.ftruncate(fd, source.stat().st_size)
+    finally:
+        os.close(fd)
 
 
 def copy_file(source: Path, target: Path, seen: Callable[[int], None], *, sync: bool = True) -> None:

@@ -51,6 +51,11 @@ class Header:
     metadata: dict[str, str]
     file_bytes: int
 
+    @property
+    def begin(self) -> int:
+        """Where the tensors' bytes begin."""
+        return min((entry.begin for entry in self.tensors.values()), default=self.file_bytes)
+
 
 def parse_json(raw: bytes, where: str) -> Any:
     """JSON from untrusted bytes: duplicate keys, wrong UTF-8, NaN and absurd depth are refused.
