@@ -17,7 +17,7 @@ from surgery.edits.erasure.closed_form import dama, inlp, leace, random, sentenc
 from surgery.edits.erasure.dama_values import Search, Subjects, subjects, values
 from surgery.edits.erasure.folding import written
 from surgery.errors import SurgeryError
-from surgery.metrics.suite import material, measure
+from surgery.metrics.suite import fewer, material, measure
 from surgery.modules import projection as modules
 
 
@@ -176,7 +176,7 @@ def test_subjects_end_at_their_last_token(tiny: Any) -> None:
 )
 def test_the_recipe_writes_what_was_measured(settings: Any, tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
     before = state(tiny[0])
-    ready = recipe.Settings(model=str(checkpoint), prompts=12, **settings)
+    ready = recipe.Settings(model=str(checkpoint), prompts=12, test_rows=90, **settings)
     found = recipe.run(*tiny, ready, out=tmp_path / "run").summary
     assert state(tiny[0]) == before
     assert found["verdict"][0].startswith({"leace": "LEACE", "dama": "DAMA"}[settings["method"]])
@@ -185,7 +185,7 @@ def test_the_recipe_writes_what_was_measured(settings: Any, tiny: Any, checkpoin
     delta = Delta.load(tmp_path / "run" / "delta.safetensors")
     assert delta.kind == ("module" if settings["method"] == "leace" else "dense")
     model, tokenizer = surgery.load(checkpoint, deltas=[tmp_path / "run" / "delta.safetensors"])
-    asked = material(model, tokenizer, load_prompt_set("genbias"), suites=["genbias"])
+    asked = fewer(material(model, tokenizer, load_prompt_set("genbias"), suites=["genbias"]), {"genbias": 90})
     again = measure(model, asked).scores["genbias"]["afgb"]["all"].value
     assert again == pytest.approx(gaps[1], rel=2e-2)
     if settings["method"] == "leace":
