@@ -35,7 +35,7 @@ class Wider(TorchFunctionMode):
             return tree_map(self._widen, func(*args, **kwargs))
         args, kwargs = tree_map(self._widen, (args, kwargs))
         if name in ("float", "half", "bfloat16") and isinstance(args[0], Tensor):
-            return args[0]
+            return args[0] if args[0].is_floating_point() else args[0].to(self.dtype)  # positions, as Llama takes them
         return func(*args, **kwargs)
 
     def _widen(self, value: Any) -> Any:

@@ -168,6 +168,11 @@ def test_rows_that_change_one_another_only_where_they_are_longer_run_alone_too()
     assert why_alone(shorter) is None
 
 
+def test_whole_numbers_that_are_made_float_are_as_wide_as_the_rest() -> None:
+    with Wider(torch.float64):
+        assert (torch.ones(2, 2) @ torch.tensor([[1, 2], [3, 4]]).float()).dtype == torch.float64
+
+
 def test_what_is_found_out_of_a_model_does_not_depend_on_how_exactly_a_caller_multiplies() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

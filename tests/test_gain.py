@@ -248,6 +248,8 @@ def test_bad_input_is_one_line() -> None:
         find_places(whole)
     adapted: Any = get_peft_model(whole, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)).eval()
     ranked = hooks.gain(adapted, loss, 10, retain(), config=EXACT)  # gradients go through what is quantised
-    assert all("v_proj.lora" in place.name for place in ranked.places) and (ranked.ranking("natural").scores[:2] > 0).all()
+    assert (
+        all("v_proj.lora" in place.name for place in ranked.places) and (ranked.ranking("natural").scores[:2] > 0).all()
+    )
     with pytest.raises(HookError, match="method is 'gains'; expected one of natural"):
         hooks.gain(model, loss, 10, retain(), config=EXACT).ranking("gains")

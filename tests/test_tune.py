@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from families import state
@@ -32,11 +34,11 @@ SMALL |= {"split": "profession"}
 def few_rows() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "FEW", {"own": 24})
-        patch.setattr(tuning, "SCREEN_FEW", {"own": 12})
+        patch.setattr(tuning, "SCREEN", {"own": 12})
         patch.setattr(tuning, "ROWS", 12)
         patch.setattr(tuning, "GAIN_LIMIT", 8)
         places = tuning.places_of
-        patch.setattr(tuning, "places_of", lambda *args, **how: dict(list(places(*args, **how).items())[:2]))
+        patch.setattr(tuning, "places_of", lambda *args: dict(list(places(*args).items())[:2]))
         patch.setattr(tuning, "material", partial(tuning.material, suites=("genbias", "locality")))
         yield
 
@@ -62,6 +64,7 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     out, found = whole
     finals = [row for row in found["tried"] if row["round"] == FINAL]
     assert len(finals) >= 2 and any(row["name"] == "the recipe's own" for row in found["tried"])
+    assert all(row["perplexity"] == 0 for row in finals)  # not measured here
     assert {round(row["price"] - row["left"] - OBJECTION * len(row["objections"]), 12) for row in finals} == {0}
     best = min(finals, key=lambda row: row["price"])
     text = (out / "tuned.toml").read_text()
@@ -74,7 +77,8 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     assert "(chosen)" in page and "development parts" in page
     for row in found["tried"]:  # never a test part
         assert " dev" in row["after"]["genbias"]["afgb"]["all"]["data"]
-        assert "dev part" in row["after"]["locality"]["names"]["mass"]["data"]
+        if row["round"] == FINAL:
+            assert "dev part" in row["after"]["locality"]["names"]["mass"]["data"]
 
 
 def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
@@ -101,26 +105,44 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
     assert count > 3 and all(name.startswith(FINAL) for name in done[count:])
 
 
-def test_a_rate_is_of_a_training_as_long_as_the_recipes_and_of_as_many_blocks() -> None:
+def test_fewer_blocks_take_a_larger_rate_and_the_best_places_finer_ones() -> None:
     settings = equalize.Settings(model="m")
     own = Candidate("the recipe's own", None)
-    assert own.changes(settings, 1.0) == {}
-    assert own.changes(settings, 590 / 153)["lr"] == pytest.approx(8e-4, rel=0.05)  # demo.toml, chosen by hand
-    changed = Candidate("x", (3, 4), rate=0.2, holds=2.0).changes(settings, 8.0)
-    assert changed["block"] == [3, 4] and changed["lr"] == pytest.approx(2e-4)
-    assert changed["hold_settled"] == 2 * settings.hold_settled
+    assert own.changes(settings) == {} and own.name == "the recipe's own"
+    assert Candidate("x", (3, 4), rate=0.2).changes(settings) == {"block": [3, 4], "lr": 1e-4}
     places = {"the recipe's own": (4, 5, 6, 7), "one": (2,), "half": tuple(range(16))}
     one, half = at_other_places(replace(own, rate=0.2), places, 20)
     assert (one.rate, half.rate) == pytest.approx((0.4, 0.1))
-    rates = {each.rate for each in nearby([one, half]) if each.holds == 1}
-    assert len(rates) == 4 and max(rates) == pytest.approx(0.4 * 5**0.5)
+    assert sorted(each.rate for each in nearby([one])) == pytest.approx([0.4 / 3**0.5, 0.4 * 3**0.5])
 
 
-def result(left: float) -> Tried:
-    def scores(value: float) -> dict[str, Any]:
-        return {"genbias": {"relative_gap": {"all": {"value": value}}, "afgb": {"all": {"value": value}}}}
+def result(left: float, perplexity: float = 50.0) -> Tried:
+    def scores(value: float, text: float) -> dict[str, Any]:
+        gap = {"relative_gap": {"all": {"value": value}}, "afgb": {"all": {"value": value}}}
+        return {"genbias": gap, "perplexity": {"value": text}}
 
-    return Tried("n", "screening", {}, {}, scores(1.0), scores(left))
+    return Tried("n", "screening", {}, {}, scores(1.0, 50.0), scores(left, perplexity))
+
+
+def test_each_percent_of_perplexity_is_priced_and_no_number_never_wins() -> None:
+    assert result(0.2).price == pytest.approx(0.2) == result(0.2, 50.4).price
+    assert result(0.2, 51.5).price == pytest.approx(0.2 + 3 * OBJECTION)  # three percent: an objection, and two more
+    assert result(float("nan")).price == result(0.2, float("nan")).price == float("inf")
+
+
+def test_rates_go_down_until_one_is_no_better() -> None:
+    class Round:
+        op = SimpleNamespace(model=families.build("llama"))
+
+        def try_all(self, candidates: Any) -> dict[Candidate, Tried]:
+            asked.extend((one.place, one.rate) for one in candidates)
+            return {one: result(abs(one.rate - 1 / 3) + 0.1 * (one.blocks is not None)) for one in candidates}
+
+    asked: list[tuple[str, float]] = []
+    own, other = "the recipe's own", "upper half"
+    tuning._screen(Round(), {own: (1,), other: (1, 2)})  # type: ignore[arg-type]
+    assert asked[:4] == [(own, 1.0), (own, 1 / 3), (own, 1 / 9), (other, pytest.approx(1 / 3 / 2**0.5))]
+    assert len(asked) == 8 and {place for place, _ in asked[4:]} == {own, other}
 
 
 @pytest.mark.parametrize("left, kept", [(0.34, True), (0.36, False)])
@@ -168,7 +190,7 @@ def test_streams_of_several_places_come_from_one_pass(tiny: Any) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--texts", "some"], "--texts some: expected auto, few or all"),
+        (["--texts", "some"], "--texts some: expected few or all"),
         (["--recipe", "lftf"], "has nothing that could be tuned; expected equalize"),
         (["--set", "lrr=1"], "did you mean 'lr'"),
     ],

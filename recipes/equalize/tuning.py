@@ -1,9 +1,10 @@
-"""Choosing the place, the rate and the holds of an equalising on development parts, so that nobody has to guess.
+"""Choosing the place and the rate of an equalising on development parts, so that nobody has to guess.
 
-Candidates are screened on few texts, by halves: rates where the recipe trains, places at the best of them, finer rates
-and holds at the best two places. The best two settings are then trained on the texts that a run would take, and judged
-again; so is the recipe as it is, unless the screening has it far behind. All share one measurement of the untouched
-model; those of a round share the targets and, by first block, the stream.
+Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: rates where
+the recipe trains, places at the best of them, finer rates at the best two places. The best two settings, and the recipe
+as it is unless the screening has it far behind, are then trained on the texts that a run would take, and judged on all
+that a report warns of. All share one measurement of the untouched model; those of a round share the targets and, by
+first block, the stream.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,13 +36,13 @@ from surgery.training import steps_of
 
 FEW = {"own": 250, "shapes": 1200, "each": 4, "hints": 300, "settled": 1000, "hints_each": 1, "settled_each": 3}
 """Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
-SCREEN = {"own": 100, "shapes": 600, "each": 2, "hints": 150, "settled": 200, "hints_each": 1, "settled_each": 1}
-"""Of the screening, in one epoch."""
-SCREEN_FEW = {"own": 60, "shapes": 600, "each": 1, "hints": 80, "settled": 120, "hints_each": 1, "settled_each": 1}
-"""Of the screening there."""
+SCREEN = {"own": 60, "shapes": 600, "each": 1, "hints": 80, "settled": 120, "hints_each": 1, "settled_each": 1}
+"""Of the screening, in one epoch: 17 steps of 32."""
 ALL_BY_0 = ("own", "hints", "settled")
 ROWS = 80
-"""Of each development set in that screening; perplexity is always that of the report."""
+"""Of each development set of prompts in the screening; perplexity is that of the report."""
+SCREENED = ("genbias", "perplexity")
+"""What the screening looks at. Holds have hardly a say in so few steps, so that it would warn of nearly everything."""
 
 
 @dataclass
@@ -56,20 +57,19 @@ class _Round:
     words: Sequence[int]
     measuring: Measuring
     before: Mapping[str, Any]
-    longer: float
-    """How many times as many steps the recipe itself takes."""
+    starts: Sequence[int]
+    """First blocks whose streams are wanted."""
     given: dict[int, Prepared] = field(default_factory=dict)
 
     def try_all(self, candidates: Sequence[Candidate]) -> dict[Candidate, Tried]:
         """Train and judge those that were not done before; the results of all whose training stayed finite."""
         works = {one: self._work(one) for one in candidates}
-        starts = {variant.start for _, variant in works.values()}
         found = {}
         for one, (work, variant) in works.items():
             try:
                 measured = self.op.carry_out(
                     variant.name,
-                    partial(self._train, work, variant, sorted(starts)),
+                    partial(self._train, work, variant),
                     partial(self._measure, variant),
                     trains=work.trains(variant),
                     steps=steps_of(sum(term.count for term in work.terms), work.plan(variant)),
@@ -78,13 +78,13 @@ class _Round:
             except Diverged as error:
                 self.op.note(f"{variant.name}: left out: {error}")
                 continue
-            edit, changes = measured.edit.to_dict(), one.changes(self.settings, self.longer)
+            edit, changes = measured.edit.to_dict(), one.changes(self.settings)
             found[one] = Tried(one.name, self.name, changes, edit, self.before, measured.measured)
             self.op.progress.say(f"{variant.name}: {found[one].said}")
         return found
 
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
-        settings = self.settings.model_copy(update=one.changes(self.settings, self.longer))
+        settings = self.settings.model_copy(update=one.changes(self.settings))
         words = self.prompts.words.words
         shares = check_shares(words, dataset.shares(settings.shares, words))
         terms = word_terms(settings, self.ids, self.words, shares)
@@ -94,9 +94,9 @@ class _Round:
         )
         return Work(self.op, settings, terms, self.measuring.scores, words=self.words), variant
 
-    def _train(self, work: Work, variant: Variant, starts: Sequence[int], track: Tracking) -> Any:
+    def _train(self, work: Work, variant: Variant, track: Tracking) -> Any:
         if variant.start not in self.given:
-            missing = [start for start in starts if start not in self.given]
+            missing = sorted({variant.start, *self.starts} - self.given.keys())
             total = sum(len(term.ids) for term in work.terms)
             with self.op.progress.work(f"targets of {self.name}", total) as step:
                 self.given |= prepare_each(self.op.model, work.terms, missing, step=step)
@@ -110,7 +110,7 @@ class _Round:
 def tune(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, few: bool, **where: Unpack[Where]
 ) -> Tuned:
-    """Try places, rates and holds; leave the winning recipe, a page and all numbers in the folder ``out``.
+    """Try places and rates; leave the winning recipe, a page and all numbers in the folder ``out``.
 
     ``few``: finalists take few texts, too (``FEW``), unless ``settings`` name fewer; without it those of ``settings``.
     ``model`` stays as it was. Raises ``SurgeryError`` as ``recipes.equalize.run``, and where no training stays finite.
@@ -131,34 +131,36 @@ def tune(
         if settings.block == "auto":
             settings = settings.model_copy(update={"block": [ranking["order"][0]]})
         whole = settings.model_copy(update=_fewer(settings, FEW) | {"matmul": "medium"}) if few else settings
-        screen = whole.model_copy(update=_fewer(settings, SCREEN_FEW if few else SCREEN) | {"epochs": 1})
-        places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"], everywhere=not few)
+        screen = whole.model_copy(update=_fewer(settings, SCREEN) | {"epochs": 1})
+        places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"])
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
-        full = _steps(settings, _texts(prompts, settings))
 
-        def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any]) -> _Round:
-            texts = _texts(prompts, own)
+        def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any], keep: list[int]) -> _Round:
+            texts = texts_of(prompts, own, "pairs" if own.split == "pairs" else "profession")
             ids = {kind: encode(tokenizer, lines) for kind, lines in texts.items() if lines}
-            measuring = Measuring(model, judged, dict(others), words, op.progress, keep=starts)
+            measuring = Measuring(model, judged, dict(others), words, op.progress, keep=keep)
             before = op.once(f"before-{name}", measuring.before)
             measuring.take_up(before)
-            scores, longer = without_samples(before["scores"]), full / _steps(own, texts)
-            return _Round(op, name, own, prompts, ids, words, measuring, scores, longer)
+            return _Round(op, name, own, prompts, ids, words, measuring, without_samples(before["scores"]), keep)
 
         near = {kind: _head(*rows) for kind, rows in far.items() if kind == "unseen templates"}
-        near = near if few else {kind: far[kind] for kind in near}
-        tried = _screen(a_round("screening", screen, _some(asked, ROWS) if few else asked, near), places)
-        second = a_round("final", whole, asked, far)
-        finals = second.try_all(_finalists(tried))
+        tried = _screen(a_round("screening", screen, _some(asked, ROWS), near, starts), places)
+        chosen = _finalists(tried)
+        begin = sorted({one.blocks[0] if one.blocks else places.get(OWN, (0,))[0] for one in chosen} - {0})
+        finals = a_round("final", whole, asked, far, begin).try_all(chosen)
         if not finals:
             raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
         return finish(op.folder.path, op.out, "equalize", whole, [*tried.values(), *finals.values()], ranking)
 
 
 def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
-    """Rates where the recipe trains; places at the best of them; finer rates and holds at the best two."""
+    """Rates where the recipe trains, down to the first that is no better; places at the best; finer at the best two."""
     count = len(anatomy.find(first.op.model).blocks)
-    tried = first.try_all([Candidate(OWN, None, rate) for rate in RATES])
+    tried: dict[Candidate, Tried] = {}
+    for rate in RATES:
+        tried |= first.try_all([one := Candidate(OWN, None, rate)])
+        if one in tried and _best(tried)[0] != one:
+            break
     if not tried:
         raise SurgeryError("tune: no training stayed finite at any rate; lower lr (--set lr=...), or use float32")
     tried |= first.try_all(at_other_places(_best(tried)[0], places, count))
@@ -180,15 +182,6 @@ def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
     return list(dict.fromkeys(chosen))
 
 
-def _texts(prompts: PromptSet, settings: Settings) -> dict[str, list[str]]:
-    return texts_of(prompts, settings, "pairs" if settings.split == "pairs" else "profession")
-
-
-def _steps(settings: Settings, texts: Mapping[str, Sequence[str]]) -> int:
-    """Of a training on ``texts``; ``own`` are among the words'."""
-    return steps_of(sum(len(lines) for kind, lines in texts.items() if kind != "own"), settings.plan())
-
-
 def _ranking(
     op: Operation, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, settings: Settings
 ) -> dict[str, Any]:
@@ -205,18 +198,10 @@ def _fewer(settings: Settings, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _some(asked: Material, rows: int) -> Material:
-    """About ``rows`` of each suite, evenly spread; the texts of perplexity whole."""
-
-    def part(found: Any) -> Any:
-        return found[:: max(1, len(found) // rows)]
-
-    return replace(
-        asked,
-        ids={name: ids if name.startswith("perplexity") else part(ids) for name, ids in asked.ids.items()},
-        prompts=part(asked.prompts),
-        hints=part(asked.hints),
-        settled={name: part(found) for name, found in asked.settled.items()},
-    )
+    """About ``rows`` of the prompts, evenly spread, and the texts of perplexity whole; nothing else."""
+    step = max(1, len(asked.prompts) // rows)
+    ids = {name: asked.ids[name][:: step if name == "genbias" else 1] for name in SCREENED if name in asked.ids}
+    return replace(asked, ids=ids, prompts=asked.prompts[::step])
 
 
 def _head(rows: Sequence[Any], ids: Sequence[Any]) -> tuple[Any, Any]:

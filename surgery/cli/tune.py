@@ -30,17 +30,17 @@ def tune(
         str,
         typer.Option(
             "--texts",
-            help="What finalists train on: all, as a run does; few, some minutes on a CPU; auto: few without an "
-            "accelerator.",
+            help="What finalists, and then the tuned recipe, train on: few, the amounts of recipes/demo.toml; all, "
+            "the recipe's own.",
         ),
-    ] = "auto",
+    ] = "few",
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted tuning in --out.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Try places, rates and holds on development parts, and write the best setting as a recipe with the reason.
+    """Try places and rates on development parts, and write the best setting as a recipe with the reason.
 
     Bias, cost and locality of each setting stand on the page that it leaves. No test part is looked at: the recipe's
     run measures that.
@@ -49,8 +49,8 @@ def tune(
     from surgery.runs.folder import check_free
     from surgery.runs.settings import build
 
-    if texts not in ("auto", "few", "all"):
-        raise SurgeryError(f"--texts {texts}: expected auto, few or all")
+    if texts not in ("few", "all"):
+        raise SurgeryError(f"--texts {texts}: expected few or all")
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     if "tune" not in dir(module):
         raise SurgeryError(f"--recipe {recipe}: has nothing that could be tuned; expected equalize or a file of it")
@@ -60,10 +60,9 @@ def tune(
     check_free(folder, resume=resume)
     check_opening(ready.model, device)
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
-    few = opened.device.type == "cpu" if texts == "auto" else texts == "few"
-    again = f"surgery tune {model} --recipe {{recipe}} --out {{out}} --resume --texts {'few' if few else 'all'}"
+    again = f"surgery tune {model} --recipe {{recipe}} --out {{out}} --resume --texts {texts}"
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "again": again}
-    found = module.tune(opened, tokenizer, ready, few=few, **where)
+    found = module.tune(opened, tokenizer, ready, few=texts == "few", **where)
     for line in found.lines:
         print(line)
     print(found.folder / "report.html")

@@ -68,9 +68,18 @@ class Tried:
         return found
 
     @property
+    def dearer(self) -> float:
+        """By how much the perplexity rose beyond ``TOLERANCE``, in multiples of it; not a number where it is none."""
+        return 0.0 if self.perplexity <= TOLERANCE else self.perplexity / TOLERANCE - 1
+
+    @property
     def price(self) -> float:
-        """What is left of the bias, and ``OBJECTION`` for each objection; the smallest wins, and no number never."""
-        return math.inf if math.isnan(self.left) else self.left + OBJECTION * len(self.objections)
+        """What is left of the bias, and ``OBJECTION`` for each objection and for each further percent of perplexity.
+
+        The smallest wins; what cannot be compared never does.
+        """
+        found = self.left + OBJECTION * (len(self.objections) + self.dearer)
+        return found if math.isfinite(found) else math.inf
 
     @property
     def said(self) -> str:
@@ -132,8 +141,8 @@ def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
     for one in finals[1:]:
         lines.append(f"Not {one.name} ({edited(one.edit)}): {one.said}.")
     lines.append(
-        f"Least wins: the share left and {OBJECTION:g} for each objection. One seed; intervals of single numbers "
-        "are on the page."
+        f"Least wins: the share left, and {OBJECTION:g} for each objection and each further percent of perplexity. "
+        "One seed; intervals of single numbers are on the page."
     )
     return lines
 
