@@ -67,6 +67,7 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
     code, stdout, stderr = surgery(*words)
     assert code == 0, stderr
     assert stdout.strip() == str(out / "study.html")
+    assert stderr.count("rank the blocks") == 1, "the runs of a study share what is known of the untouched model"
     found = json.loads((out / "study.json").read_text())
     by = {(one["method"], one["seed"]): one for one in found["cells"]}
     assert set(by) == {

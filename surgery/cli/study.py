@@ -83,7 +83,9 @@ def study(
         if (cell.folder / "run").exists():
             refuse_other_settings(cell.folder / "run", settings)
             return
-        modules[cell.method.name].run(*opened, settings, out=cell.folder / "run", resume=resume, progress=progress)
+        model, tokenizer, shared = opened
+        where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
+        modules[cell.method.name].run(model, tokenizer, settings, **where)
 
     place = out or Path("runs") / file.stem
     print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))

@@ -20,13 +20,15 @@ from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges
 from surgery.progress import Progress
 from surgery.runs.settings import Settings, dump
+from surgery.runs.sharing import Shared
 from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
 from surgery.study.report import write_report
 from surgery.study.settings import Method, Study
 from surgery.study.streams import Streams, first_edited
 
-Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase, Shared]
+"""A model, and what the runs on it share."""
 
 
 RunRecipe = Callable[[Cell, Opened, bool], object]
@@ -96,10 +98,10 @@ def _one(
     progress.say(label)
     if cell.model not in opened:
         opened.clear()  # one model at a time
-        opened[cell.model] = load(cell.model, dtype=study.dtype, device=device), Streams()
-    (model, tokenizer), streams = opened[cell.model]
+        opened[cell.model] = (*load(cell.model, dtype=study.dtype, device=device), Shared()), Streams()
+    (model, tokenizer, shared), streams = opened[cell.model]
     try:
-        with _edited(cell, (model, tokenizer), run) as first:
+        with _edited(cell, (model, tokenizer, shared), run) as first:
             details: dict[str, Any] = {}
             given: Any = {"details": details, "streams": streams, "first": first, "progress": progress}
             scores = judge(model, tokenizer, judges, cell.method, **given)
@@ -126,7 +128,7 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[int]:
     if method.absent:
         raise SurgeryError(method.absent)
     if method.decoding:
-        with counterfactual(*opened):
+        with counterfactual(*opened[:2]):
             yield 0
         return
     file = Path(method.delta)

@@ -66,8 +66,11 @@ def recommend(found: Sequence[Row], study: Study, commands: Mapping[str, str] | 
             lines += _none(found, untouched, study)
         else:
             lines += _shipped(found, row, untouched, study, (commands or {}).get(row.model, ""))
+    once = list(dict.fromkeys(r.name for r in found if r.method and r.method.recipe and len(r.cells) == 1))
     if len(study.seeds) == 1:
         lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
+    elif once:
+        lines.append(f"Warning: one seed: {', '.join(once)}; how these vary from seed to seed is not known.")
     return lines
 
 
