@@ -157,6 +157,8 @@ def tables(cases: Sequence[Case]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():
+        if all(case.score(name) is None for case in unseen):
+            continue
         few, every = judge(name, unseen), judge(name, cases)
         star = "" if every.cases == len(cases) else f" ({every.cases} cases)"
         lines.append(
