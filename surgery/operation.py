@@ -135,16 +135,20 @@ class Operation:
             return self.folder.once(name, partial(self.shared.once, name, of, compute) if of else compute)
 
     def located(
-        self, tokenizer: PreTrainedTokenizerBase, objective: Objective, count: int, *, of: Any = None
+        self, tokenizer: PreTrainedTokenizerBase, objective: Objective, count: int, *, of: Any = None, **part: Any
     ) -> dict[str, Any]:
-        """What ``block = "auto"`` stands for, by ``surgery.locate.gain.auto_block``; ``of``: what ``objective`` is of."""
-        from surgery.locate.gain import GAIN_LIMIT, RETAIN, auto_block
+        """What ``block = "auto"`` stands for, by ``surgery.locate.gain.auto_block``; ``of``: what ``objective`` is of.
+
+        ``part``: the ``size`` and ``blocks`` of ``auto_part``, where matrices are to be named instead.
+        """
+        from surgery.locate.gain import GAIN_LIMIT, RETAIN, auto_block, auto_part
 
         def find() -> dict[str, Any]:
             with self.progress.work("locate by gain", min(count, GAIN_LIMIT) + RETAIN) as step:
-                return auto_block(self.model, tokenizer, objective, count, seed=self.settings.seed, step=step)
+                given: Any = {"seed": self.settings.seed, "step": step, **part}
+                return (auto_part if part else auto_block)(self.model, tokenizer, objective, count, **given)
 
-        found: dict[str, Any] = self.once("located", find, of=of and (of, self.settings.seed))
+        found: dict[str, Any] = self.once("located", find, of=of and (of, self.settings.seed, part))
         self.note(found["said"])
         return found
 

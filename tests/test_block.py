@@ -55,6 +55,7 @@ def test_parts_of_a_block(family: str) -> None:
     assert set(names_of(model, [1], "without_mlp")) == whole - mlp
     matrices = set(names_of(model, [1], "matrices"))
     assert matrices == {name for name in whole if model.get_parameter(name).ndim > 1} != whole
+    assert set(names_of(model, [1], "vectors")) == whole - matrices
     assert matrices < set(names_of(model, None, "matrices")) and attention < set(names_of(model, None, "attention"))
     assert not set(names_of(model, None, "attention")) & mlp
     assert not whole & set(names_of(model, [0]))

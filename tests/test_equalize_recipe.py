@@ -138,9 +138,23 @@ def test_factors_and_three_words(checkpoint: Path, tmp_path: Path) -> None:
     assert summary["shares"] == [0.4, 0.4, 0.2]
 
 
+def test_named_matrices_train_beside_as_many_random_ones(checkpoint: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"block_part": "auto", "part_size": 4000, "controls": ["random"], "split": "pairs"}
+    assert equalize.Settings(**given).lr == 1e-3
+    summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, **given)
+    edit, random = summary["edit"], summary["controls"]["random"]["edit"]
+    names = edit["located"]["names"]
+    delta = surgery.Delta.load(tmp_path / "run" / "delta.safetensors")
+    assert set(delta.shapes) == set(names) and all(name.split(".")[2] in "23" for name in names)
+    assert 2000 < edit["parameters"] <= 4000 and 2000 < random["parameters"] <= 4000
+    assert edit["blocks"] == sorted({int(name.split(".")[2]) for name in names})
+    assert "with the most natural gain for each number" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"block_part": "auto", "part_size": 100}, "part_size: got 100, less than the smallest matrix .*1,024 numbers"),
         ({"shares": [0.5, 0.6]}, "shares: got .0.5, 0.6. .sum 1.1. for 2 words"),
         ({"words": ["he", "she or"]}, "word 'she or'.*surgery eval --words-as continuations"),
         ({"words_as": "continuations"}, "words_as: got continuations, which are measured and not trained"),

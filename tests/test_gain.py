@@ -18,6 +18,7 @@ from hooks.natural_gain import GainConfig, Objective, find_places
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import losses_of, prepare, words_term
 from surgery.errors import SurgeryError
+from surgery.locate.gain import auto_part, fitting, rank_by_gain
 from surgery.locate.objectives import pairs_objective, term_objective, words_objective
 from tests import families
 
@@ -177,6 +178,23 @@ def test_objectives_start_as_their_trainings_do(tiny: Any) -> None:
         pairs_objective(model, tokenizer, pairs, "log")
     with pytest.raises(SurgeryError, match="objective: got 'dpo', expected equalize or log"):
         words_objective(model, ids, [10, 11], "dpo")
+
+
+def test_named_matrices_have_the_most_gain_for_each_number(tiny: Any) -> None:
+    model, tokenizer = tiny
+    loss = term_objective(model, words_term(examples(12).tolist(), [10, 11]))
+    found = rank_by_gain(model, tokenizer, loss, 12)
+    ranking = found.ranking("natural", "matrix")
+    assert ranking.names is not None
+    scores = dict(zip(ranking.names, ranking.scores, strict=True))
+    per = {n: s / model.get_parameter(n).numel() for n, s in scores.items() if model.get_parameter(n).ndim > 1}
+    best, second = sorted(per, key=lambda name: -per[name])[:2]
+    size = model.get_parameter(best).numel() + model.get_parameter(second).numel()
+    named = auto_part(model, tokenizer, loss, 12, size=size)
+    assert named["names"] == [best, second] and best in named["said"]
+    others = {place.block for place in found.places} - {int(best.split(".")[2])}
+    assert best not in auto_part(model, tokenizer, loss, 12, size=size, blocks=sorted(others))["names"]
+    assert fitting(["a", "b", "c"], {"a": 5, "b": 4, "c": 2}, 8) == ["a", "c"]
 
 
 def test_scores_of_known_products() -> None:

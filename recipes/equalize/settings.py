@@ -48,7 +48,13 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     block: str | int | list[int] = "upper"
     """upper (two thirds of the depth to a fifteenth below the end), auto (one, by the gain), all, last, middle,
     first, random, numbers, or blocks (all of them and nothing else, which is what pairs train)."""
-    block_part: Literal["all", "matrices", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    block_part: Literal[
+        "all", "auto", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp"
+    ] = "all"
+    """auto: of all matrices of the chosen blocks (of every block where block is auto), those with the most natural gain
+    for each number, together ``part_size`` numbers; they bear a higher rate, 1e-3 where nothing is said."""
+    part_size: int = Field(500_000, ge=1)
+    """Of block_part = auto: 1 MB in 16 bits."""
     method: Literal["dense", "lora"] = "dense"
     rank: shared.Count = 16
     alpha: shared.Positive = 32.0
@@ -101,9 +107,11 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
 
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What pairs change: all blocks train, longer and at a lower rate, and LFTF has nothing to learn from."""
+        """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
         changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": [], "samples": 800}
-        return changed if values.get("pairs") else {}
+        if values.get("pairs"):
+            return changed
+        return {"lr": 1e-3} if values.get("block_part") == "auto" else {}
 
     def check(self) -> None:
         """Also the controls' names, and that the words are of a form that can be trained."""

@@ -117,6 +117,8 @@ def tune(
     """
     settings.check()
     pairs.refuse_other_form(settings)
+    if settings.block_part == "auto":
+        raise SurgeryError("tune: block_part = auto names its matrices in a run; name another part, or none, here")
     if settings.pairs:
         raise SurgeryError(
             "tune: pairs choose their own doses (dose = auto); run equalize with them, or leave pairs out"

@@ -17,6 +17,7 @@ from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
+from surgery.locate.gain import fitting
 from surgery.locate.objectives import term_objective
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
@@ -35,8 +36,10 @@ class Variant:
     name: str
     blocks: tuple[int, ...] | None
     part: str = "all"
+    names: tuple[str, ...] = ()
+    """The parameters that train, where they are named one by one."""
     located: Mapping[str, Any] | None = None
-    """Of the edit itself, where block is auto: how it was found."""
+    """Of the edit itself, where block or block_part is auto: how it was found."""
 
     @property
     def start(self) -> int:
@@ -83,10 +86,15 @@ class Work:
     """What is learnt is multiplied by it."""
 
     def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
-        """``main`` at the block that auto stands for, by the gain of ``term``; as it is where the settings say more."""
-        if self.settings.block != "auto":
+        """``main`` where auto stands for, by the gain of ``term``; as it is where the settings say more."""
+        anywhere, part = self.settings.block == "auto", self.settings.block_part == "auto"
+        if not (anywhere or part):
             return main
-        found = self.op.located(tokenizer, term_objective(self.op.model, term), term.count, of=self._of(term))
+        given: Any = {"size": self.settings.part_size, "blocks": None if anywhere else main.blocks} if part else {}
+        objective = term_objective(self.op.model, term)
+        found = self.op.located(tokenizer, objective, term.count, of=self._of(term), **given)
+        if part:
+            return replace(main, blocks=tuple(found["blocks"]), names=tuple(found["names"]), located=found)
         return replace(main, blocks=(found["block"],), located=found)
 
     def control(self, name: str, main: Variant) -> Variant:
@@ -94,12 +102,24 @@ class Work:
         count = len(anatomy.find(self.op.model).blocks)
         if name == "lftf":
             return Variant(name, (count - 1,))
+        if name == "random" and main.names:
+            return self._random_matrices(main)
         if name == "random" and main.blocks:
             free = [block for block in range(count) if block not in main.blocks] or list(range(count))
             size = min(len(main.blocks), len(free))
             drawn = np.random.default_rng(self.settings.seed).choice(free, size=size, replace=False)
             return Variant(name, tuple(sorted(int(block) for block in drawn)), main.part)
-        return Variant(name, main.blocks, main.part)
+        return replace(main, name=name, located=None)
+
+    def _random_matrices(self, main: Variant) -> Variant:
+        """As many numbers in other matrices of any block."""
+        blocks = anatomy.find(self.op.model).blocks
+        sizes = {name: self.op.model.get_parameter(name).numel() for name in names_of(self.op.model, None, "matrices")}
+        owners = {n: at for at, block in enumerate(blocks) for n in sizes if n.startswith(block.name + ".")}
+        free = [name for name in owners if name not in main.names] or list(owners)
+        order = np.random.default_rng(self.settings.seed).permutation(len(free))
+        names = fitting([free[at] for at in order], sizes, self.settings.part_size)
+        return Variant("random", tuple(sorted({owners[name] for name in names})), main.part, tuple(names))
 
     def carry_out(self, variant: Variant, *, keep: bool) -> Outcome:
         """Train a variant and measure it; ``keep`` for the run's own edit."""
@@ -130,7 +150,7 @@ class Work:
         return self.terms[: 1 if variant.name == "no_hold" else None]
 
     def _names(self, variant: Variant) -> list[str]:
-        return names_of(self.op.model, variant.blocks, variant.part)
+        return list(variant.names) or names_of(self.op.model, variant.blocks, variant.part)
 
     def _lora(self, variant: Variant) -> Lora | None:
         if self.settings.method == "dense" or variant.name == "lftf":
@@ -160,7 +180,7 @@ class Work:
     def train(self, variant: Variant, given: Prepared, track: Tracking) -> Made:
         """Train a variant on the terms of ``given``."""
         lora = self._lora(variant)
-        place: Any = {"blocks": variant.blocks, "part": variant.part, "lora": lora, "given": given}
+        place: Any = {"blocks": variant.blocks, "names": self._names(variant), "lora": lora, "given": given}
         plan, seed = self.plan(variant), self.settings.seed
         with matrix_products(self.settings.matmul):
             trained = equalize(self.op.model, given.terms, plan, seed=seed, **place, **track)

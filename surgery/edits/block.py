@@ -23,7 +23,7 @@ from surgery.moved import Moved
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
-PARTS = ("all", "matrices", "attention", "mlp", "without_attention", "without_mlp")
+PARTS = ("all", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
     """Parameter names of ``part`` of ``blocks``; for None of the whole model, embedding and last norm among them.
 
     ``part``: all, only attention or mlp, or (LFTF Table 8) without_attention, without_mlp: norms stay trained there.
-    matrices: norms and biases are frozen, so that an adapter can hold the whole edit.
+    matrices: norms and biases are frozen, so that an adapter can hold the whole edit; vectors: they alone train.
 
     A parameter that several blocks share (Zamba's attention) is named once, and only where all of them are chosen.
 
@@ -112,6 +112,7 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
         chosen += {
             "all": whole,
             "matrices": [name for name in whole if model.get_parameter(name).ndim > 1],
+            "vectors": [name for name in whole if model.get_parameter(name).ndim == 1],
             "attention": attention,
             "mlp": mlp,
             "without_attention": [name for name in whole if name not in attention],

@@ -1,6 +1,6 @@
 """Rank the blocks by the natural gain of an objective of the project, and what ``block = "auto"`` takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from surgery.data.genbias import Prompt
 from surgery.data.pairs import Pair
 from surgery.data.prompts import PromptSet
 from surgery.data.rows import sample
+from surgery.errors import SurgeryError
 from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.objectives import pairs_objective, words_objective
@@ -149,17 +150,80 @@ def auto_block(
     At most ``GAIN_LIMIT`` of the ``count`` examples are measured, drawn by ``seed``. Raises ``HookError`` where the
     model has no gradient to rank by, such as with quantised weights.
     """
+    found = _of_some(model, tokenizer, objective, count, seed, step)
+    ranking = auto_ranking(found)
+    first = ranking.top(3)
+    said = (
+        f"Block {first[0]} was chosen of 0 to {len(ranking.scores) - 1}: its number and its place by the natural gain, "
+        f"over {found.count} training examples against {found.settings['retain']} neutral sentences, add up to the "
+        f"most; next are {first[1:]}. docs/which_block.md says how far such a choice can be trusted."
+    )
+    return {"block": first[0], "said": said, "ranking": ranking.to_dict()}
+
+
+def auto_part(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    count: int,
+    *,
+    size: int,
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
+    step: Advance | None = None,
+) -> dict[str, Any]:
+    """What ``block_part = "auto"`` stands for: the ``names`` of matrices, their ``blocks``, and why (``said``).
+
+    They are taken from the most natural gain for each number down, as long as they fit into ``size`` numbers together.
+    ``blocks``: of these alone. Raises ``SurgeryError`` where not one fits, and as ``auto_block``.
+    """
+    found = _of_some(model, tokenizer, objective, count, seed, step)
+    inside = set(blocks if blocks is not None else [place.block for place in found.places])
+    ranking = found.ranking("natural", "matrix")
+    sizes = {place.name: int(size) for place, size in zip(found.places, found.sizes, strict=True)}
+    owners = {place.name: place.block for place in found.places}
+    gains = {
+        name: float(score) / sizes[name]
+        for name, score in zip(ranking.names or (), ranking.scores, strict=True)
+        if owners[name] in inside and model.get_parameter(name).ndim > 1
+    }
+    chosen = fitting(sorted(gains, key=lambda name: -gains[name]), sizes, size)
+    if not chosen:
+        raise SurgeryError(
+            f"part_size: got {size:,}, less than the smallest matrix of the chosen blocks has "
+            f"({min(sizes[name] for name in gains):,} numbers); give at least that"
+        )
+    total = sum(int(sizes[name]) for name in chosen)
+    said = (
+        f"{len(chosen)} of {len(gains)} matrices were chosen ({total:,} numbers), those with the most natural gain for "
+        f"each number, over {found.count} training examples against {found.settings['retain']} neutral sentences: "
+        f"{', '.join(chosen[:6])}{', ...' if len(chosen) > 6 else ''}."
+    )
+    return {"names": chosen, "blocks": sorted({owners[name] for name in chosen}), "said": said}
+
+
+def fitting(names: Iterable[str], sizes: Mapping[str, int], size: int) -> list[str]:
+    """Of ``names``, in their order, those that fit into what the ones before leave of ``size`` numbers."""
+    chosen: list[str] = []
+    for name in names:
+        if sizes[name] <= size:
+            chosen.append(name)
+            size -= int(sizes[name])
+    return chosen
+
+
+def _of_some(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    count: int,
+    seed: int,
+    step: Advance | None,
+) -> Gain:
+    """The gain over ``GAIN_LIMIT`` of the examples."""
     drawn = sample(range(count), GAIN_LIMIT, seed)
 
     def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
         return objective(module, [drawn[row] for row in rows])
 
-    found = rank_by_gain(model, tokenizer, losses, len(drawn), seed=seed, step=step)
-    ranking = auto_ranking(found)
-    first = ranking.top(3)
-    said = (
-        f"Block {first[0]} was chosen of 0 to {len(ranking.scores) - 1}: its number and its place by the natural gain, "
-        f"over {len(drawn)} training examples against {found.settings['retain']} neutral sentences, add up to the "
-        f"most; next are {first[1:]}. docs/which_block.md says how far such a choice can be trusted."
-    )
-    return {"block": first[0], "said": said, "ranking": ranking.to_dict()}
+    return rank_by_gain(model, tokenizer, losses, len(drawn), seed=seed, step=step)

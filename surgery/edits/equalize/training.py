@@ -216,6 +216,7 @@ def equalize(
     *,
     blocks: Sequence[int] | None = None,
     part: str = "all",
+    names: Sequence[str] = (),
     lora: Lora | None = None,
     seed: int,
     given: Prepared | None = None,
@@ -225,13 +226,15 @@ def equalize(
 ) -> Trained:
     """Train ``part`` of ``blocks`` (None: all of the model), or LoRA factors there, on the weighted ``terms``.
 
+    ``names``: these parameters, which lie in ``blocks``, instead of a part.
+
     ``given`` are the targets of the same terms from ``prepare``, made here otherwise. An epoch goes through every
     example of every term in one shuffled order; the loss of a step is the mean of weight * loss over its examples.
     ``differences`` are the parameters' own or, with ``lora``, factors as ``surgery.edits.supervised.fit`` gives them.
     The model is left as it was. Raises ``SurgeryError`` as ``names_of``, ``prepare`` and ``train`` do.
     """
     chosen = given or prepare(model, terms, start=min(blocks) if blocks else 0)
-    names = names_of(model, blocks, part)
+    names = list(names) or names_of(model, blocks, part)
     examples = chosen.examples()
     weights = torch.tensor([chosen.terms[term].weight for term, _ in examples], device=model.device)
 
