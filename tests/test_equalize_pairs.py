@@ -292,6 +292,8 @@ def test_texts_of_like_length_go_through_the_model_together(tiny: Any) -> None:
     given = prepare(model, [hold_term("texts", texts, positions="all")])
     groups = passes(given.terms, [(0, number) for number in range(6)], "cpu")
     assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6], [7], [28, 30]]
+    elsewhere = passes(given.terms, [(0, number) for number in range(6)], "cuda")
+    assert [[len(texts[number]) for number in group] for group in elsewhere] == [[4, 5, 6, 7], [28, 30]]
 
 
 def test_prompts_are_padded_only_where_a_pass_of_their_own_costs_more(tiny: Any) -> None:
