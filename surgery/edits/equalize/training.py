@@ -176,24 +176,23 @@ def losses_of(
     found: list[Tensor] = []
     order: list[int] = []  # the places of ``chosen`` that the values in ``found`` belong to
     for members in passes(given.terms, chosen, model.device.type):
+        ordered = sorted(members.items(), key=lambda member: member[1][0])  # a term's logits are one piece, not copied
         sequences = [
             (term, example * given.terms[term].size + part)
-            for term, example in members.values()
+            for _, (term, example) in ordered
             for part in range(given.terms[term].size)
         ]
         logits = _logits(model, module, given, sequences)
         by_term: dict[int, list[int]] = {}
-        spans: dict[int, list[Tensor]] = {}
-        # Split, since the gradient of every slice would be as large as all logits together.
-        widths = [len(given.terms[term].places[row]) for term, row in sequences]
-        for (term, row), piece in zip(sequences, logits.split(widths), strict=True):
+        for term, row in sequences:
             by_term.setdefault(term, []).append(row)
-            spans.setdefault(term, []).append(piece)
-        for term, rows in by_term.items():
+        widths = [sum(len(given.terms[term].places[row]) for row in rows) for term, rows in by_term.items()]
+        # Split, since the gradient of every slice would be as large as all logits together.
+        for (term, rows), piece in zip(by_term.items(), logits.split(widths), strict=True):
             kept = [given.targets[given.first[term] + row] for row in rows]
             target = tuple(torch.cat(pieces) for pieces in zip(*kept, strict=True))
-            found.append(given.terms[term].loss(torch.cat(spans[term]), target, rows))
-            order += [place for place, (number, _) in members.items() if number == term]
+            found.append(given.terms[term].loss(piece, target, rows))
+            order += [place for place, (number, _) in ordered if number == term]
     back = torch.tensor(order, device=model.device).argsort()
     return torch.cat(found)[back]
 
