@@ -1,5 +1,7 @@
 """The shortcuts give what the plain forward pass gives, in every family, and leave nothing behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, build, state
@@ -8,6 +10,7 @@ from surgery.edits.block import fine_tune
 from surgery.errors import SurgeryError
 from surgery.forward.batching import by_length, pad
 from surgery.forward.next_token import next_words, token_losses
+from surgery.forward.precision import matrix_products
 from surgery.forward.residual_cache import shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
 from surgery.forward.trees import as_batch, trees_for, why_no_trees
@@ -98,6 +101,10 @@ def test_dropout_and_broken_architectures_fall_back_with_the_reason() -> None:
     model.eval()
     wrong = type(prefix)(1, prefix.ids, prefix.flat * 2)
     assert "differ" in str(why_not(model, wrong))
+    with matrix_products("medium"):  # its products' rounding is no other computation
+        near = replace(prefix, flat=prefix.flat * (1 + 2e-3 * torch.randn_like(prefix.flat)))
+        assert why_not(model, near) is None
+    assert "differ" in str(why_not(model, near))
 
 
 def test_an_exception_inside_leaves_the_model_as_it_was() -> None:

@@ -23,11 +23,13 @@ from transformers import PreTrainedModel
 
 from hooks import anatomy
 from hooks import trace_modules as probe
+from hooks.activations import capture
 from hooks.batching import remembered, short_rows, unhooked, why_alone
 from hooks.logit_difference import forward_as
 from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, pad
+from surgery.forward.precision import matrix_products
 from surgery.forward.trees import Pack, Trees, as_batch
 
 
@@ -214,20 +216,31 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4) -> 
     """
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, so the stream entering a block differs from step to step"
-    chosen = range(min(rows, len(prefix.ids)))
-    alone = [torch.tensor([prefix.ids[row]], device=model.device) for row in chosen]
+    ids = prefix.ids[:rows]
+    exact = torch.get_float32_matmul_precision() == "highest"
+    alone = [torch.tensor([row], device=model.device) for row in ids]
 
     def plain() -> list[Tensor]:
-        return [_logs(model(input_ids=ids, use_cache=False).logits[:, -1]) for ids in alone]
+        return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in alone]
 
-    try:
-        with shortcut(model, start=prefix.block) as run:
-            fast = [
-                _logs(run(prefix.batch(group))) for group in batches_for(model, [prefix.ids[row] for row in chosen])
-            ]
-    except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
-        return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
-    order = [row for group in batches_for(model, [prefix.ids[row] for row in chosen]) for row in group]
-    quick = dict(zip(order, torch.cat(fast), strict=True))
-    reason = errs_more([quick[row][None] for row in chosen], plain(), plain, model.dtype)
+    groups = batches_for(model, ids)
+    with matrix_products("highest"):  # whether it is the same computation, whatever a caller lets products round to
+        try:
+            kept = prefix if exact else _entering(model, ids, prefix.block)
+            with shortcut(model, start=prefix.block) as run:
+                fast = [_logs(run(kept.batch(group))) for group in groups]
+        except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
+            return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
+        quick = dict(zip([row for group in groups for row in group], torch.cat(fast), strict=True))
+        reason = errs_more([quick[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
     return None if reason is None else f"log-probabilities differ from the plain forward pass: {reason}"
+
+
+def _entering(model: PreTrainedModel, ids: Sequence[tuple[int, ...]], block: int) -> ResidualCache:
+    """The stream that enters ``block``, of each prompt alone."""
+    site, pieces = f"blocks.{block}.hook_resid_pre", []
+    for row in ids:
+        with capture(model, [site]) as seen:
+            model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
+        pieces.append(seen[site][0])
+    return ResidualCache(block, tuple(ids), torch.cat([*pieces, torch.zeros_like(pieces[0][:1])]))
