@@ -202,9 +202,12 @@ def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path
 def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
     """Of the set's own templates other professions, of the distances other people and other templates."""
     prompts, (_, tokenizer) = load_prompt_set(), surgery.load(checkpoint, device="cpu")
-    given = {"seed": 0, "split": "profession", "own": 0, "count": 400, "each": 8}
+    given = {"seed": 0, "split": "profession", "own": 0, "own_each": 2, "count": 400, "each": 8}
     trained = set(dataset.prompts_to_equalize(prompts, **given))  # type: ignore[arg-type]
-    assert len(trained) > 2500
+    assert len(trained) > 4500
+    person = shapes.people("train")[0]
+    templates = {template.fill(person) for template in prompts.templates}
+    assert len(templates & trained) == 2  # in so many of the set's own templates, beside the shapes
     held = set(dataset.hints(prompts, seed=0, each=2)) | set(dataset.settled(prompts, seed=0, count=400, each=2))
     tested = {row.text for row in genbias.records("profession", "test")}
     for rows, _ in measuring.distances(tokenizer, prompts, 0).values():

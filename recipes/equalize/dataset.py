@@ -16,13 +16,23 @@ def of_people(prompts: PromptSet) -> bool:
     return set(prompts.words.words) <= set(POSSESSIVES)
 
 
-def prompts_to_equalize(prompts: PromptSet, *, seed: int, split: str, own: int, count: int, each: int) -> list[str]:
+def prompts_to_equalize(
+    prompts: PromptSet, *, seed: int, split: str, own: int, count: int, each: int, own_each: int = 0
+) -> list[str]:
     """The prompt set's training prompts (``own`` of them; 0 for all), and its training subjects in ``count`` shapes.
 
-    So are people beyond the set. Each stands in ``each`` of the shapes; 0 leaves the shapes out.
+    So are people beyond the set, who also stand in ``own_each`` of the set's own templates. Each stands in ``each`` of
+    the shapes; 0 leaves the shapes out.
     """
     rows = genbias.records(split, "train", seed, prompts)
     found = [row.text for row in rows[: own or None]]
+    if own_each and of_people(prompts):
+        templates = prompts.templates
+        found += [
+            templates[(number * own_each + step) % len(templates)].fill(name)
+            for number, name in enumerate(shapes.people("train"))
+            for step in range(min(own_each, len(templates)))
+        ]
     if each and of_people(prompts):
         people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train")]
         drawn = shapes.prompts(shapes.shapes("train", count, seed), people, each, seed=seed)

@@ -60,7 +60,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         judged = (asked, far)
         measuring = op.shared.get("measuring", judged, partial(Measuring, model, asked, far, words, op.progress))
         terms = word_terms(settings, ids, words, shares)
-        work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words)
+        work = Work(op, settings, terms, measuring.scores, own=ids["own"], words=words, scale=settings.scales[0])
         main = work.located(main, tokenizer, terms[0])
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
@@ -93,9 +93,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
     seed, count, drawn = settings.split_seed, settings.shapes, settings.seed
-    words = dataset.prompts_to_equalize(
-        prompts, seed=seed, split=split, own=settings.own, count=count, each=settings.each
-    )
+    many = {"own": settings.own, "own_each": settings.own_each, "count": count, "each": settings.each}
+    words = dataset.prompts_to_equalize(prompts, seed=seed, split=split, **many)
     held = {
         "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
         "settled": dataset.some(

@@ -24,7 +24,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     doses: list[float] = [0.0, 0.2, 0.4, 0.6]
     """The doses among which auto chooses, by straight lines between them."""
     scales: list[float] = [1.0]
-    """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met."""
+    """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
+    Of words one number."""
     margin_gone: float = Field(0.3, gt=0, lt=1)
     """The share of the mean |margin| that is to go from pairs of groups that training never saw."""
     folds: int = Field(3, ge=2)
@@ -72,6 +73,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
     own: int = Field(0, ge=0)
     """Only so many of the prompt set's own training prompts; 0 takes all."""
+    own_each: int = Field(0, ge=0)
+    """In how many of the prompt set's own templates each person beyond the set stands, too."""
     hints: int = Field(0, ge=0)
     """Only so many hint prompts and settled subjects are held, drawn by the seed; 0 holds all."""
     settled: int = Field(0, ge=0)
@@ -117,6 +120,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
         """Also the controls' names, and that the words are of a form that can be trained."""
         super().check()
         controls_of(self.controls)
+        if not self.pairs and (len(self.scales) != 1 or not 0 < self.scales[0] <= 2):
+            raise SurgeryError(f"scales: got {self.scales}; words take one number above 0 up to 2; name one")
         if self.words_as == "continuations":
             raise SurgeryError(
                 "words_as: got continuations, which are measured and not trained; name words of one token each, and "

@@ -6,7 +6,7 @@ from surgery.edits.equalize.terms import Term
 
 LONGER = {"cpu": 1.5}
 """The longest sequence of a pass is at most so many times as long as its shortest example's longest; elsewhere 4."""
-PASS = {"cpu": 100}
+PASS = {"cpu": 250}
 """What a pass costs beside its tokens, in tokens (measured on two cores, six blocks of SmolLM2-135M): on a processor
 the weights are read once more, while tokens of padding cost as much as others. Elsewhere padding costs next to nothing.
 """
