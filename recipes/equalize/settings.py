@@ -69,7 +69,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
     shapes: int = Field(2000, ge=1)
     """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
-    each: int = Field(16, ge=0)
+    each: int = Field(8, ge=0)
     """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
     own: int = Field(0, ge=0)
     """Only so many of the prompt set's own training prompts; 0 takes all."""
