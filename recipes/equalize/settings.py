@@ -21,8 +21,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     dose: list[str | int | float] = ["auto"]
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
     0.4/0.2 are of a sentence with a start token and of one without."""
-    doses: list[float] = [0.0, 0.2, 0.4, 0.6]
-    """The doses among which auto chooses, by straight lines between them."""
+    doses: list[float] = [0.1, 0.6]
+    """The doses among which auto chooses, by straight lines between them; each is trained once for each fold."""
     scales: list[float] = [1.0]
     """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
     Of words one number."""
@@ -111,7 +111,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
-        changed = {"block": "blocks", "lr": 1e-4, "epochs": 3, "batch_size": 64, "controls": [], "samples": 800}
+        changed: dict[str, Any] = {"block": "blocks", "lr": 1e-4, "epochs": 2, "batch_size": 64, "controls": []}
+        changed |= {"samples": 800, "hold_texts": 3.0}
         if values.get("pairs"):
             return changed
         return {"lr": 1e-3} if values.get("block_part") == "auto" else {}
