@@ -112,16 +112,13 @@ def export_peft(
     def data(name: str) -> list[memoryview]:
         return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
 
-    try:
-        with temporary(out, folder=True) as part:
-            (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            with open(part / WEIGHTS, "wb") as file:
-                file.writelines(file_parts(spec, {"format": "pt"}, data))
-            size = sum(os.path.getsize(part / name) for name in (CONFIG, WEIGHTS))
-            sync_tree(part, [CONFIG, WEIGHTS])
-            publish(part, out)
-    except OSError as error:
-        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
+    with temporary(out, folder=True) as part:
+        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with open(part / WEIGHTS, "wb") as file:
+            file.writelines(file_parts(spec, {"format": "pt"}, data))
+        size = sum(os.path.getsize(part / name) for name in (CONFIG, WEIGHTS))
+        sync_tree(part, [CONFIG, WEIGHTS])
+        publish(part, out)
     return PeftReport(out, highest, errors, dropped, tuple(saved), size)
 
 

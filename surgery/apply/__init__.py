@@ -7,8 +7,9 @@ Everything is checked before anything is created; the destination appears comple
 is only read. Peak memory does not depend on the model's size.
 """
 
-from surgery.apply.engine import ApplyReport, TensorChange, apply
+from surgery.apply.engine import apply
 from surgery.apply.inspection import Inspection, inspect
+from surgery.apply.report import ApplyReport, TensorChange
 from surgery.apply.undoing import UndoReport, undo
 
 __all__ = ["ApplyReport", "Inspection", "TensorChange", "UndoReport", "apply", "inspect", "undo"]

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
 from surgery.apply.record import RecordWriter, next_record_name, refuse_held
+from surgery.apply.report import ApplyReport, TensorChange
 from surgery.apply.requantise import rewrite_layer
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
@@ -25,45 +25,6 @@ from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import open_regular, read_exactly
 
 Undo = Literal["record", "reference", "none"]
-
-
-@dataclass(frozen=True)
-class TensorChange:
-    """What happened to one stored tensor.
-
-    changed: entries whose stored bits differ now. lost: entries with a difference that rounding threw away.
-    distance: estimate of how far the tensor was from the delta's base (`surgery.files.weight_fingerprint.distance`).
-    """
-
-    name: str
-    file: str
-    dtype: str
-    entries: int
-    changed: int
-    lost: int
-    distance: float
-
-
-@dataclass(frozen=True)
-class ApplyReport:
-    """The result of `apply`; `verdict` is same, related or distant, judged on `farthest` at `distance`."""
-
-    out: Path
-    tensors: tuple[TensorChange, ...]
-    files: int
-    bytes: int
-    entries: int
-    changed: int
-    lost: int
-    farthest: str
-    distance: float
-    verdict: str
-    scale: float
-    rounding: str
-    seed: int
-    delta_sha256: str
-    undo: Path | None
-    notes: tuple[str, ...]
 
 
 def apply(
@@ -119,58 +80,47 @@ def apply(
     how, drawn = rounding_of(delta.metadata, rounding, seed)
     stored = open_target(checkpoint)
     check_outside(out, stored.path)
-    try:
-        if not force:
-            refuse_held(stored, delta.sha256, scale)
-        plan = make_plan(delta, stored, scale=scale, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
-        record = next_record_name(stored) if undo != "none" else None
-        with temporary(out, folder=True) as part:
-            settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": delta.sha256}
-            writer = RecordWriter(part / record, undo, stored.path, settings) if record else None
-            edited = sorted({edit.file for edit in plan.edits})
-            links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
-            total = sum((stored.path / name).stat().st_size for name in stored.files)
-            shells = set(stored.shards) if hollow and not stored.layers else set()
-            for name in shells:
-                outline(stored.path / name, part / name, stored.shards[name].begin)
-            with Copier(stored.path, part, links, total, progress, sync=not hollow) as copier:
-                copier.copy(name for name in edited if name not in shells)
-                rest = [name for name in stored.files if name not in {*edited, *shells}]
-                copier.start(lambda: copier.copy(rest))
-                changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
-            if writer:
-                writer.finish()
-            names = [*stored.files, *([record] if record else [])]
-            if not hollow:
-                sync_tree(part, [name for name in names if name not in links])
-            size = sum((part / name).stat().st_size for name in names)
-            publish(part, out)
-    except OSError as error:
-        raise SurgeryError(
-            f"{out}: writing failed ({error.strerror or error}{_at(error)}); nothing was left behind"
-        ) from None
+    if not force:
+        refuse_held(stored, delta.sha256, scale)
+    plan = make_plan(delta, stored, scale=scale, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
+    record = next_record_name(stored) if undo != "none" else None
+    with temporary(out, folder=True) as part:
+        settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": delta.sha256}
+        writer = RecordWriter(part / record, undo, stored.path, settings) if record else None
+        edited = sorted({edit.file for edit in plan.edits})
+        links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
+        total = sum((stored.path / name).stat().st_size for name in stored.files)
+        shells = set(stored.shards) if hollow and not stored.layers else set()
+        for name in shells:
+            outline(stored.path / name, part / name, stored.shards[name].begin)
+        with Copier(stored.path, part, links, total, progress, sync=not hollow) as copier:
+            copier.copy(name for name in edited if name not in shells)
+            rest = [name for name in stored.files if name not in {*edited, *shells}]
+            copier.start(lambda: copier.copy(rest))
+            changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
+        if writer:
+            writer.finish()
+        names = [*stored.files, *([record] if record else [])]
+        if not hollow:
+            sync_tree(part, [name for name in names if name not in links])
+        size = sum((part / name).stat().st_size for name in names)
+        publish(part, out)
     return ApplyReport(
         out=out,
         tensors=tuple(changes),
         files=len(names),
+        bytes_before=total,
         bytes=size,
-        entries=sum(change.entries for change in changes),
-        changed=sum(change.changed for change in changes),
-        lost=sum(change.lost for change in changes),
         farthest=plan.farthest,
         distance=plan.distance,
         verdict=plan.verdict,
         scale=scale,
         rounding=how,
         seed=drawn,
-        delta_sha256=str(settings["delta"]),
+        delta_sha256=delta.sha256,
         undo=out / record if record else None,
         notes=plan.notes,
     )
-
-
-def _at(error: OSError) -> str:
-    return f", {Path(str(error.filename)).name}" if error.filename else ""
 
 
 def _rewrite(
@@ -194,7 +144,7 @@ def _rewrite(
                     writer.begin(edit)
                 done = rewrite_layer(delta, edit, stored, fd, path, (scale, codes, seed), writer)
                 name, size = edit.layer.name, edit.layer.elements
-                changes.append(TensorChange(name, edit.file, edit.layer.kind, size, *done, edit.distance))
+                changes.append(TensorChange(name, edit.file, *(edit.layer.kind,) * 2, size, *done, edit.distance))
                 continue
             changes.append(_rewrite_tensor(delta, edit, source, fd, path, scale, rounding, seed, writer))
         finally:
@@ -247,4 +197,4 @@ def _rewrite_tensor(
         raise SurgeryError(f"{path.name}: {edit.target!r} changed while it was being copied; run the command again")
     if writer:
         writer.end(before.hexdigest(), after.hexdigest())
-    return TensorChange(edit.target, edit.file, dtype, edit.elements, changed, lost, edit.distance)
+    return TensorChange(edit.target, edit.file, dtype, dtype, edit.elements, changed, lost, edit.distance)

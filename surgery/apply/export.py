@@ -89,26 +89,23 @@ def export_transformers(
     check_architecture(delta, stored)
     settings = {key: value for key, value in delta.metadata["module"].items() if key != "type"}
     settings["place"] = _place(stored, base, settings["width"])
-    try:
-        with temporary(out, folder=True) as part:
-            folder, changed, lost = part / "model", 0, 0
-            if (plain := delta.differences) is None:
-                _copy(stored, folder)
-            else:
-                options: Any = {"scale": scale, "rounding": rounding, "seed": seed, "force": force}
-                report = apply(plain, stored.path, folder, undo="none", **options)
-                changed, lost = report.changed, report.lost
-            module = delta.module | {"fusion.weight": delta.module["fusion.weight"] * np.float32(scale)}
-            _add_shard(folder, stored, module)
-            (folder / CODE).write_text(_code(base), encoding="utf-8")
-            _write_json(folder / "config.json", _config(stored, base, auto_class, settings))
-            _name_tokenizer(folder, stored)
-            names = [name for name in os.listdir(folder) if (folder / name).is_file()]
-            sync_tree(folder, names)
-            size = sum((folder / name).stat().st_size for name in names)
-            publish(folder, out)
-    except OSError as error:
-        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
+    with temporary(out, folder=True) as part:
+        folder, changed, lost = part / "model", 0, 0
+        if (plain := delta.differences) is None:
+            _copy(stored, folder)
+        else:
+            options: Any = {"scale": scale, "rounding": rounding, "seed": seed, "force": force}
+            report = apply(plain, stored.path, folder, undo="none", **options)
+            changed, lost = report.changed, report.lost
+        module = delta.module | {"fusion.weight": delta.module["fusion.weight"] * np.float32(scale)}
+        _add_shard(folder, stored, module)
+        (folder / CODE).write_text(_code(base), encoding="utf-8")
+        _write_json(folder / "config.json", _config(stored, base, auto_class, settings))
+        _name_tokenizer(folder, stored)
+        names = [name for name in os.listdir(folder) if (folder / name).is_file()]
+        sync_tree(folder, names)
+        size = sum((folder / name).stat().st_size for name in names)
+        publish(folder, out)
     parameters = sum(array.size for name, array in module.items() if name != "reference")
     return ExportReport(out, auto_class, size, parameters, changed, lost)
 

@@ -3,14 +3,17 @@
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from surgery.apply.gguf_plan import Target, make_plan
+from surgery.apply.gguf_plan import Choice, Target, choose, look, notes
 from surgery.apply.plan import Edit, Tied
 from surgery.apply.record import KEY, RecordWriter
+from surgery.apply.report import ApplyReport, TensorChange
 from surgery.apply.requantise import CLIPPED
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
@@ -27,40 +30,6 @@ from surgery.files.safetensors_io import Entry, open_regular, parse_json, read_h
 RECORD = ".undo.surgery"  # behind the edited file's name
 
 
-@dataclass(frozen=True)
-class GgufChange:
-    """What happened to one tensor. changed: entries with another value now; lost: entries with a difference that
-    rounding threw away; distance: how far the tensor was from the delta's base."""
-
-    name: str
-    before: str
-    after: str
-    bytes_before: int
-    bytes_after: int
-    entries: int
-    changed: int
-    lost: int
-    distance: float
-
-
-@dataclass(frozen=True)
-class GgufReport:
-    """The result of `apply_gguf`; `verdict` is same, related or distant, judged on `farthest` at `distance`."""
-
-    out: Path
-    tensors: tuple[GgufChange, ...]
-    bytes_before: int
-    bytes: int
-    farthest: str
-    distance: float
-    verdict: str
-    scale: float
-    rounding: str
-    seed: int
-    undo: Path | None
-    notes: tuple[str, ...]
-
-
 def apply_gguf(
     delta: Differences | Path | str,
     path: Path | str,
@@ -74,7 +43,7 @@ def apply_gguf(
     tied: Tied | None = None,
     touched_type: str | None = None,
     progress: OnBytes | None = None,
-) -> GgufReport:
+) -> ApplyReport:
     """Write to the new file `out` the GGUF file with scale * difference added to the tensors that the delta touches.
 
     A touched tensor keeps its own type where the gguf library writes it, else takes the smallest type that is not
@@ -95,52 +64,56 @@ def apply_gguf(
         delta = open_delta(delta)
     file = open_gguf(path)
     if not force:
-        _refuse_held(path, delta.sha256, scale)
+        _refuse_held(path, delta, scale)
     record = out.with_name(out.name + RECORD) if undo == "record" else None
     for destination in (out, *([record] if record else [])):
         check_destination(destination)
-    plan = make_plan(delta, file, force=force, tied=tied, touched_type=touched_type)
+    choices = choose(delta, file, tied=tied, touched_type=touched_type)
     rewrite = _Rewriter(delta, file, scale, rounding, seed)
-    places = _layout(file, {target.tensor.name: target.bytes for target in plan.targets})
-    try:
-        with temporary(out, folder=True) as part:
-            original = {name: [tensor.type, tensor.begin - file.data] for name, tensor in file.tensors.items()}
-            settings = {"scale": scale, "rounding": rounding, "seed": seed, "delta": delta.sha256}
-            settings |= {"gguf": {"tensors": original, "size": file.size}}
-            writer = RecordWriter(part / "undo.surgery", undo, path, settings) if record else None
-            changes, size = _write(file, part / out.name, places, list(plan.targets), rewrite, writer, progress)
-            sync_file(part / out.name)
-            if writer and record:
-                writer.finish()
-                sync_file(part / "undo.surgery")
-                publish(part / "undo.surgery", record)
-            publish(part / out.name, out)
-    except OSError as error:
-        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
-    return GgufReport(
+    with temporary(out, folder=True) as part:
+        original = {name: [tensor.type, tensor.begin - file.data] for name, tensor in file.tensors.items()}
+        settings: dict[str, Any] = {"scale": scale, "rounding": rounding, "seed": seed}
+        settings |= {"gguf": {"tensors": original, "size": file.size}}
+        writer = RecordWriter(part / "undo.surgery", undo, path, settings, packed=False) if record else None
+        with _copied(file, part / out.name, choices, delta, progress) as (source, fd, places, seen):
+            found, changes = look(delta, file, choices, force=force), []
+            for target in found.targets:
+                changes.append(rewrite.tensor(target, source, fd, places[target.tensor.name], writer))
+                seen(target.bytes)
+        size = (part / out.name).stat().st_size
+        sync_file(part / out.name)
+        if writer and record:
+            settings["delta"] = delta.sha256
+            writer.finish()
+            sync_file(part / "undo.surgery")
+            publish(part / "undo.surgery", record)
+        publish(part / out.name, out)
+    return ApplyReport(
         out=out,
         tensors=tuple(changes),
+        files=1,
         bytes_before=file.size,
         bytes=size,
-        farthest=plan.farthest,
-        distance=plan.distance,
-        verdict=plan.verdict,
+        farthest=found.farthest,
+        distance=found.distance,
+        verdict=found.verdict,
         scale=scale,
         rounding=rounding,
         seed=seed,
+        delta_sha256=delta.sha256,
         undo=record,
-        notes=plan.notes,
+        notes=notes(choices, touched_type is not None),
     )
 
 
-def _refuse_held(path: Path, sha256: str, scale: float) -> None:
+def _refuse_held(path: Path, delta: Differences, scale: float) -> None:
     """Raises: SurgeryError when the record beside the file says that the delta was added, in ``scale``'s direction."""
     record = path.with_name(path.name + RECORD)
     if not record.is_file():
         return
     content = parse_json(read_header(record).metadata.get(KEY, "null").encode("utf-8", "surrogatepass"), str(record))
     settings = content.get("settings", {}) if isinstance(content, dict) else {}
-    if settings.get("delta") == sha256 and float(settings.get("scale", 1.0)) * scale > 0:
+    if settings.get("delta") == delta.sha256 and float(settings.get("scale", 1.0)) * scale > 0:
         raise SurgeryError(
             f"{path}: holds this delta already (with scale {settings['scale']:g}, says {record.name}); give the file "
             "as it was (surgery undo), or repeat with --force to add it once more"
@@ -158,17 +131,18 @@ def _layout(file: GgufFile, sizes: dict[str, int]) -> dict[str, int]:
     return places | {"": position}
 
 
-def _write(
-    file: GgufFile,
-    out: Path,
-    places: dict[str, int],
-    targets: list[Target],
-    rewrite: "_Rewriter",
-    writer: RecordWriter | None,
-    progress: OnBytes | None,
-) -> tuple[list[GgufChange], int]:
-    """Touched tensors are computed here while a second thread copies what lies between them, inside the kernel."""
-    wanted, size = {target.tensor.name: target for target in targets}, places[""]
+@contextmanager
+def _copied(
+    file: GgufFile, out: Path, choices: Sequence[Choice], delta: Differences, progress: OnBytes | None
+) -> Iterator[tuple[int, int, dict[str, int], Callable[[int], None]]]:
+    """Inside, a second thread copies into ``out``, within the kernel, what lies between the tensors of ``choices``.
+
+    Gives the descriptors of the source and of ``out``, where each tensor begins there, and what to tell of bytes that
+    are done. The thread hashes the delta's file, too, while this one looks at the weights.
+    """
+    wanted = {one.tensor.name: one for one in choices}
+    places = _layout(file, {name: one.bytes for name, one in wanted.items()})
+    size = places[""]
     source = open_regular(file.path)
     fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -176,28 +150,25 @@ def _write(
             copy_range(source, fd, file.data, beside.seen)
             spans = []  # (first byte, byte behind the last, where it goes)
             for tensor in file.tensors.values():
-                place, target, after = places[tensor.name], wanted.get(tensor.name), file.rooms[tensor.name]
-                kind = target.kind if target else tensor.type
+                place, one, after = places[tensor.name], wanted.get(tensor.name), file.rooms[tensor.name]
+                kind = one.kind if one else tensor.type
                 write_exactly(fd, tensor.at, memoryview(type_and_offset(kind, place - file.data)))
-                if target is None:
+                if one is None:
                     spans.append((tensor.begin, after, place))
-                elif target.bytes == tensor.end - tensor.begin:
-                    spans.append((tensor.end, after, place + target.bytes))
+                elif one.stays:
+                    spans.append((tensor.end, after, place + one.bytes))
 
             def copy() -> None:
                 for first, end, at in spans:
                     copy_range(source, fd, end - first, beside.seen, start=first, at=at)
+                _ = delta.sha256  # a file's is kept
 
             beside.start(copy)
-            changes = []
-            for target in targets:
-                changes.append(rewrite.tensor(target, source, fd, places[target.tensor.name], writer))
-                beside.seen(target.bytes)
+            yield source, fd, places, beside.seen
         os.ftruncate(fd, size)  # zeros up to the alignment behind a tensor that grew or shrank
     finally:
         os.close(fd)
         os.close(source)
-    return changes, size
 
 
 def type_and_offset(kind: str, offset: int) -> bytes:
@@ -213,7 +184,7 @@ class _Rewriter:
     def __init__(self, delta: Differences, file: GgufFile, scale: float, rounding: str, seed: int) -> None:
         self._delta, self._file, self._scale, self._rounding, self._seed = delta, file, scale, rounding, seed
 
-    def tensor(self, target: Target, source: int, fd: int, place: int, writer: RecordWriter | None) -> GgufChange:
+    def tensor(self, target: Target, source: int, fd: int, place: int, writer: RecordWriter | None) -> TensorChange:
         tensor, file = target.tensor, self._file
         before, after = hashlib.sha256(), hashlib.sha256()
         changed = lost = 0
@@ -249,8 +220,8 @@ class _Rewriter:
         if writer:
             writer.end(before.hexdigest(), after.hexdigest())
         entries = math.prod(tensor.shape)
-        return GgufChange(
-            tensor.name, tensor.type, target.kind, length, target.bytes, entries, changed, lost, target.distance
+        return TensorChange(
+            tensor.name, file.path.name, tensor.type, target.kind, entries, changed, lost, target.distance
         )
 
     def _stored(

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,22 +22,33 @@ from surgery.files.safetensors_io import open_regular, read_exactly
 
 
 @dataclass(frozen=True)
-class Target:
-    """One tensor to change. layout: how the file orders the base's rows (`_orders`); kind: the type to write."""
+class Choice:
+    """One tensor to change, by the delta's tensors `sources`, and the type to write; told by the header alone."""
 
     tensor: GgufTensor
     sources: tuple[str, ...]
-    layout: str
-    order: np.ndarray | None
     kind: str
-    sha256: str
-    distance: float
-    experts: tuple[int, ...] = ()
-    """Of a tensor that holds all experts of a layer: whose each of `sources` is."""
 
     @property
     def bytes(self) -> int:
         return type_bytes(self.kind, self.tensor.shape)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it takes as many bytes as before."""
+        return self.bytes == self.tensor.end - self.tensor.begin
+
+
+@dataclass(frozen=True)
+class Target(Choice):
+    """A tensor whose weights were looked at. layout: how the file orders the base's rows (`_orders`)."""
+
+    layout: str
+    order: np.ndarray | None
+    sha256: str
+    distance: float
+    experts: tuple[int, ...] = ()
+    """Of a tensor that holds all experts of a layer: whose each of `sources` is."""
 
     def difference(self, delta: Differences) -> Callable[[int, int], np.ndarray]:
         """(start, stop) -> the differences fp32 [stop - start, columns] of those rows as the file orders them."""
@@ -71,12 +82,13 @@ def _of_experts(delta: Differences, target: Target, start: int, stop: int) -> np
 
 
 @dataclass(frozen=True)
-class GgufPlan:
+class Looked:
+    """The tensors to change, and the one that is farthest from its base."""
+
     targets: tuple[Target, ...]
     farthest: str
     distance: float
     verdict: str
-    notes: tuple[str, ...]
 
 
 def type_bytes(kind: str, shape: tuple[int, ...]) -> int:
@@ -86,59 +98,67 @@ def type_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
-def make_plan(
-    delta: Differences,
-    file: GgufFile,
-    *,
-    force: bool = False,
-    tied: Tied | None = None,
-    touched_type: str | None = None,
-) -> GgufPlan:
-    """Check everything by reading.
+def choose(
+    delta: Differences, file: GgufFile, *, tied: Tied | None = None, touched_type: str | None = None
+) -> tuple[Choice, ...]:
+    """What is to be changed; whatever the headers tell is checked here.
 
     Raises:
-        SurgeryError: kind, architecture, names, shapes, tying, types, NaN, or weights that are not the base's.
+        SurgeryError: kind, architecture, names, tying, types.
     """
     if delta.metadata["kind"] == "module":
         raise SurgeryError(f"{file.path}: this delta is of kind 'module' (new parts), which a GGUF file cannot hold")
     if touched_type is not None and touched_type not in WRITABLE:
         raise SurgeryError(f"touched type {touched_type!r}: expected one of {', '.join(WRITABLE)}")
     check_architecture(delta, file)
-    names = names_in_file(delta, file, tied)
-    check_finite(delta)
-    notes = []
+    found = []
     fd = open_regular(file.path)
     try:
-        for name in names:
+        for name, sources in names_in_file(delta, file, tied).items():
             tensor = file.tensors[name]
-            kind = _kind(tensor, touched_type, file)
-            if kind != tensor.type:
-                notes.append(_swap_note(tensor, kind, chosen=touched_type is not None))
-            if type_bytes(kind, tensor.shape) != tensor.end - tensor.begin:
+            found.append(Choice(tensor, sources, _kind(tensor, touched_type, file)))
+            if not found[-1].stays:
                 _refuse_odd_padding(file, fd, tensor)
+    finally:
+        os.close(fd)
+    return tuple(found)
 
-        def target(name: str) -> Target:
-            tensor, sources = file.tensors[name], names[name]
-            kind = _kind(tensor, touched_type, file)
-            if ".experts." in sources[0] and len(tensor.shape) == 3:
-                return _merged_experts(delta, file, fd, tensor, sources, kind)
-            layout, order, sha, gap = _find_layout(delta, file, fd, tensor, sources[0])
-            return Target(tensor, sources, layout, order, kind, sha, gap)
 
-        targets = list(in_order(target, names))
+def notes(choices: Sequence[Choice], chosen: bool) -> tuple[str, ...]:
+    """What types become others, with the bytes that it costs; ``chosen`` by the user."""
+    return tuple(_swap_note(one.tensor, one.kind, chosen=chosen) for one in choices if one.kind != one.tensor.type)
+
+
+def look(delta: Differences, file: GgufFile, choices: Sequence[Choice], *, force: bool = False) -> Looked:
+    """Read the weights that are to be changed: how they are laid out, and how far they are from the base's.
+
+    Raises:
+        SurgeryError: shapes, NaN, or weights that are not the base's.
+    """
+    check_finite(delta)
+    fd = open_regular(file.path)
+
+    def target(one: Choice) -> Target:
+        tensor, sources = one.tensor, one.sources
+        if ".experts." in sources[0] and len(tensor.shape) == 3:
+            return _merged_experts(delta, file, fd, one)
+        layout, order, sha, gap = _find_layout(delta, file, fd, tensor, sources[0])
+        return Target(tensor, sources, one.kind, layout, order, sha, gap)
+
+    try:
+        targets = list(in_order(target, choices))
     finally:
         os.close(fd)
     distances = {target.tensor.name: target.distance for target in targets}
     shapes = {target.tensor.name: target.tensor.shape for target in targets}
     sketch.refuse_unrelated(distances, shapes, str(file.path), force)
     farthest, gap = sketch.judged(distances, shapes)
-    return GgufPlan(tuple(targets), farthest, gap, sketch.verdict(gap), tuple(notes))
+    return Looked(tuple(targets), farthest, gap, sketch.verdict(gap))
 
 
-def _merged_experts(
-    delta: Differences, file: GgufFile, fd: int, tensor: GgufTensor, sources: tuple[str, ...], kind: str
-) -> Target:
+def _merged_experts(delta: Differences, file: GgufFile, fd: int, one: Choice) -> Target:
     """The target for deltas of single experts, which the file holds in one tensor [experts, rows, columns]."""
+    tensor, sources = one.tensor, one.sources
     numbers = tuple(int(EXPERT.search(name)[1]) for name in sources)  # type: ignore[index]
     size = (tensor.end - tensor.begin) // tensor.shape[0]
     gaps = []
@@ -156,7 +176,7 @@ def _merged_experts(
         raw, values = read_rows(file, fd, tensor, start, stop)
         digest.update(raw)
         refuse_not_finite(values, tensor.name, str(file.path))
-    return Target(tensor, sources, "plain", None, kind, digest.hexdigest(), max(gaps), numbers)
+    return Target(tensor, sources, one.kind, "plain", None, digest.hexdigest(), max(gaps), numbers)
 
 
 def _refuse_odd_padding(file: GgufFile, fd: int, tensor: GgufTensor) -> None:

@@ -54,8 +54,6 @@ def undo_gguf(path: Path | str, out: Path | str, *, progress: OnBytes | None = N
                 os.close(target)
             sync_file(part)
             publish(part, out)
-    except OSError as error:
-        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
     finally:
         os.close(fd)
     return out

@@ -84,9 +84,10 @@ def refuse_held(stored: CheckpointFiles, sha256: str, scale: float) -> None:
 class RecordWriter:
     """Collects the original bytes while tensors are rewritten: begin, feed..., end per tensor, then finish."""
 
-    def __init__(self, path: Path, mode: str, source: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, mode: str, source: Path, settings: dict[str, Any], *, packed: bool = True) -> None:
+        """Without ``packed`` nothing is compressed: new codes under new scales hardly shrink, and it takes long."""
         self._path = path
-        self._keep = mode == "record"
+        self._keep, self._packed = mode == "record", packed
         self._spool = path.with_suffix(".spool")  # blobs first: the header needs their lengths
         self._metadata = {
             "format": FORMAT,
@@ -103,7 +104,8 @@ class RecordWriter:
         self._edit = edit
         self._start = self._file.tell()
         # The shuffled XOR is runs of zeros and noise: looking for runs only is faster and gives less than level 6.
-        self._stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        level = 1 if self._packed else 0
+        self._stream = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
 
     def feed(self, old: np.ndarray, new: np.ndarray) -> None:
         if self._keep:

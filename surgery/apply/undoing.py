@@ -58,22 +58,19 @@ def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = 
             fits = tensor in original.places and original.entry(tensor).dtype == place.dtype
             if not fits or _hash(original, tensor, entry["elements"]) != entry["before"]:
                 raise SurgeryError(f"{original.path}: {tensor!r} is not the original any more; undo needs its bytes")
-    try:
-        with temporary(out, folder=True) as part:
-            names = [file for file in stored.files if file != name]
-            edited = sorted({stored.places[tensor] for tensor in record.tensors})
-            total = sum((stored.path / file).stat().st_size for file in names)
-            with Copier(stored.path, part, frozenset(), total, progress) as copier:
-                copier.copy(edited)
-                rest = [file for file in names if file not in edited]
-                copier.start(lambda: copier.copy(rest))
-                for tensor in record.tensors:
-                    _restore(stored, original, record, tensor, part)
-            sync_tree(part, names)
-            size = sum((part / file).stat().st_size for file in names)
-            publish(part, out)
-    except OSError as error:
-        raise SurgeryError(f"{out}: writing failed ({error.strerror or error}); nothing was left behind") from None
+    with temporary(out, folder=True) as part:
+        names = [file for file in stored.files if file != name]
+        edited = sorted({stored.places[tensor] for tensor in record.tensors})
+        total = sum((stored.path / file).stat().st_size for file in names)
+        with Copier(stored.path, part, frozenset(), total, progress) as copier:
+            copier.copy(edited)
+            rest = [file for file in names if file not in edited]
+            copier.start(lambda: copier.copy(rest))
+            for tensor in record.tensors:
+                _restore(stored, original, record, tensor, part)
+        sync_tree(part, names)
+        size = sum((part / file).stat().st_size for file in names)
+        publish(part, out)
     return UndoReport(out, tuple(record.tensors), len(names), size, name, record.settings)
 
 

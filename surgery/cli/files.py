@@ -73,11 +73,7 @@ def apply(
     progress = Progress(quiet)
     for note in report.notes:
         progress.say(note)
-    print(
-        f"{report.out}: {report.changed:,} of {report.entries:,} entries changed, {report.lost:,} left as they were "
-        f"by rounding ({report.rounding}); distance to the base {report.distance:.4f} at {report.farthest} "
-        f"({report.verdict})"
-    )
+    print(report)
 
 
 def _apply_gguf(delta: Path, checkpoint: str, out: Path, options: dict[str, Any], progress: Any) -> None:
@@ -95,13 +91,7 @@ def _apply_gguf(delta: Path, checkpoint: str, out: Path, options: dict[str, Any]
     report = apply_gguf(delta, source, out, **options)
     for note in report.notes:
         progress.say(note)
-    types = sorted({change.after for change in report.tensors})
-    changed, entries = (sum(getattr(change, key) for change in report.tensors) for key in ("changed", "entries"))
-    print(
-        f"{report.out}: {changed:,} of {entries:,} entries of {len(report.tensors)} tensors changed, written as "
-        f"{', '.join(types)} ({report.rounding}); {report.bytes - report.bytes_before:+,} bytes; distance to the base "
-        f"{report.distance:.4f} at {report.farthest} ({report.verdict})"
-    )
+    print(f"{report}; {report.bytes - report.bytes_before:+,} bytes")
 
 
 @command(epilog=examples("surgery undo ./edited --out ./original", "surgery undo edited.gguf --out original.gguf"))

@@ -101,17 +101,14 @@ class Delta:
         path = Path(path)
         check_destination(path, overwrite=overwrite)
         digest = hashlib.sha256()
-        try:
-            with temporary(path, folder=False) as part_path:
-                with open(part_path, "wb") as file:
-                    for part in self._parts():
-                        file.write(part)
-                        digest.update(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                publish(part_path, path, overwrite=overwrite)
-        except OSError as error:
-            raise SurgeryError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from None
+        with temporary(path, folder=False) as part_path:
+            with open(part_path, "wb") as file:
+                for part in self._parts():
+                    file.write(part)
+                    digest.update(part)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(part_path, path, overwrite=overwrite)
         return digest.hexdigest()
 
     def record(self, path: Path) -> dict[str, Any]:

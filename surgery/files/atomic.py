@@ -37,7 +37,21 @@ def check_destination(path: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def temporary(destination: Path, *, folder: bool) -> Iterator[Path]:
-    """A locked temporary beside `destination`, removed at exit unless it was renamed; sweeps stale ones first."""
+    """A locked temporary beside `destination`, removed at exit unless it was renamed; sweeps stale ones first.
+
+    Raises: SurgeryError for what the system refuses inside (the disk is full, ...); then nothing is left.
+    """
+    try:
+        with _temporary(destination, folder) as path:
+            yield path
+    except OSError as error:
+        at = f", {Path(str(error.filename)).name}" if error.filename else ""
+        why = f"{error.strerror or error}{at}"
+        raise SurgeryError(f"{destination}: writing failed ({why}); nothing was left behind") from None
+
+
+@contextmanager
+def _temporary(destination: Path, folder: bool) -> Iterator[Path]:
     sweep(destination.parent)
     path = destination.parent / f".{destination.name[:100]}.{secrets.token_hex(4)}{SUFFIX}"
     if folder:

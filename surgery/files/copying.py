@@ -36,7 +36,7 @@ class Beside:
         self._rest: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin `work` in the second thread."""
+        """Begin `work` in the second thread; once."""
         self._rest = self._thread.submit(work)
 
     def seen(self, count: int) -> None:

@@ -239,7 +239,7 @@ def read_rows(file: GgufFile, fd: int, tensor: GgufTensor, start: int, stop: int
 
 
 def row_groups(tensor: GgufTensor, elements: int = 2**18) -> Iterator[tuple[int, int]]:
-    """The rows (start, stop) of a tensor, about `elements` numbers at a time, so that they stay in the processor's cache."""
+    """The rows (start, stop) of a tensor, about `elements` numbers at a time: few enough for a processor's cache."""
     step = max(1, elements // tensor.shape[-1])
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)
