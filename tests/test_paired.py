@@ -65,9 +65,26 @@ def test_looking_at_many_axes_widens_every_interval() -> None:
 
 
 def test_a_tree_of_scores_gives_a_tree_of_differences() -> None:
-    before = {"a": {"b": of(np.arange(5.0)), "only": of(np.arange(5.0))}, "c": 3}
-    after = {"a": {"b": of(np.arange(5.0) + 1), "new": of(np.arange(5.0))}, "c": 4}
+    before = {"a": {"b": of(np.arange(9.0)), "only": of(np.arange(9.0))}, "c": 3}
+    after = {"a": {"b": of(np.arange(9.0) + 1), "new": of(np.arange(9.0))}, "c": 4}
     found = differences(before, after)
     assert set(found) == {"a"} and set(found["a"]) == {"b"}
     assert found["a"]["b"]["value"] == 1 and found["a"]["b"]["verdict"] == "worse"
     assert "samples" not in json.dumps(before["a"]["b"].to_dict()) and json.dumps(found)
+
+
+def test_so_few_rows_that_all_draws_are_alike_tell_nothing() -> None:
+    """One answer that turned wrong is no loss of 100 points; of thirty it would be."""
+    for rows, axes, verdict in (
+        (1, 1, "within noise"),
+        (5, 1, "within noise"),
+        (6, 1, "worse"),
+        (12, 190, "within noise"),
+        (13, 190, "worse"),
+    ):
+        right, wrong = (
+            mean_metric(np.full(rows, value), scorer="s", data="d", ideal=1.0, direction="higher")
+            for value in (1.0, 0.0)
+        )
+        found = difference(right, wrong, axes=axes)
+        assert found is not None and found.verdict == verdict, (rows, axes)

@@ -145,6 +145,8 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
     The bootstrap draws the same groups for both (its generator starts anew for each metric), so that the difference of
     the samples is the bootstrap of the difference. Other rows, another scorer or data, or no samples: None.
     ``axes``: how many differences are looked at together; each interval is widened (Bonferroni) so that all hold.
+    Of very few rows the draws may all be alike; where even a sign test in which every row moved the same way would
+    leave a chance above the level (2^(1 - n), so 6 rows alone and 13 among 190 numbers), nothing is beyond noise.
     """
     told = (before.scorer, before.data, before.n) == (after.scorer, after.data, after.n)
     if not told or before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
@@ -156,7 +158,8 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
         reach = NormalDist().inv_cdf(1 - 0.025 / axes) * float(drawn.std())
         low, high = min(low, value - reach), max(high, value + reach)
     better = _better(before, after)
-    verdict = "within noise" if low <= 0 <= high or better == 0 else "better" if better > 0 else "worse"
+    few = 2.0 ** (1 - after.n) > 0.05 / axes
+    verdict = "within noise" if few or low <= 0 <= high or better == 0 else "better" if better > 0 else "worse"
     return Difference(value, low, high, after.n, after.scorer, after.data, verdict)
 
 

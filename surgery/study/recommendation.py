@@ -44,10 +44,10 @@ def answer(found: Sequence[Row], study: Study) -> Table:
             table.append([untouched.model, "nothing", "", why])
         else:
             table.append([row.model, row.name, _removed(row, untouched, study), _listed(row, broken(row)) or "nothing"])
-    head = ["model", "ship", "bias removed", "it breaks (worse by more than a point)"]
+    head = ["model", "ship", "bias removed", "it breaks"]
     note = (
-        "A point: 1 of what runs to 100, 1 % of a perplexity, a hundredth of everything else. Worse: with every seed, "
-        "paired row by row with the untouched model, intervals widened so that all numbers hold together at 95 %."
+        "It breaks what is worse by more than a point (1 of what runs to 100, 1 % of a perplexity, a hundredth of all "
+        "else) with every seed, paired row by row with the untouched model, intervals widened so that all hold at 95 %."
     )
     return Table("The answer", head, table, note, first=True)
 
