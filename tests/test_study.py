@@ -21,6 +21,7 @@ from surgery.study.carry_out import carry_out
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.recommendation import answer, broken, points, recommend
+from surgery.study.settings import settings_for
 from surgery.study.verdict import objections, removed, removed_between, rows
 
 FILE = """
@@ -219,4 +220,5 @@ def test_the_shipped_studies_are_right() -> None:
         assert asked.models and methods
         for method in (one for one in methods if one.recipe):
             module, values, _ = chosen_recipe(method.recipe, None, [], None)
-            build(module.Settings, values | method.settings, f"{path}, {method.name}")
+            for model in (*asked.models, *method.by_model):
+                build(module.Settings, values | settings_for(method, model), f"{path}, {method.name}")
