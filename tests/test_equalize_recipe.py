@@ -19,6 +19,7 @@ from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
 from surgery.data import genbias, genhint, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
+from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
 from surgery.forward.precision import matrix_products
 from surgery.metrics.suite import material
@@ -186,10 +187,10 @@ def test_shares_of_a_file(tmp_path: Path, name: str, text: str, message: str) ->
     file = tmp_path / name
     file.write_text("she = 0.4\nhe = 0.6" if name.endswith("toml") else '{"she": 0.4, "he": 0.6}')
     if name != "a.csv":
-        assert dataset.shares([str(file)], ("he", "she")) == [0.6, 0.4], "by word, not by their order in the file"
+        assert read_shares([str(file)], ("he", "she")) == [0.6, 0.4], "by word, not by their order in the file"
     file.write_text(text)
     with pytest.raises(SurgeryError, match=re.escape(message)):
-        dataset.shares([str(file)], ("he", "she"))
+        read_shares([str(file)], ("he", "she"))
 
 
 def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
 from surgery.data.genbias import shuffled
-from surgery.data.prompts import POSSESSIVES, PromptSet, read_table
+from surgery.data.prompts import POSSESSIVES, PromptSet
 from surgery.errors import SurgeryError
 
 
@@ -101,31 +101,6 @@ def _settle(template: str, subject: str, kind: str) -> str:
 def texts(file: str | Path) -> list[str]:
     """Ordinary sentences, most with pronouns, and those of a user's file where there is one."""
     return list(dict.fromkeys([*shapes.texts(), *(neutral.sentences(file) if file else [])]))
-
-
-def shares(given: Sequence[str | float], words: Sequence[str]) -> list[float] | None:
-    """The share of each word, from a list or from a .toml or .json file that has it by word; None where none is given.
-
-    Raises ``SurgeryError`` for a file that cannot be read, or that has other words or no numbers.
-    """
-    names = [share for share in given if isinstance(share, str)]
-    if not names:
-        return [float(share) for share in given] or None
-    if len(given) > 1:
-        raise SurgeryError(f"shares: got {list(given)}, expected a number for each word, or the name of one file")
-    (file,) = names
-    table = read_table(file)
-    wrong = next((name for name in [*words, *table] if name not in table or name not in words), None)
-    if wrong is not None:
-        kind = "missing" if wrong in words else "another word"
-        raise SurgeryError(
-            f"shares: {file} has {', '.join(map(str, table)) or 'nothing'}; expected a share for each of "
-            f"{', '.join(words)} and for nothing else, but {wrong!r} is {kind}"
-        )
-    odd = next((name for name in words if not isinstance(table[name], int | float) or table[name] is True), None)
-    if odd is not None:
-        raise SurgeryError(f"shares: {file} gives {odd!r} the share {table[odd]!r}, expected a number; mend it")
-    return [float(table[word]) for word in words]
 
 
 def some(lines: Sequence[str], limit: int, seed: int) -> list[str]:

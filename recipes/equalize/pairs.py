@@ -168,12 +168,6 @@ def read(settings: "Settings") -> Given:
         if name in settings.scorers[:number]:
             raise SurgeryError(f"scorers: {name!r} is named twice; name it once")
     source, folder = settings.pairs, settings.data
-    if source not in SUITES and Path(source).suffix.lower() != ".jsonl":
-        raise SurgeryError(f"pairs: got {source!r}, expected stereoset, crows_pairs or a .jsonl file")
-    if source in SUITES and not folder:
-        raise SurgeryError(f"pairs: {source} is read from a folder of data sets; name it with data=DIR")
-    if folder and not Path(folder).is_dir():
-        raise SurgeryError(f"data: no folder at {folder!r}; expected one with {' or '.join(SUITES.values())}; name it")
     file = find_file(folder, {**SUITES, "stereoset": TRAIN}[source]) if source in SUITES else Path(source)
     if not file.is_file():
         raise SurgeryError(f'{file}: no such file; expected one JSON object a line, with "more" and "less"; name it')

@@ -15,7 +15,7 @@ from recipes.equalize.settings import Settings, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
-from surgery.edits.equalize import check_shares
+from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics.suite import material
@@ -44,7 +44,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         return pairs.run(model, tokenizer, settings, **where)
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
-    shares = check_shares(prompts.words.words, dataset.shares(settings.shares, prompts.words.words))
+    shares = check_shares(prompts.words.words, read_shares(settings.shares, prompts.words.words))
     words = word_ids(tokenizer, prompts.words.words)
     controls = controls_of(settings.controls)
     split = "pairs" if settings.split == "pairs" else "profession"

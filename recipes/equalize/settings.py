@@ -5,10 +5,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from surgery.data import genbias
+from surgery.data import genbias, neutral
+from surgery.data.prompts import load_prompt_set
+from surgery.data.shares import check_shares, read_shares
+from surgery.edits.places import check_place
 from surgery.errors import SurgeryError
 from surgery.runs import settings as shared
 
+FOLDERS = ("stereoset", "crows_pairs")
 CONTROLS = ("lftf", "random", "no_hold")
 
 
@@ -118,11 +122,21 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
         return {"lr": 1e-3} if values.get("block_part") == "auto" else {}
 
     def check(self) -> None:
-        """Also the controls' names, and that the words are of a form that can be trained."""
+        """Also the block, the controls, files that are read, the shares, and that the words are of a form to train."""
         super().check()
         controls_of(self.controls)
         if not self.pairs and (len(self.scales) != 1 or not 0 < self.scales[0] <= 2):
             raise SurgeryError(f"scales: got {self.scales}; words take one number above 0 up to 2; name one")
+        if self.block != "blocks":
+            check_place(self.block, self.model)
+        if self.hold_file:
+            neutral.sentences(self.hold_file)
+        if self.pairs in FOLDERS and not self.data:
+            raise SurgeryError(f"pairs: {self.pairs} is read from a folder of data sets; name it with data=DIR")
+        if self.pairs and self.pairs not in FOLDERS and not self.pairs.lower().endswith(".jsonl"):
+            raise SurgeryError(f"pairs: got {self.pairs!r}, expected {', '.join(FOLDERS)} or a .jsonl file")
+        words = self.words or load_prompt_set(self.prompt_set).words.words
+        check_shares(words, read_shares(self.shares, words))
         if self.words_as == "continuations":
             raise SurgeryError(
                 "words_as: got continuations, which are measured and not trained; name words of one token each, and "

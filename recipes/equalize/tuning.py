@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from recipes.equalize import dataset, pairs
+from recipes.equalize import pairs
 from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, nearby, places_of
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
@@ -24,7 +24,8 @@ from recipes.equalize.settings import Settings
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
-from surgery.edits.equalize import Prepared, check_shares, prepare_each
+from surgery.data.shares import check_shares, read_shares
+from surgery.edits.equalize import Prepared, prepare_each
 from surgery.errors import Diverged, SurgeryError
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
@@ -86,7 +87,7 @@ class _Round:
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
         settings = self.settings.model_copy(update=one.changes(self.settings))
         words = self.prompts.words.words
-        shares = check_shares(words, dataset.shares(settings.shares, words))
+        shares = check_shares(words, read_shares(settings.shares, words))
         terms = word_terms(settings, self.ids, self.words, shares)
         count = len(anatomy.find(self.op.model).blocks)
         variant = Variant(

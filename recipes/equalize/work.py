@@ -9,10 +9,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hooks import anatomy
-from surgery.edits.block import choose, fine_tune, names_of
+from surgery.edits.block import fine_tune, names_of
 from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words_term
 from surgery.edits.equalize.terms import Term
 from surgery.edits.equalize.training import inside
+from surgery.edits.places import choose
 from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products

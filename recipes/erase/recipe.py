@@ -15,11 +15,11 @@ from recipes.erase.settings import Settings
 from surgery.data import genbias, genhint
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.rows import sample
-from surgery.edits.block import choose
 from surgery.edits.erasure import closed_form, erase, erase_last, writers_of
 from surgery.edits.erasure.dama_values import Search, fit_dama, subjects
 from surgery.edits.erasure.folding import Fit
 from surgery.edits.kept_streams import KeptStreams
+from surgery.edits.places import choose
 from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import Ids, encode, word_ids

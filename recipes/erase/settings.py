@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from surgery.data import genbias
+from surgery.edits.places import check_place
 from surgery.runs import settings as shared
 
 
@@ -30,6 +31,11 @@ class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
     split_seed: int = genbias.SEED
     controls: list[str] = ["random"]
     """random: as many directions, drawn at random, at the same places."""
+
+    def check(self) -> None:
+        """Also the block."""
+        super().check()
+        check_place(self.block, self.model)
 
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from typing import Literal
 
+from recipes.lftf.variants import check_trained, control_names
 from surgery.data import genbias
+from surgery.data.prompts import WordSet, load_prompt_set
+from surgery.edits.places import check_place
 from surgery.runs import settings as shared
 
 
@@ -43,3 +46,11 @@ class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.N
     """What the prompt baseline (pb) puts before each prompt; the paper's text is not published."""
     prefix_cache: bool = True
     """Train and measure from the kept stream that enters the edited block; off where dropout is on."""
+
+    def check(self) -> None:
+        """Also the block, the words of the loss, and the controls' names."""
+        super().check()
+        check_place(self.block, self.model)
+        words = WordSet(tuple(self.words)) if self.words else load_prompt_set(self.prompt_set).words
+        check_trained(self.trained_words, words)
+        control_names(self.controls, self.ablations, words)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from surgery.data.prompts import WordSet
-from surgery.edits.block import choose
+from surgery.edits.places import choose
 from surgery.errors import SurgeryError
 
 CONTROLS = ("last", "random", "first", "middle", "fpft", "pb")
@@ -36,11 +36,16 @@ class Place:
 
 def main_variant(block: str | int | list[int], part: str, named: list[str], words: WordSet, at: Place) -> Variant:
     """The edit that the settings ask for; raises ``SurgeryError`` for blocks or trained words that do not exist."""
+    check_trained(named, words)
     trained = tuple(named) or words.words
-    unknown = [word for word in trained if word not in words.words]
-    if unknown:
-        raise SurgeryError(f"trained_words: got {unknown[0]!r}, expected some of {', '.join(words.words)}")
     return Variant("lftf", choose(block, at.blocks, at.seed), part, trained)
+
+
+def check_trained(named: list[str], words: WordSet) -> None:
+    """Raises ``SurgeryError`` for a word to train that is not compared."""
+    unknown = next((word for word in named if word not in words.words), None)
+    if unknown is not None:
+        raise SurgeryError(f"trained_words: got {unknown!r}, expected some of {', '.join(words.words)}")
 
 
 def control_names(controls: list[str], ablations: bool, words: WordSet, random: int = 1) -> list[str]:

@@ -117,8 +117,9 @@ def examples(*lines: str) -> str:
 
 def local(spec: str) -> Path:
     """The checkpoint directory of ``spec``; torch is needed only when it has to be fetched or converted first."""
-    from surgery.files.converted import ready
+    from surgery.files.converted import check_model, ready
 
+    check_model(spec)
     if (found := ready(spec)) is not None:
         return found
     from surgery.checkpoints import checkpoint_dir

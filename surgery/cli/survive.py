@@ -7,7 +7,7 @@ import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples, local
 from surgery.cli.dose import as_stored
-from surgery.cli.models import open_model
+from surgery.cli.models import check_opening, open_model
 
 
 @command(
@@ -52,15 +52,18 @@ def survive(
     difference between the two.
     """
     from surgery.data import neutral
-    from surgery.delta import Delta
+    from surgery.delta import Delta, open_delta
     from surgery.files.atomic import check_destination, publish, temporary, write_json
+
+    check_destination(out)
+    open_delta(delta)
+    check_opening(checkpoint, device)
     from surgery.progress import Progress
     from surgery.runs.report import page, save
     from surgery.survive import question_of, report
     from surgery.survive import survive as measured
     from surgery.survive.carry_out import GROUPS
 
-    check_destination(out)
     edit, progress, lines = Delta.load(delta), Progress(quiet), neutral.sentences(texts)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     amount = {"words": 105, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}

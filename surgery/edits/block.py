@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -56,31 +55,6 @@ def word_loss(
     if objective == "as_printed":
         return chosen.exp().sum(-1)  # Eq. 5
     raise SurgeryError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-
-
-def choose(chosen: str | int | Sequence[int], count: int, seed: int) -> tuple[int, ...] | None:
-    """Block numbers for ``chosen`` in a model of ``count`` blocks; None stands for all parameters.
-
-    ``chosen``: last, first, middle, random (drawn by ``seed``), all, upper (two thirds of the depth to a fifteenth
-    below the end), a number or numbers; negative ones count from the end. "auto" stands for last until a ranking says
-    otherwise. Raises ``SurgeryError`` for anything else.
-    """
-    places = {"first": 0, "middle": count // 2, "last": count - 1, "auto": count - 1}
-    if chosen == "all":
-        return None
-    if chosen == "upper":
-        return tuple(range(2 * count // 3, max(2 * count // 3 + 1, count - max(1, count // 15))))
-    if chosen == "random":
-        return (int(np.random.default_rng(seed).integers(count)),)
-    if isinstance(chosen, str) and chosen in places:
-        return (places[chosen],)
-    numbers = [chosen] if isinstance(chosen, int) else chosen
-    if isinstance(numbers, str) or not numbers or any(not -count <= number < count for number in numbers):
-        raise SurgeryError(
-            f"block: got {chosen!r}; the model has blocks 0 to {count - 1}; expected such numbers, or one of "
-            "last, auto, first, middle, random, upper, all"
-        )
-    return tuple(sorted({number % count for number in numbers}))
 
 
 def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "all") -> list[str]:

@@ -252,7 +252,7 @@ def by_new_names(kind: type[BaseModel], values: Mapping[str, Any], where: str) -
 
 
 def build(kind: type[S], values: dict[str, Any], where: str) -> S:
-    """``kind(**values)``, every fault in one ``SurgeryError``; a list may be "a,b", a float whole, a name an old one."""
+    """``kind(**values)``, every fault in one ``SurgeryError``; a list may be "a,b", a float whole, a name old."""
     fields = kind.model_fields
     ready: dict[str, Any] = {}
     for key, value in by_new_names(kind, values, where).items():

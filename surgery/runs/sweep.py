@@ -76,6 +76,8 @@ def sweep(
     points = {folder_name(point): build(kind, {**values, **point}, folder_name(point)) for point in grid(varied)}
     if len(points) < len(grid(varied)):
         raise SurgeryError("sweep: two points of the grid would share a folder; name values that differ in letters")
+    for settings in points.values():
+        settings.check()
     for name, settings in points.items():
         if (out / name).exists():
             _check_same(out / name, dump(recipe, settings))

@@ -1,6 +1,6 @@
 """Equalise and hold: share the compared words' mass out anew, and keep every distribution that must not move."""
 
-from surgery.edits.equalize.target import TOP, check_shares, divergence, keep, share_out
+from surgery.edits.equalize.target import TOP, divergence, keep, share_out
 from surgery.edits.equalize.terms import Term, hold_term, words_term
 from surgery.edits.equalize.training import (
     Prepared,
@@ -15,7 +15,6 @@ __all__ = [
     "TOP",
     "Prepared",
     "Term",
-    "check_shares",
     "divergence",
     "equalize",
     "hold_term",

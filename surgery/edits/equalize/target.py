@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from surgery.errors import SurgeryError
+from surgery.data.shares import check_shares
 
 TOP = 256
 """Tokens kept of a target. Measured on SmolLM2-135M-Instruct against every token kept (a block's weights moved by 5 %):
@@ -21,21 +21,6 @@ with 16, 64, 256 and 1,024 the KL of what is held is .58, .77, .89 and .95 of th
 
 Kept = tuple[Int[Tensor, "places k"], Float[Tensor, "places k+1"]]
 """A target per place: its likeliest tokens, and the log of their target probabilities with that of the rest behind."""
-
-
-def check_shares(words: Sequence[object], shares: Sequence[float] | None) -> tuple[float, ...]:
-    """The share of each word, equal ones for None; raises ``SurgeryError`` unless they are positive and sum to 1."""
-    if len(words) < 2:
-        raise SurgeryError(f"words: got {len(words)}, expected at least 2 to share a mass among; name more words")
-    if shares is None or not len(shares):
-        return (1 / len(words),) * len(words)
-    total = sum(shares)
-    if len(shares) != len(words) or not all(share > 0 for share in shares) or not abs(total - 1) < 1e-6:
-        raise SurgeryError(
-            f"shares: got {list(shares)} (sum {total:g}) for {len(words)} words; expected {len(words)} positive "
-            "numbers that add up to 1; leave shares out for equal ones"
-        )
-    return tuple(shares)
 
 
 def share_out(

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.edits.equalize.target import TOP, among, check_shares, divergence, imbalance, keep, share_out
+from surgery.data.shares import check_shares
+from surgery.edits.equalize.target import TOP, among, divergence, imbalance, keep, share_out
 from surgery.errors import SurgeryError
 
 Ids = Sequence[Sequence[int]]
