@@ -18,9 +18,8 @@ A recipe is its settings, its own steps, and these calls:
             return op.finish(summary, write_report)
 
 Each step is done once: its result stands in the run's folder as soon as it is there, a failure or an interruption keeps
-it, and ``--resume`` goes on behind it (``surgery.runs.folder``). ``measure`` returns plain JSON values. What is trained
-is checked against the checkpoint's headers, and the disk's room against its size, before the first training step; the
-delta is written as soon as training ends.
+it, and ``--resume`` goes on behind it (``surgery.runs.folder``). ``measure`` returns plain JSON values. Headers and the
+disk's room are checked before the first training step; the delta is written as soon as training ends.
 """
 
 import shutil
@@ -128,8 +127,8 @@ class Operation:
     def once(self, name: str, compute: Callable[[], Any], *, of: Any = None) -> Any:
         """The JSON value of ``compute()``, computed once in a run however often that is interrupted.
 
-        Its time counts for the stage called like it, up to a hyphen: "before", "ranking", "dose" of "dose-0-0.2".
-        ``of``, all that it depends on beside the model: runs of a sweep where that is equal compute it once.
+        Its time counts for the stage called like it, up to a hyphen: "dose" of "dose-0-0.2". Runs of a sweep compute it
+        once where ``of``, all that it depends on beside the model, is equal.
         """
         with self.folder.stage(name.partition("-")[0]):
             return self.folder.once(name, partial(self.shared.once, name, of, compute) if of else compute)

@@ -53,10 +53,11 @@ def nearby(best: Sequence[Candidate]) -> list[Candidate]:
 
 
 def places_of(settings: Settings, count: int, order: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Places to try, by their name: the recipe's own, the upper third and half, the best by gain (``order``)."""
+    """Places to try, by their name: the recipe's own, upper ones, the best by gain (``order``)."""
     quarter = max(1, count // 4)
     named = {
         "upper third": blocks_of("upper", count, settings.seed),
+        "last quarter": tuple(range(count - max(1, count // 4 + 1), count)),
         "upper half": tuple(range(count // 2, max(count // 2 + 1, count - max(1, count // 15)))),
         f"best {quarter} by gain": tuple(sorted(order[:quarter])),
         "best block by gain": (order[0],),

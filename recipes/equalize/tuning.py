@@ -35,10 +35,13 @@ from surgery.runs.paired import without_samples
 from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
 from surgery.training import steps_of
 
-FEW = {"own": 250, "shapes": 1200, "each": 4, "hints": 300, "settled": 1000, "hints_each": 1, "settled_each": 3}
-"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
-SCREEN = {"own": 60, "shapes": 600, "each": 1, "hints": 80, "settled": 120, "hints_each": 1, "settled_each": 1}
-"""Of the screening, in one epoch: 17 steps of 32."""
+FEW = {"own": 400, "shapes": 1200, "each": 2, "hints": 400, "settled": 1000, "hints_each": 1, "settled_each": 3}
+"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``,"""
+SUITED = {"lr": 8e-4, "batch_size": 64, "own_each": 1, "hold_settled": 2.5, "hold_texts": 3.0, "matmul": "medium"}
+"""and what was chosen with them there; each instead of the recipe's default, not of a value that somebody chose."""
+SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 120, "settled_each": 1}
+SCREEN |= {"batch_size": 32}
+"""Of the screening, in one epoch: 17 steps."""
 ALL_BY_0 = ("own", "hints", "settled")
 ROWS = 80
 """Of each development set of prompts in the screening; perplexity is that of the report."""
@@ -124,6 +127,8 @@ def tune(
         raise SurgeryError(
             "tune: pairs choose their own doses (dose = auto); run equalize with them, or leave pairs out"
         )
+    if settings.block_part == "auto":
+        raise SurgeryError("tune: block_part is auto, and places are blocks here; leave block_part out")
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
     asked = material(model, tokenizer, prompts, part="dev", seed=settings.split_seed, texts=settings.neutral or None)
@@ -133,8 +138,8 @@ def tune(
         ranking = op.once("ranking", partial(_ranking, op, tokenizer, prompts, settings))
         if settings.block == "auto":
             settings = settings.model_copy(update={"block": [ranking["order"][0]]})
-        whole = settings.model_copy(update=_fewer(settings, FEW) | {"matmul": "medium"}) if few else settings
-        screen = whole.model_copy(update=_fewer(settings, SCREEN) | {"epochs": 1})
+        settings = settings.model_copy(update=_fewer(settings, FEW) | _suited(settings)) if few else settings
+        screen = settings.model_copy(update=_fewer(settings, SCREEN) | {"epochs": 1})
         places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"])
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
 
@@ -150,10 +155,10 @@ def tune(
         tried = _screen(a_round("screening", screen, _some(asked, ROWS), near, starts), places)
         chosen = _finalists(tried)
         begin = sorted({one.blocks[0] if one.blocks else places.get(OWN, (0,))[0] for one in chosen} - {0})
-        finals = a_round("final", whole, asked, far, begin).try_all(chosen)
+        finals = a_round("final", settings, asked, far, begin).try_all(chosen)
         if not finals:
             raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
-        return finish(op.folder.path, op.out, "equalize", whole, [*tried.values(), *finals.values()], ranking)
+        return finish(op.folder.path, op.out, "equalize", settings, [*tried.values(), *finals.values()], ranking)
 
 
 def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
@@ -198,6 +203,12 @@ def _fewer(settings: Settings, sizes: Mapping[str, int]) -> dict[str, int]:
     """Those of ``sizes`` that are smaller than the settings' own."""
     now = {key: getattr(settings, key) or (inf if key in ALL_BY_0 else 0) for key in sizes}
     return {key: size for key, size in sizes.items() if size < now[key]}
+
+
+def _suited(settings: Settings) -> dict[str, Any]:
+    """Those of ``SUITED`` where the settings have the recipe's default."""
+    fields = type(settings).model_fields
+    return {key: value for key, value in SUITED.items() if getattr(settings, key) == fields[key].get_default()}
 
 
 def _some(asked: Material, rows: int) -> Material:
