@@ -49,6 +49,8 @@ class Plan:
     """Take the examples of each epoch in an order drawn by the seed, not as they are numbered."""
     parts: int = 1
     """In how many passes a step's examples are taken: so many processes can share them. To rounding the same result."""
+    asked: int = ASKED
+    """On how many examples, in whole batches, the objective is asked before and after; at least one batch."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step ``step`` (from 0) of ``steps``."""
@@ -242,10 +244,10 @@ def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
 
 
 def _first(count: int, plan: Plan, seed: int) -> list[list[int]]:
-    """The first batches that a training takes up, until they hold ``ASKED`` examples or the first epoch ends."""
+    """The first batches that a training takes up, until they hold ``plan.asked`` examples or the first epoch ends."""
     found: list[list[int]] = []
     for rows in islice(_portions(count, plan, seed), math.ceil(count / plan.batch_size)):
-        if sum(map(len, found)) >= ASKED:
+        if found and sum(map(len, found)) >= plan.asked:
             break
         found.append(rows)
     return found

@@ -190,7 +190,7 @@ class _Table:
     def training(self, texts: Sequence[str], steps: int) -> None:
         rows = [Example("", text) for text in texts]
         benign = [rows[n % len(rows)] for n in range(steps * BATCH)]
-        benign_plan = Plan(RATE, 1, BATCH, optimizer="adamw")
+        benign_plan = Plan(RATE, 1, BATCH, optimizer="adamw", asked=1)
         self._put(self._base)
         tuned = self._tuned(benign, benign_plan, "fine-tune the untouched model")
         self._add_to(self._base, tuned)
@@ -203,7 +203,7 @@ class _Table:
         halfway = {name: (value + self._base[name]) / 2 for name, value in self._edited.items()}
         self._add_to(self._base | halfway, tuned, half=True)
         self._add("training", "merged half-way with a sibling", before, self._measure())
-        again = Plan(RATE, RELEARN_EPOCHS, RELEARN_BATCH, optimizer="adamw")
+        again = Plan(RATE, RELEARN_EPOCHS, RELEARN_BATCH, optimizer="adamw", asked=1)
         found = []
         for state in (self._base, self._base | self._edited):
             self._put(state)
