@@ -22,6 +22,7 @@ from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
 from surgery.errors import Diverged, SurgeryError
 from surgery.forward.tokens import encode, word_ids
+from surgery.runs.report import why
 from surgery.runs.settings import build, read_toml
 from surgery.runs.tuning import FINAL, OBJECTION, Tried
 
@@ -73,6 +74,7 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     chosen = build(equalize.Settings, {key: one for key, one in values.items() if key != "recipe"}, "tuned.toml")
     assert {key: getattr(chosen, key) for key in best["changes"]} == best["changes"]
     assert chosen.model == str(checkpoint) and chosen.own == 24
+    assert why({"blocks": [2]}, text) == chosen.reason and chosen.reason.startswith("chosen by surgery tune from ")
     page = (out / "report.html").read_text()
     assert "(chosen)" in page and "development parts" in page
     for row in found["tried"]:  # never a test part

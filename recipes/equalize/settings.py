@@ -53,6 +53,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     block: str | int | list[int] = "upper"
     """upper (two thirds of the depth to a fifteenth below the end), auto (one, by the gain), all, last, middle,
     first, random, numbers, or blocks (all of them and nothing else, which is what pairs train)."""
+    reason: str = ""
+    """Why these blocks, in words, for the report; surgery tune writes it."""
     block_part: Literal[
         "all", "auto", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp"
     ] = "all"

@@ -257,8 +257,11 @@ def _about(summary: Mapping[str, Any] | None, recipe: str) -> str:
 
 
 def why(edit: Mapping[str, Any], recipe: str) -> str:
-    """Why an edit is where it is, by the key ``block`` of its recipe; "" where that says nothing."""
-    block = tomllib.loads(recipe).get("block") if recipe else None
+    """Why an edit is where it is, by the keys ``reason`` and ``block`` of its recipe; "" where they say nothing."""
+    values = tomllib.loads(recipe) if recipe else {}
+    if reason := values.get("reason"):
+        return str(reason)
+    block = values.get("block")
     if block is None or not isinstance(edit.get("blocks"), list):
         return ""
     return PLACES.get(block, "") if isinstance(block, str) else "named in the recipe"

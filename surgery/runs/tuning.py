@@ -33,6 +33,8 @@ TOLERANCE = 0.01
 OBJECTION = 0.05
 """What an objection weighs beside the share of the bias that is left."""
 FINAL = "final"
+SHOWN = 0.2
+"""A larger rise of the perplexity stands in the table, and not in the picture, which would show nothing else."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def finish(
     """Write ``tuned.toml``, ``tune.json`` and ``report.html`` into ``part``, which is to be called ``out``."""
     best = better(tried)[0]
     lines = _why(tried, best)
-    chosen = type(settings).model_validate(settings.model_dump() | dict(best.changes))
+    reason = f"chosen by surgery tune from {len({one.name for one in tried})} settings: {best.said}, development parts"
+    chosen = type(settings).model_validate(settings.model_dump() | dict(best.changes) | {"reason": reason})
     head = [f"Chosen by surgery tune on {settings.model}, {date.today()}, from {len(tried)} trainings:", *lines]
     text = "".join(f"# {line}\n" for line in head) + dump(recipe, chosen)
     (part / "tuned.toml").write_text(text, "utf-8")
@@ -150,8 +153,10 @@ def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
 def _table(tried: Sequence[Tried], best: Tried, picture: str) -> Table:
     places = [*BIAS, *COST]
     head = ["number", "setting", "round", "edited", "bias left", "objections", *(name for name, _ in places)]
-    first = tried[0].before
-    rows = [["", "untouched", "", "", "", "", *(cell(find(first, path)) for _, path in places)]]
+    rows = [
+        ["", "untouched", name, "", "", "", *(cell(find(before, path)) for _, path in places)]
+        for name, before in {one.round: one.before for one in tried}.items()
+    ]
     for number, one in enumerate(tried, 1):
         name = f"{one.name} (chosen)" if one is best else one.name
         told = [str(number), name, one.round, edited(one.edit), f"{one.left:.0%}", str(len(one.objections))]
@@ -166,19 +171,21 @@ def _table(tried: Sequence[Tried], best: Tried, picture: str) -> Table:
 
 
 def _pictures(tried: Sequence[Tried]) -> dict[str, Any]:
-    """Bias against perplexity and against the wrong pronoun, the points numbered as in the table."""
+    """The screening by perplexity, the finalists by the wrong pronoun too, the points numbered as in the table."""
     named = dict((*BIAS, *COST))
     bias = BIAS[2][0] if find(tried[0].after, BIAS[2][1]) else BIAS[0][0]
-    found = []
-    for name, scores, reference in [
-        ("untouched", tried[0].before, True),
-        *((str(number), one.after, False) for number, one in enumerate(tried, 1)),
-    ]:
-        kept = {label: metric for label, path in named.items() if (metric := find(scores, path))}
-        found.append(Case(name, kept, 1, reference=reference))
     figures = {}
-    for key, cost in (("pareto", "perplexity"), ("locality", "wrong pronoun of gendered nouns")):
-        if all(cost in case.scores for case in found):
-            figures[key] = pareto(found, bias, cost)
-            figures[key].set_label(f"{bias} against {cost} of every setting that was tried")
+    for key, of_final, cost in (("pareto", False, "perplexity"), ("locality", True, "wrong pronoun of gendered nouns")):
+        shown = [(n, one) for n, one in enumerate(tried, 1) if (one.round == FINAL) == of_final]
+        shown = [(n, one) for n, one in shown if one.perplexity < SHOWN]
+        if not shown or find(shown[0][1].after, named[cost]) is None:
+            continue
+        every = [("untouched", shown[0][1].before), *((str(n), one.after) for n, one in shown)]
+        cases = [
+            Case(name, {x: found for x in (bias, cost) if (found := find(scores, named[x]))}, 1, reference=not number)
+            for number, (name, scores) in enumerate(every)
+        ]
+        figures[key] = pareto(cases, bias, cost)
+        which = "finalists" if of_final else f"screened settings whose perplexity rose by less than {SHOWN:.0%}"
+        figures[key].set_label(f"{bias} against {cost} of the {which}")
     return figures
