@@ -150,14 +150,18 @@ def run(model: nn.Module) -> list[Event]:
     Raises HookError if the model cannot run (the reason is in the line).
     """
     core = body(model)
+    device = next(core.parameters()).device
     events: list[Event] = []
     pending: dict[int, list[Event]] = {}
     count = 0
 
+    def kept(tensor: Tensor) -> Tensor:  # those of a model on several devices are compared with each other
+        return tensor.clone() if tensor.is_meta or device.type == "meta" else tensor.to(device, copy=True)
+
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal count
         tensor = first_tensor(args, kwargs)
-        copy = None if tensor is None else tensor.clone()
+        copy = None if tensor is None else kept(tensor)
         pending.setdefault(id(module), []).append(Event(name, module, count, 0, tensor, copy))
         count += 1
 
@@ -169,7 +173,7 @@ def run(model: nn.Module) -> list[Event]:
         event.named = hasattr(output, "_fields")
         head = event.extra[0] if event.extra else output
         event.output = head if isinstance(head, Tensor) else None
-        event.output_copy = None if event.output is None else event.output.clone()
+        event.output_copy = None if event.output is None else kept(event.output)
         events.append(event)
 
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +32,7 @@ from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
 from surgery.files.converted import check_model, converted, demo_gguf
 from surgery.files.tensor_names import is_leftover
+from surgery.weights import on_disk, shares
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -91,8 +93,8 @@ def _open(
     try:
         config = AutoConfig.from_pretrained(directory)
         options: Any = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        options |= {} if places[0].type == "cpu" else {"device_map": "balanced" if places[1:] else {"": places[0]}}
-        model, report = cast(Any, model_class(config)).from_pretrained(directory, **options)
+        kind: Any = model_class(config)
+        model, report = _read(kind, directory, config, places, options)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except ImportError as error:
         raise SurgeryError(
@@ -110,6 +112,28 @@ def _open(
         transformers.utils.logging.set_verbosity(level)
     _read_report(directory, model, report)
     return model, tokenizer
+
+
+def _read(kind: Any, directory: Path, config: Any, places: Sequence[torch.device], options: dict[str, Any]) -> Any:
+    """``kind.from_pretrained``; onto CUDA devices the weights go straight from the files."""
+    if places[0].type == "cpu":
+        return kind.from_pretrained(directory, **options)
+    tied, dtype = config.get_text_config().tie_word_embeddings, options["dtype"]
+    places_of: Any = {"": places[0]}
+    if places[1:] and (tied or not isinstance(dtype, torch.dtype)):
+        places_of = "balanced"  # accelerate knows which modules have to stand together
+    elif places[1:]:
+        with torch.device("meta"):
+            places_of = shares(kind(config), dtype, list(places))
+    options = options | {"device_map": places_of}
+    plain = isinstance(dtype, torch.dtype) and not getattr(config, "quantization_config", None)
+    tensors = on_disk(directory, places_of) if plain and places_of != "balanced" and places[0].type == "cuda" else None
+    if tensors is None:
+        return kind.from_pretrained(directory, **options)
+    model, report = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    if (directory / "generation_config.json").exists():  # which comes with a directory, not with a state_dict
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, report
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

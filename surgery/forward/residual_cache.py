@@ -115,7 +115,7 @@ def shortcut(
             try:
                 logits: Tensor = (call or model)(**batch.inputs(), use_cache=False).logits
                 logits = batch.at_last(logits) if last and not cut else logits
-                return logits.to(model.device)  # from another one where a model is spread over several
+                return logits.to(batch.ids.device)  # from another one where a model is spread over several
             finally:
                 handed.clear()
                 running.clear()

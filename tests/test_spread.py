@@ -1,0 +1,81 @@
+"""A model over several devices gives what it gives on one, and its blocks are shared out by size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, state
+from twodevices import split
+
+from hooks import anatomy
+from surgery.edits.block import fine_tune
+from surgery.forward.next_token import next_words, rank_blocks, token_losses
+from surgery.training import Plan
+from surgery.weights import TRAINED, on_disk, shares
+
+IDS = [[5, 9, 11, 30], [7, 3], [8, 8, 21, 40, 2, 6], [4, 60, 33]]
+WORDS = [12, 17]
+
+
+def test_mixing_two_devices_is_an_error_there() -> None:
+    model: Any = build("llama", num_hidden_layers=4)
+    with split(model) as devices:
+        first, last = (model.model.layers[place].mlp.up_proj.weight for place in (0, 3))
+        assert str(first.device) == "cuda:0" and str(last.device) == "cuda:1" and str(model.device) == "cuda:0"
+        with pytest.raises(RuntimeError, match="same device"):
+            first + last
+        assert str((first + last.to(first.device)).device) == "cuda:0"
+        assert str(devices.of(model(torch.tensor([[1, 2]], device=model.device)).logits)) == "cuda:0"
+
+
+def test_what_is_located_measured_and_trained_over_two_devices_is_that_of_one() -> None:
+    one, two = (build("llama", num_hidden_layers=4) for _ in range(2))
+    before = state(two)
+
+    def everything(model: Any) -> list[torch.Tensor]:
+        found = rank_blocks(model, IDS, WORDS, keep=[2, 3])
+        again = next_words(model, IDS, WORDS, prefix=found.prefixes[3])
+        sums, _, _ = token_losses(model, IDS, prefix=found.prefixes[2])
+        plan = Plan(1e-3, 2, 2)
+        edits = [
+            fine_tune(model, IDS, WORDS, plan, blocks=[block], seed=0, prefix=found.prefixes.get(block)).differences
+            for block in (3, 0)
+        ]
+        raw = found.importance.raw.scores
+        return [*map(torch.as_tensor, (raw, again.probabilities, sums)), *(t for each in edits for t in each.values())]
+
+    with split(two):
+        assert anatomy.find(two).table() == anatomy.find(one).table()
+        spread = everything(two)
+    for wanted, found in zip(everything(one), spread, strict=True):
+        with torch.no_grad():
+            assert torch.allclose(found.double(), wanted.double(), rtol=1e-4, atol=2e-7)
+    assert state(two) == before
+
+
+def test_devices_are_filled_alike_when_the_last_block_trains() -> None:
+    with torch.device("meta"):
+        model: Any = build("llama", num_hidden_layers=40, hidden_size=64, intermediate_size=128)
+    devices = [torch.device("cuda", number) for number in range(4)]
+    found = shares(model, torch.bfloat16, devices)
+    held = dict.fromkeys(devices, 0)
+    for name, parameter in model.named_parameters():
+        (unit,) = [each for each in found if name.startswith(f"{each}.")]
+        held[found[unit]] += 2 * parameter.numel()
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    held[devices[-1]] += TRAINED * block
+    assert max(held.values()) - min(held.values()) <= 3 * block  # a block and a half in 16 bits
+    order = [found[f"model.layers.{number}"].index for number in range(40)]
+    assert order == sorted(order) and found["model.rotary_emb"] == devices[0]
+
+
+def test_weights_are_read_by_others_where_they_are_no_plain_floats(tmp_path: Path, checkpoint: Path) -> None:
+    place = torch.device("cuda", 1)
+    found = on_disk(
+        checkpoint, {"model.layers.1": place, "model": torch.device("cuda", 0), "": torch.device("cuda", 2)}
+    )
+    assert found is not None
+    assert found["model.layers.1.mlp.up_proj.weight"].device == place
+    assert found["model.layers.0.mlp.up_proj.weight"].device.index == 0
+    assert on_disk(tmp_path, {"": place}) is None
