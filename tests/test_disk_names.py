@@ -28,6 +28,7 @@ JOINED = {
         families._LLAMA | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
     ),
     "hunyuan_moe": ("HunYuanMoEV1ForCausalLM", families._LLAMA | families._MOE),
+    "gpt_oss": ("GptOssForCausalLM", families._LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "phimoe": ("PhimoeForCausalLM", families._LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -69,6 +70,25 @@ def test_live_is_what_the_disk_holds(tmp_path, monkeypatch, name):
     with tensors_of(model, delta, tmp_path / "out"):
         assert same(weights(model), disk)
     assert same(weights(model), before)
+
+
+def test_the_language_model_inside_a_model_of_pictures_takes_a_delta(tmp_path):
+    """On disk its tensors lie under another prefix than in memory."""
+    config = tiny(transformers.Gemma3Config)
+    model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "base")
+    name = next(each for each, p in model.named_parameters() if "language_model" in each and "down_proj" in each)
+    delta = deltas.make(
+        {name: torch.full_like(model.get_parameter(name), 0.5)}, tmp_path / "base", base="t", recipe="", seed=0
+    )
+    (stored,) = delta.shapes
+    assert stored in kit.load(tmp_path / "base") and stored != name
+    apply(delta, tmp_path / "base", tmp_path / "out")
+    disk = weights(type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16))
+    before = weights(model)
+    with delta.applied(model):
+        assert same(weights(model), disk)
+    assert [each for each in disk if not torch.equal(disk[each], before[each])] == [name]
 
 
 def test_a_part_of_what_is_joined_leaves_the_rest(tmp_path, monkeypatch):
