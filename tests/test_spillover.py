@@ -10,6 +10,7 @@ from families import state
 from test_cli import surgery as cli
 
 import surgery
+from surgery.cli.models import _ledger
 from surgery.metrics.judges import Judges
 from surgery.metrics.metric import difference, mean_metric, points
 from surgery.progress import Progress
@@ -48,7 +49,11 @@ def test_what_is_worse_by_more_than_a_point_is_named() -> None:
     assert lines[1] == "Warning: worse by more than a point: facts (-5.0)."
 
 
-def test_a_run_is_measured_without_and_with_its_edit(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_is_measured_without_and_with_its_edit(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = Judges(suites=("genbias", "perplexity"), rows={"genbias": 18, "perplexity": 9})
+    monkeypatch.setattr("surgery.metrics.judges.ledger", lambda folder: (judges, {"bbq": "no such file"}))
     out = tmp_path / "run"
     words = [
         "--set",
@@ -62,20 +67,25 @@ def test_a_run_is_measured_without_and_with_its_edit(checkpoint: Path, tmp_path:
         "--set",
         "test_rows=9",
     ]
-    code, _, stderr = cli("run", "lftf", "--model", checkpoint, "--out", out, "--device", "cpu", *words)
-    assert code == 0, stderr
-    assert not (out / "ledger.json").exists(), "on a CPU, and without data, it is not measured unasked"
-    model, tokenizer = surgery.load(checkpoint, device="cpu")
-    was = state(model)
-    judges = Judges(suites=("genbias", "perplexity"), rows={"genbias": 18, "perplexity": 9})
-    lines = spillover(model, tokenizer, out, judges, progress=Progress(quiet=True))
-    assert state(model) == was
+    where = ["--model", checkpoint, "--out", out, "--device", "cpu", "--ledger", tmp_path]
+    code, stdout, stderr = cli("run", "lftf", *where, *words)
+    assert code == 0 and "ledger: without bbq: no such file" in stderr
     found = json.loads((out / "ledger.json").read_text())
     place = "genbias.mass.all"
     moved = found["after"][place]["value"] - found["before"][place]["value"]
     assert found["before"][place]["n"] == 18 and moved != 0
     assert found["differences"][place]["value"] == pytest.approx(moved)
-    assert found["verdict"] == lines and "Ledger: of " in (out / "ledger.html").read_text()
+    assert found["verdict"][0] in stdout and "Ledger: of " in (out / "ledger.html").read_text()
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    was = state(model)
+    assert spillover(model, tokenizer, out, judges, progress=Progress(quiet=True)) == found["verdict"]
+    assert state(model) == was
+
+
+def test_unasked_it_is_measured_on_an_accelerator_alone() -> None:
+    said = Progress(quiet=True)
+    assert _ledger("", "data", "cpu", said) is None
+    assert _ledger("", "", None, said) is None and _ledger("none", "data", None, said) is None
 
 
 def test_a_folder_that_is_not_there_is_named_before_the_run(checkpoint: Path, tmp_path: Path) -> None:

@@ -76,16 +76,20 @@ def study(
     for settings in ready.values():
         settings.check()
     from surgery.study.carry_out import carry_out, refuse_other_settings
+    from surgery.study.cells import cells
+
+    place = out or Path("runs") / file.stem
+    for cell in cells(asked, methods, place):
+        if cell.method and cell.method.recipe and (cell.folder / "run").exists():
+            refuse_other_settings(cell.folder / "run", ready[cell.name, cell.seed, cell.model])
 
     def run(cell: "Cell", opened: Any, resume: bool) -> None:
         assert cell.method is not None
-        settings = ready[cell.method.name, cell.seed, cell.model]
         if (cell.folder / "run").exists():
-            refuse_other_settings(cell.folder / "run", settings)
             return
+        settings = ready[cell.method.name, cell.seed, cell.model]
         model, tokenizer, shared = opened
         where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
         modules[cell.method.name].run(model, tokenizer, settings, **where)
 
-    place = out or Path("runs") / file.stem
     print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))
