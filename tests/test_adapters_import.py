@@ -217,6 +217,17 @@ def test_adapters_that_do_not_fit(tmp_path, change, text):
         import_peft(tmp_path / "adapter", tmp_path / "base")
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_of_another_vocabulary_is_refused(tmp_path, whole):
+    config = lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]) if whole else lora("embed_tokens", "lm_head")
+    make_adapter(tmp_path, "llama", config)
+    wider = build("llama")
+    wider.resize_token_embeddings(wider.config.vocab_size + 8)
+    wider.save_pretrained(tmp_path / "wider")
+    with pytest.raises(SurgeryError, match=r"size mismatch for .*(embed_tokens|lm_head)"):
+        import_peft(tmp_path / "adapter", tmp_path / "wider")
+
+
 def test_kinds(tmp_path):
     make_adapter(tmp_path, "llama", lora("q_proj"))
     factors, dense = (import_peft(tmp_path / "adapter", tmp_path / "base", kind=kind) for kind in ("lora", "dense"))

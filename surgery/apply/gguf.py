@@ -50,7 +50,7 @@ def apply_gguf(
     worse (named in the notes); `touched_type` (such as Q8_0) chooses one for the matrices. Rounding "stochastic" (and
     "auto", wherever the type is not F32) rounds the codes of a block by chance, so that an edit smaller than a code
     survives on average: of the demo's edit Q4_1 keeps 98 % so, and 11 % by "nearest" (docs/delta.md). With undo
-    "record" the original bytes stand, compressed, in `out` + ".undo.surgery".
+    "record" the original bytes stand in `out` + ".undo.surgery".
 
     Raises:
         SurgeryError: refused or failed; then nothing was created and the source is as it was.
