@@ -316,8 +316,9 @@ def test_the_numbers_are_those_of_the_saved_file(tiny: Any, checkpoint: Path, da
 
 
 def test_a_run_that_stores_a_projection(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    own = settings(checkpoint, data, form="projected").controls
-    assert own == ["vanilla", "random_words"]
+    usual = settings(checkpoint, data, form="projected")
+    own = usual.controls
+    assert own == ["vanilla", "random_words"] and usual.decay == 0.75
     given: Any = {"form": "projected", "decay": 0.2, "controls": own, "random_words": ["nurse", "guard"], "suites": []}
     summary = learn(tiny, checkpoint, data, tmp_path / "run", **given)
     assert summary["delta"]["kind"] == "module" and set(summary["controls"]) == set(own)

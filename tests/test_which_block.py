@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.which_block import TITLES, Case, judge, read, spearman, tables
+from surgery.locate.gain import KNOWN
 
 RISING = np.arange(20.0) ** 2 + 1
 CASE = Case("m", "race", np.stack([RISING, RISING]), {"natural": -RISING, "natural attention": RISING[::-1].copy()})
@@ -38,3 +39,25 @@ def test_the_stored_cases_make_the_tables() -> None:
     assert all(scores.shape == case.outcome.shape for case in cases for scores in case.scores.values())
     printed = tables(cases[:2])
     assert all(title in printed for title in TITLES.values()) and "| SmolLM2, he / she | +0.99 |" in printed
+
+
+def test_what_locate_says_of_its_rankings_is_what_the_study_found() -> None:
+    names = {
+        "gain_depth": "depth + natural attention",
+        "gain_attention": "natural attention",
+        "gain_natural": "natural",
+        "bmi raw": "bmi raw",
+        "bmi final_norm": "bmi final_norm",
+    }
+    assert list(KNOWN) == list(names)
+    cases = read()
+    unseen = [case for case in cases if case.unseen]
+    for key, name in names.items():
+        every, few = judge(name, cases), judge(name, unseen)
+        value, low, high = (f"{number:.2f}".replace("0.", ".") for number in every.mean)
+        sign = "+" * (every.mean[0] >= 0)
+        other = f"{few.mean[0]:+.2f}".replace("0.", ".")
+        assert KNOWN[key] == (
+            f"Spearman {sign}{value} [{low}, {high}] (unseen {other}), a best-10 % block named in {every.best} of "
+            f"{every.cases} cases ({few.best} of {few.cases} unseen)"
+        )

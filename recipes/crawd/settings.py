@@ -53,6 +53,7 @@ class Settings(
     """The sensitive words, of one attribute or several: he, she, young, old, ..."""
     top_percent: float = Field(40.0, ge=0, le=100)
     decay: float = Field(0.2, ge=0, le=1)
+    """Lambda; 0.75 of the form projected where nothing is said."""
     scope: Literal["row", "sequence"] = "row"
     """What the top K percent are taken of; "sequence" lets later tokens change earlier predictions."""
     heads: int = Field(8, ge=1)
@@ -109,7 +110,11 @@ class Settings(
         """The profile's values, the weight of the method's own term, and its controls."""
         method = values.get("method", "crawd")
         controls = {"crawd": ["vanilla", *OWN_CONTROLS], "vanilla": []}.get(str(method), ["vanilla"])
-        controls = ["vanilla", "random_words"] if values.get("form") == "projected" else controls
+        if values.get("form") == "projected":
+            return PROFILES.get(str(values.get("profile")), {}) | {
+                "controls": ["vanilla", "random_words"],
+                "decay": 0.75,
+            }
         weight = {"weight": WEIGHTS[method]} if method in WEIGHTS else {}
         return PROFILES.get(str(values.get("profile")), {}) | {"controls": controls} | weight
 
