@@ -25,7 +25,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     dose: list[str | int | float] = ["auto"]
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
     0.4/0.2 are of a sentence with a start token and of one without."""
-    doses: list[float] = [0.1, 0.6]
+    doses: list[float] = [0.1, 0.9]
     """The doses among which auto chooses, by straight lines between them; each is trained once for each fold."""
     scales: list[float] = [1.0]
     """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
