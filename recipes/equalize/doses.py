@@ -184,8 +184,14 @@ def _cross_validated(
     judge: Judge,
 ) -> tuple[dict[float, dict[Any, Float[np.ndarray, "pairs scorers"]]], dict[float, list[float]]]:
     """By scale, the margins of every held-out pair in each trial (its doses by bias type), and the log perplexity of
-    each training."""
+    each training.
+
+    A fold goes through its fewer pairs more often, so that it takes about as many steps as the last training will: what
+    a dose does grows with them.
+    """
     settings = work.settings
+    epochs = round(settings.epochs * settings.folds / (settings.folds - 1))
+    work = replace(work, settings=settings.model_copy(update={"epochs": epochs}))
     shape = (len(judged), len(settings.scorers))
     margins: dict[float, dict[Any, Any]] = {
         scale: {trial: np.full(shape, np.nan) for trial in trials} for scale in scales
