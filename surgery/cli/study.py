@@ -1,5 +1,6 @@
 """The command study: methods, models and seeds on one page, judged on the same rows."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ def study(
     debug: Debug = False,
 ) -> None:
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
+    from surgery.edits.places import PlaceError
     from surgery.progress import Progress
     from surgery.runs.settings import build, by_new_names
     from surgery.study.settings import check_names, read, seeds_of, settings_for
@@ -74,7 +76,8 @@ def study(
     for where in asked.models:
         check_opening(where, device)
     for settings in ready.values():
-        settings.check()
+        with suppress(PlaceError):  # what cannot be on one model is a row that says so
+            settings.check()
     from surgery.study.carry_out import carry_out, refuse_other_settings
     from surgery.study.cells import cells
 

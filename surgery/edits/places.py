@@ -11,6 +11,10 @@ from surgery.files.converted import check_model, ready
 NAMES = ("last", "auto", "first", "middle", "random", "upper", "all")
 
 
+class PlaceError(SurgeryError):
+    """A model has no such block; another one may."""
+
+
 def choose(chosen: str | int | Sequence[int], count: int, seed: int) -> tuple[int, ...] | None:
     """Block numbers for ``chosen`` in a model of ``count`` blocks; None stands for all parameters.
 
@@ -29,7 +33,7 @@ def choose(chosen: str | int | Sequence[int], count: int, seed: int) -> tuple[in
         return (places[chosen],)
     numbers = [chosen] if isinstance(chosen, int) else chosen
     if isinstance(numbers, str) or not numbers or any(not -count <= number < count for number in numbers):
-        raise SurgeryError(
+        raise PlaceError(
             f"block: got {chosen!r}; the model has blocks 0 to {count - 1}; expected such numbers, or one of "
             f"{', '.join(NAMES)}"
         )

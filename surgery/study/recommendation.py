@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from surgery.metrics import metric
 from surgery.runs.report import Table
 from surgery.study.settings import Study
 from surgery.study.verdict import (
@@ -21,16 +20,10 @@ POINT = 1.0
 NAMED = 6  # numbers in a sentence
 
 
-def points(row: Row, place: str) -> float:
-    """The mean difference over the seeds in points (``surgery.metrics.metric.points``)."""
-    values = [one[place].value for one in row.differences if place in one]
-    return metric.points(row.scores[place], sum(values) / len(values))
-
-
 def broken(row: Row) -> list[str]:
     """What got worse beyond noise by more than a point, the largest first."""
-    found = [place for place in row.worse() if abs(points(row, place)) > POINT]
-    return sorted(found, key=lambda place: -abs(points(row, place)))
+    found = [place for place in row.worse() if abs(row.points(place)) > POINT]
+    return sorted(found, key=lambda place: -abs(row.points(place)))
 
 
 def answer(found: Sequence[Row], study: Study) -> Table:
@@ -99,14 +92,12 @@ def _shipped(found: Sequence[Row], best: Row, untouched: Row, study: Study, comm
         f"It makes worse: {broke}.",
         *([command] if command else []),
         f"Why: it removes more than any other method that spoils none of {', '.join(plain_words(p) for p in cost)} by "
-        f"more than {100 * study.tolerance:g} %. On {on} of {of} pairs of a bias and a cost it is on the Pareto front: "
+        f"more than {_points(study.tolerance)}. On {on} of {of} pairs of a bias and a cost it is on the Pareto front: "
         "no other is better on both.",
     ]
     ranked = ranking(found, untouched, bias)
     for row in ranked[: ranked.index(best)]:
-        spoils = ", ".join(
-            f"{plain_words(p)} ({100 * row.change(p):+.1f} %)" for p in objections(row, cost, study.tolerance)
-        )
+        spoils = _listed(row, objections(row, cost, study.tolerance), NAMED)
         lines.append(f"{row.name} removes {100 * removed(row, untouched, bias):.0f} %, but spoils {spoils}.")
     return lines
 
@@ -116,6 +107,10 @@ def _removed(row: Row, untouched: Row, study: Study) -> str:
     between = removed_between(row, untouched, bias)
     interval = f" [{100 * between[0]:.0f}, {100 * between[1]:.0f}]" if between else ""
     return f"{100 * removed(row, untouched, bias):.0f} %{interval}"
+
+
+def _points(count: float) -> str:
+    return "a point" if count == 1 else f"{count:g} points"
 
 
 def _values(before: Row, after: Row, place: str) -> str:
@@ -130,6 +125,6 @@ def _listed(row: Row, places: Sequence[str], most: int = 4) -> str:
     for place in places[:most]:
         percent = row.scores[place]["direction"] == "lower" and row.scores[place]["ideal"] == 1
         unit = "%" if percent else "points"
-        said.append(f"{plain_words(place)} ({points(row, place):+.1f} {unit})")
+        said.append(f"{plain_words(place)} ({row.points(place):+.1f} {unit})")
     more = f" and {len(places) - most} others" if len(places) > most else ""
     return ", ".join(said) + more

@@ -107,7 +107,7 @@ def _numbers(found: Sequence[Row], study: Study) -> Table:
         "The bias removed is 1 - distance from the ideal after / before, mean over the bias numbers "
         f"({', '.join(map(plain_words, bias))}); one that was not measured counts as nothing removed. "
         "Spoils: numbers of cost that are worse with every seed, by more than "
-        f"{100 * study.tolerance:g} %. Unbeaten: on so many pairs of bias and cost no other is better on both. "
+        f"{study.tolerance:g} points. Unbeaten: on so many pairs of bias and cost no other is better on both. "
         "Brackets are 95 % intervals: over the seeds where there are several, else "
         f"bootstrap intervals. {said}."
     )

@@ -66,8 +66,8 @@ class Study(BaseModel):
     """The numbers an edit is to improve, by their place such as "genbias.afgb.all"."""
     cost: list[str] = []
     """The numbers it must not spoil."""
-    tolerance: float = Field(0.01, ge=0)
-    """A cost number that is worse by less than this share of what it was is no objection."""
+    tolerance: float = Field(1.0, ge=0)
+    """A cost number that is worse by no more points (``surgery.metrics.metric.points``) than that is no objection."""
     dtype: str = "float32"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from surgery.metrics import metric
 from surgery.metrics.metric import Difference, Metric, difference
 from surgery.runs.compare import front, loss, mean_over_seeds
 from surgery.study.cells import Flat, Judged
@@ -65,6 +66,11 @@ class Row:
         was = float(self.scores[place]["value"]) - mean
         return mean / abs(was) if was else mean
 
+    def points(self, place: str) -> float:
+        """The mean difference over the seeds in points (``surgery.metrics.metric.points``)."""
+        values = [one[place].value for one in self.differences if place in one]
+        return metric.points(self.scores[place], sum(values) / len(values))
+
 
 def axes(study: Study, found: Collection[str]) -> tuple[list[str], list[str]]:
     """The study's bias and cost numbers; where it names none, the usual ones among those that were measured."""
@@ -88,12 +94,9 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
                 place: mean_over_seeds([one.scores[place].to_dict() for one in measured if place in one.scores])
                 for place in places
             }
-            for (
-                place,
-                metric,
-            ) in scores.items():  # what is to stay has the untouched value as its ideal
-                if metric["direction"] == "same" and place in untouched.scores:
-                    metric["ideal"] = untouched.scores[place].value
+            for place, one in scores.items():  # what is to stay has the untouched value as its ideal
+                if one["direction"] == "same" and place in untouched.scores:
+                    one["ideal"] = untouched.scores[place].value
             paired = () if members[0] is untouched else tuple(paired_with(one, own) for one in measured)
             refused = next((one.refused for one in members if one.refused), "")
             found.append(
@@ -157,8 +160,8 @@ def _distance(metric: Mapping[str, Any]) -> float:
 
 
 def objections(row: Row, cost: Sequence[str], tolerance: float) -> list[str]:
-    """The cost numbers that got worse with every seed and by more than ``tolerance`` of what they were."""
-    return [place for place in row.worse() if place in cost and abs(row.change(place)) > tolerance]
+    """The cost numbers that got worse with every seed and by more than ``tolerance`` points."""
+    return [place for place in row.worse() if place in cost and abs(row.points(place)) > tolerance]
 
 
 def chosen(found: Sequence[Row], study: Study, *, clean: bool = False) -> list[Row]:
