@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import recipes
@@ -214,7 +215,8 @@ ANSWERED_WITHOUT_TORCH = (
     ["run", "lftf", "--set", "controls=rndom"], ["run", "equalize", "--set", "shares=0.5,0.6"],
     ["run", "equalize", "--set", "hold_file=nowhere.txt"], ["run", "equalize", "--set", "pairs=stereoset"],
     ["run", "erase", "--set", "block=99"], ["sweep", "lftf", "--vary", "block=3,99", "--out", "nowhere"],
-    ["tune", "demo", "--set", "lrr=1"], ["tune", "demo", "--recipe", "lftf"], ["diff", "./a", "./b", "--out", "nowhere"],
+    ["tune", "demo", "--set", "lrr=1"], ["tune", "demo", "--recipe", "lftf"],
+    ["diff", "./a", "./b", "--out", "nowhere"],
     ["survive", "nowhere.safetensors", "demo", "--out", "nowhere"],
     ["run", "lftf", "--model", "./nowhere"], ["run", "crawd", "--set", "data=nowhere"],
     ["run", "demo", "--device", "gpu"],
@@ -249,6 +251,18 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accelerator_without_room_is_one_line_that_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 956.00 MiB. GPU 0 has a capacity of")
+        error.add_note("what was finished is kept: go on with --resume")
+        raise error
+
+    monkeypatch.setattr("surgery.checkpoints.load", full)
+    code, _, stderr = surgery("eval", "demo", "--suite", "genbias")
+    assert code == 1 and stderr.count("\n") == 1
+    assert stderr.startswith("error: CUDA out of memory. Tried to allocate 956.00 MiB; free") and "--resume" in stderr
 
 
 def test_inspect_against_a_checkpoint_never_imports_torch(run: Path, checkpoint: Path) -> None:

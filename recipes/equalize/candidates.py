@@ -10,7 +10,7 @@ from recipes.equalize.work import blocks_of
 RATES = (1.0, 1 / 3, 1 / 9, 1 / 27)
 """Of the recipe's own, tried at its own place first; one that suits SmolLM2 destroys Gemma 3 at the same blocks."""
 FINER = 3**0.5
-"""Then, at the best places, so many times more and less: half of the way to the next of ``RATES``."""
+"""Then, at the best place, so many times more and less: half of the way to the next of ``RATES``."""
 OWN = "the recipe's own"
 
 
@@ -47,9 +47,9 @@ def at_other_places(best: Candidate, places: Mapping[str, tuple[int, ...]], coun
     ]
 
 
-def nearby(best: Sequence[Candidate]) -> list[Candidate]:
-    """A finer step of the rate up and down from each."""
-    return [replace(one, rate=rate) for one in best for rate in (one.rate * FINER, one.rate / FINER)]
+def nearby(best: Candidate) -> list[Candidate]:
+    """The same place at a finer step of the rate up and down."""
+    return [replace(best, rate=rate) for rate in (best.rate * FINER, best.rate / FINER)]
 
 
 def places_of(settings: Settings, count: int, order: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Choosing the place and the rate of an equalising on development parts, so that nobody has to guess.
 
 Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: rates where
-the recipe trains, places at the best of them, finer rates at the best two places. The best two settings, and the recipe
-as it is unless the screening has it far behind, are then trained on the texts that a run would take, and judged on all
+the recipe trains, places at the best of them, finer rates at the best place. The best two settings, and the recipe as
+it is unless the screening has it far behind, are then trained on the texts that a run would take, and judged on all
 that a report warns of. All share one measurement of the untouched model; those of a round share the targets and, by
 first block, the stream.
 """
@@ -162,7 +162,7 @@ def tune(
 
 
 def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
-    """Rates where the recipe trains, down to the first that is no better; places at the best; finer at the best two."""
+    """Rates where the recipe trains, down to the first that is no better; places at the best; finer rates there."""
     count = len(anatomy.find(first.op.model).blocks)
     tried: dict[Candidate, Tried] = {}
     for rate in RATES:
@@ -172,10 +172,7 @@ def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candid
     if not tried:
         raise SurgeryError("tune: no training stayed finite at any rate; lower lr (--set lr=...), or use float32")
     tried |= first.try_all(at_other_places(_best(tried)[0], places, count))
-    by_place: dict[str, Candidate] = {}
-    for one in _best(tried):
-        by_place.setdefault(one.place, one)
-    return tried | first.try_all(nearby(list(by_place.values())[:2]))
+    return tried | first.try_all(nearby(_best(tried)[0]))
 
 
 def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:

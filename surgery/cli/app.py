@@ -81,6 +81,13 @@ def command(
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 raise typer.Exit(1) from None
+            except Exception as error:
+                if options.get("debug") or type(error).__name__ != "OutOfMemoryError":  # torch's, not imported here
+                    raise
+                kept = "; ".join(["", *getattr(error, "__notes__", ())])
+                said = ". ".join(str(error).split(". ")[:2])  # what was asked for; behind it the whole of the card
+                print(f"error: {said}; free memory on the accelerator, or take --device cpu{kept}", file=sys.stderr)
+                raise typer.Exit(1) from None
             finally:
                 warnings.showwarning = plain
 
