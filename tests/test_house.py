@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("surgery", "catalogue", "errors", "processes", "progress"),
     ("files",),
-    ("modules", "devices"),
+    ("modules", "devices", "weights"),
     ("delta",),
     ("apply",),
     ("checkpoints", "data", "forward", "moved", "objective", "training", "training_state"),
