@@ -43,7 +43,8 @@ def sweep(
 ) -> None:
     """Run a recipe for every combination of some settings; the same command again goes on where it stopped.
 
-    Runs that are finished are skipped, and an interrupted one is taken up. At the end compare.html stands beside them.
+    Runs that are finished are skipped, and an interrupted one is taken up; the ranking and the measurement before are
+    shared where nothing that they depend on differs. At the end compare.html stands beside them.
     """
     from surgery.progress import Progress
     from surgery.runs.sharing import Shared
