@@ -1,5 +1,6 @@
 """What an adapter keeps of an edit, measured through peft itself: next-token distributions instead of matrix norms."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts
     before = _next(model, ids)
     with delta.applied(model):
         edited = _next(model, ids)
-    adapted = _next(PeftModel.from_pretrained(model, str(adapter)).eval(), ids)
+    with warnings.catch_warnings():  # of transformers, about a name that peft still asks for
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = _next(PeftModel.from_pretrained(model, str(adapter)).eval(), ids)
     size, lost = _divergence(edited, before), _divergence(edited, adapted)
     names = sorted({row.profession for row in rows})
     drawn = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
