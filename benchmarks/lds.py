@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import hooks
 import surgery
+from hooks.gradient_influence import Masked
 from surgery.attribution import tfidf
 from surgery.data import bios
 from surgery.data.texts import Example
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     chosen = parser.parse_args(arguments)
     model, tokenizer = surgery.load(chosen.model)
     people = [each.text for each in bios.load(chosen.data)]
-    texts, queries = people[: chosen.texts], people[chosen.texts : chosen.texts + chosen.queries]
+    order = np.random.default_rng(0).permutation(len(people))
+    texts, queries = (
+        [people[n] for n in part] for part in np.split(order[: chosen.texts + chosen.queries], [chosen.texts])
+    )
     work = Work(model, tokenizer, texts, queries, Plan(chosen.lr, chosen.epochs, 20, "adamw"), chosen.length)
     draw = np.random.default_rng(0)
     halves = [np.sort(draw.choice(len(texts), len(texts) // 2, replace=False)) for _ in range(chosen.subsets)]
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
         found[name] = lds(losses.mean(0), predicted)
     for name, each in found.items():
         low, high = interval(each)
-        print(f"{name:44} LDS {each.mean():+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
+        print(f"{name:60} LDS {each.mean():+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
     if chosen.json:
         with open(chosen.json, "w") as file:
             plain = {name: each.tolist() for name, each in found.items()}
@@ -69,7 +73,7 @@ class Work:
     def __init__(
         self, model: Any, tokenizer: Any, texts: Sequence[str], queries: Sequence[str], plan: Plan, length: int
     ) -> None:
-        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.model, self.tokenizer, self.plan, self.length = model, tokenizer, plan, length
         kept = [
             encode_rows(tokenizer, [Example("", text) for text in given], max_length=length).rows
             for given in (texts, queries)
@@ -102,22 +106,30 @@ class Work:
 
     def estimates(self) -> dict[str, Scores]:
         """What each way says a text does for a query: more is a lower loss."""
-        found = {f"gradients of the untouched model, {how}": self._influence(how) for how in ("dot", "cosine")}
-        with self.trained(self.texts, 0) as moments:
-            for how in ("dot", "cosine"):
-                found[f"gradients after training on all, {how}"] = self._influence(how)
-                found[f"the same over Adam's v, {how}"] = self._influence(how, optimizer="frozen_v", moments=moments)
-        found["mean of both models, dot"] = (
-            found["gradients of the untouched model, dot"] + found["gradients after training on all, dot"]
-        )
         texts, queries = self.plain
+        content: Any = [hooks.content_tokens(self.tokenizer, given) for given in self.plain]
+        content = [[Masked(row.ids[: self.length], row.counted) for row in part] for part in content]
+        found = {f"untouched model, {how}": self._influence(how) for how in ("dot", "cosine")}
+        found["untouched model, content tokens, dot"] = self._influence("dot", content)
+        with self.trained(self.texts, 0) as moments:
+            over: Any = {"optimizer": "frozen_v", "moments": moments}
+            for how in ("dot", "cosine"):
+                found[f"after training on all, {how}"] = self._influence(how)
+                found[f"after training on all, over Adam's v, {how}"] = self._influence(how, **over)
+            found["after training on all, content tokens, dot"] = self._influence("dot", content)
+            found["after training on all, content tokens, over Adam's v, dot"] = self._influence("dot", content, **over)
+        for how in ("dot", "cosine"):
+            found[f"untouched model, over Adam's v, {how}"] = self._influence(how, **over)
+        both = (f"{model}, over Adam's v, dot" for model in ("untouched model", "after training on all"))
+        found["sum of both models, over Adam's v, dot"] = sum(found[name] for name in both)  # type: ignore[assignment]
         found["TF-IDF"] = np.stack([tfidf.similarity(texts, [query]) for query in queries], 1)
         return found
 
-    def _influence(self, normalise: Any, **options: Any) -> Scores:
-        probes = {str(number): [list(row.ids)] for number, row in enumerate(self.queries)}
+    def _influence(self, normalise: Any, texts: Any = None, **options: Any) -> Scores:
+        """Of every token, or of what ``texts`` (those trained on, and the queries) count."""
+        given, asked = texts or [[list(row.ids) for row in part] for part in (self.texts, self.queries)]
+        probes = {str(number): [each] for number, each in enumerate(asked)}
         probe = hooks.influence_probe(self.model, self.tokenizer, probes, mean="plain")
-        given = [list(row.ids) for row in self.texts]
         return hooks.influence(self.model, self.tokenizer, given, probe, normalise=normalise, **options).scores
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from surgery.delta import Delta, DeltaFile
 from surgery.delta.live import attached, restored, touched
-from surgery.devices import check_room, device_named, dtype_named, spread
+from surgery.devices import check_room, check_shares, device_named, dtype_named, spread
 from surgery.errors import SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.architecture import read_json
@@ -101,8 +101,11 @@ def _open(
             f"{directory}: needs a package that is not installed here ({_first_line(error)}); install it, or give a "
             "checkpoint that does without (unquantised, with the default attention)"
         ) from error
+    except SurgeryError:
+        raise
     except torch.OutOfMemoryError as error:
-        raise SurgeryError(f"{directory}: does not go onto {places[0]} ({_first_line(error)}); try cpu") from error
+        where = ", ".join(map(str, places))
+        raise SurgeryError(f"{directory}: does not go onto {where} ({_first_line(error)}); try cpu") from error
     except Exception as error:  # whatever a damaged or unknown checkpoint makes transformers raise
         raise SurgeryError(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "
@@ -124,7 +127,8 @@ def _read(kind: Any, directory: Path, config: Any, places: Sequence[torch.device
         places_of = "balanced"  # accelerate knows which modules have to stand together
     elif places[1:]:
         with torch.device("meta"):
-            places_of = shares(kind(config), dtype, list(places))
+            places_of, held = shares(kind(config), dtype, list(places))
+        check_shares(directory, held)
     options = options | {"device_map": places_of}
     plain = isinstance(dtype, torch.dtype) and not getattr(config, "quantization_config", None)
     tensors = on_disk(directory, places_of) if plain and places_of != "balanced" and places[0].type == "cuda" else None

@@ -1,6 +1,6 @@
 """Where a model goes: the device and the dtype of a name, and whether the weights have room there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +71,18 @@ def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch
             f"{' + '.join(map(str, places))} has {free / 1e9:.1f} GB free; expected all of them to fit there: take a "
             "16-bit dtype, a larger device, several (--device all), or --device cpu"
         )
+
+
+def check_shares(directory: Path, held: Mapping[torch.device, int]) -> None:
+    """Raises ``SurgeryError`` where one accelerator has less room than its share of the weights, ``held`` (bytes)."""
+    for place, needed in held.items():
+        free = free_memory(place)
+        if free is not None and needed > free:
+            sums = ", ".join(f"{device} {size / 1e9:.1f}" for device, size in held.items())
+            raise SurgeryError(
+                f"{directory}: {place} has {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} for its share of the "
+                f"weights (GB: {sums}); end what else is there, or leave it out (CUDA_VISIBLE_DEVICES)"
+            )
 
 
 def peak_memory(place: torch.device) -> int | None:

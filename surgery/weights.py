@@ -79,10 +79,13 @@ def _place(name: str, places: Mapping[str, torch.device]) -> torch.device:
     return next((places[prefix] for prefix in prefixes if prefix in places), next(iter(places.values())))
 
 
-def shares(model: nn.Module, dtype: torch.dtype, devices: list[torch.device]) -> dict[str, torch.device]:
-    """A ``device_map`` of whole blocks in their order, so that all devices are filled alike when the last block trains.
+def shares(
+    model: nn.Module, dtype: torch.dtype, devices: list[torch.device]
+) -> tuple[dict[str, torch.device], dict[torch.device, int]]:
+    """A ``device_map`` of whole blocks in their order, and the bytes of weights that each device gets by it.
 
-    ``model`` may lie on "meta"; what has no weights stands on the first device.
+    All devices are filled alike when the last block trains. ``model`` may lie on "meta"; what has no weights stands on
+    the first device.
     """
     units: list[tuple[str, int]] = []
     whole = set(getattr(model, "_no_split_modules", None) or ())
@@ -99,9 +102,10 @@ def shares(model: nn.Module, dtype: torch.dtype, devices: list[torch.device]) ->
     size = dtype.itemsize
     room = TRAINED * max((count for name, count in units if name.rpartition(".")[2].isdigit()), default=0)
     share = (size * sum(count for _, count in units) + room) / len(devices)
-    found, filled = {}, 0
+    found, filled, held = {}, 0, dict.fromkeys(devices, 0)
     for name, count in units:
         number = min(len(devices) - 1, int((filled + size * count / 2) / share))
         found[name] = devices[number if count else 0]
         filled += size * count
-    return found
+        held[found[name]] += size * count
+    return found, held

@@ -9,7 +9,9 @@ from families import build, state
 from twodevices import split
 
 from hooks import anatomy
+from surgery.devices import check_shares
 from surgery.edits.block import fine_tune
+from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, rank_blocks, token_losses
 from surgery.training import Plan
 from surgery.weights import TRAINED, on_disk, shares
@@ -58,16 +60,25 @@ def test_devices_are_filled_alike_when_the_last_block_trains() -> None:
     with torch.device("meta"):
         model: Any = build("llama", num_hidden_layers=40, hidden_size=64, intermediate_size=128)
     devices = [torch.device("cuda", number) for number in range(4)]
-    found = shares(model, torch.bfloat16, devices)
+    found, weights = shares(model, torch.bfloat16, devices)
     held = dict.fromkeys(devices, 0)
     for name, parameter in model.named_parameters():
         (unit,) = [each for each in found if name.startswith(f"{each}.")]
         held[found[unit]] += 2 * parameter.numel()
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert held == weights
     held[devices[-1]] += TRAINED * block
     assert max(held.values()) - min(held.values()) <= 3 * block  # a block and a half in 16 bits
     order = [found[f"model.layers.{number}"].index for number in range(40)]
     assert order == sorted(order) and found["model.rotary_emb"] == devices[0]
+
+
+def test_a_card_too_small_for_its_share_is_said_with_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (torch.device("cuda", number) for number in range(2))
+    monkeypatch.setattr("surgery.devices.free_memory", lambda place: {one: 50 * 10**9, two: 2 * 10**9}[place])
+    check_shares(tmp_path, {one: 40 * 10**9, two: 10**9})
+    with pytest.raises(SurgeryError, match=r"cuda:1 has 2\.0 GB free, expected 3\.0 .*cuda:0 40\.0, cuda:1 3\.0"):
+        check_shares(tmp_path, {one: 40 * 10**9, two: 3 * 10**9})
 
 
 def test_weights_are_read_by_others_where_they_are_no_plain_floats(tmp_path: Path, checkpoint: Path) -> None:
