@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import painted
 from families import state
 
 import surgery
@@ -264,7 +265,8 @@ def test_the_whole_run(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) 
     own = ["lambda_1", "random_words", "module_off", "cross_off"]
     assert settings(checkpoint, data).controls == ["vanilla", *own]
     more = {"controls": ["vanilla", *own], "random_words": ["nurse", "guard"], "decay_stored": 0.5}
-    summary = learn(tiny, checkpoint, data, tmp_path / "run", **more)
+    with painted():
+        summary = learn(tiny, checkpoint, data, tmp_path / "run", **more)
     assert state(tiny[0]) == before
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"run.json", "recipe.toml", "delta.safetensors", "report.html", "log.jsonl", "plots"}

@@ -20,7 +20,7 @@ from surgery.metrics.suite import material, measure
 def delta(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LFTF on the parent."""
     out = tmp_path_factory.mktemp("runs") / "lftf"
-    settings = lftf.Settings(model=str(checkpoint), lr=3e-2, epochs=3, batch_size=128, controls=[])
+    settings = lftf.Settings(model=str(checkpoint), lr=3e-2, epochs=5, batch_size=128, controls=[])
     lftf.run(*surgery.load(checkpoint, device="cpu"), settings, out=out)
     return out / "delta.safetensors"
 

@@ -136,8 +136,9 @@ def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
     """The reason in sentences, the same in the recipe, on the page and in the terminal."""
     finals = [one for one in better(tried) if one.round == FINAL]
     lines = [
-        f"Chosen: {best.name} ({edited(best.edit)}): {best.left:.0%} of the bias is left on development parts (mean over "
-        f"{', '.join(name for name, path in BIAS if find(best.after, path))}), perplexity {best.perplexity:+.1%}."
+        f"Chosen: {best.name} ({edited(best.edit)}): {best.left:.0%} of the bias is left on development parts "
+        f"(mean over {', '.join(name for name, path in BIAS if find(best.after, path))}), "
+        f"perplexity {best.perplexity:+.1%}."
     ]
     objections = best.objections
     lines.append(f"Objections: {' '.join(objections)}" if objections else "No objection: no warning of the report.")
