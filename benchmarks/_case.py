@@ -1,18 +1,16 @@
 """One case of docs/which_block.md measured anew: every block edited by two seeds, beside the rankings by gain."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import surgery
 from benchmarks.which_block import Case
 from hooks import anatomy
 from surgery.data import genbias, genhint
 from surgery.data.prompts import load_prompt_set
+from surgery.delta import make
 from surgery.edits.equalize import equalize, hold_term, prepare, words_term
 from surgery.forward.next_token import next_words
 from surgery.forward.tokens import encode, word_ids
@@ -24,7 +22,8 @@ STEPS, PROMPTS, HINTS, RATE = 60, 32, 16, 1e-4  # of an edit; examples of a step
 
 def measured(spec: str, bias: str, *, steps: int = STEPS) -> Case:
     """Edit every block by itself with equalise and hold, by two seeds, beside the rankings by gain."""
-    model, tokenizer = surgery.load(spec, dtype=torch.float32)
+    base = surgery.checkpoint_dir(spec)
+    model, tokenizer = surgery.load(base, dtype=torch.float32)
     prompts = load_prompt_set("genbias" if bias == "he_she" else bias)
     words, hinted = word_ids(tokenizer, prompts.words.words), prompts if prompts.hint_templates else None
     train, dev = (genbias.records("profession", part, prompts=prompts) for part in ("train", "dev"))
@@ -47,24 +46,10 @@ def measured(spec: str, bias: str, *, steps: int = STEPS) -> Case:
         given = prepare(model, terms, start=block)
         for seed in (0, 1):
             edit = equalize(model, terms, plan, blocks=(block,), seed=seed, given=given)
-            with _added(model, edit.differences):
+            with make(edit.differences, base, base=spec, recipe="", seed=seed).applied(model):
                 reduction[seed, block] = 1 - gap() / before
     found = gain_of(model, tokenizer, prompts, train[:256])
     scores = {"natural": found.ranking("natural").scores, "ratio": found.ranking("ratio").scores}
     scores |= {f"{name} attention": found.ranking(name, "attention").scores for name in ("natural", "ratio")}
     scores |= {name: found.ranking(name).scores for name in ("agreement", "inner", "snr", "rgn")}
     return Case(spec, bias, reduction, scores)
-
-
-@contextmanager
-def _added(model: nn.Module, differences: Mapping[str, Tensor]) -> Iterator[None]:
-    named = dict(model.named_parameters())
-    kept = {name: named[name].detach().clone() for name in differences}
-    with torch.no_grad():
-        try:
-            for name, difference in differences.items():
-                named[name] += difference.to(named[name])
-            yield
-        finally:
-            for name, tensor in kept.items():
-                named[name].copy_(tensor)

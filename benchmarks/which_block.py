@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hooks.rank_correlation import ranks
+from hooks.rank_correlation import ranks, spearman
 
 FILE = Path(__file__).parents[1] / "docs" / "which_block.json"
 TITLES = {
@@ -91,13 +91,6 @@ def read(file: Path = FILE) -> list[Case]:
         Case(r["model"], r["bias"], np.array(r["reduction"]), {k: np.array(v) for k, v in r["scores"].items()})
         for r in rows
     ]
-
-
-def spearman(first: Scores, second: Scores) -> float:
-    """Spearman's rank correlation; NaN where one of them has no order."""
-    a, b = (ranks(x) - ranks(x).mean() for x in (first, second))
-    length = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / length) if length > 0 else float("nan")
 
 
 @cache

@@ -142,6 +142,15 @@ def ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
+def spearman(x: Float[np.ndarray, "*draw n"], y: Float[np.ndarray, "*draw n"]) -> Float[np.ndarray, "*draw"]:
+    """Spearman's rank correlation along the last axis; NaN where all values of one side are equal."""
+    first, second = (np.apply_along_axis(ranks, -1, np.asarray(values, dtype=np.float64)) for values in (x, y))
+    first, second = (each - each.mean(-1, keepdims=True) for each in (first, second))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = (first * second).sum(-1) / np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
+    return found
+
+
 def _draws(rankings: Sequence[Ranking], resamples: int, seed: int) -> Float[np.ndarray, "draw ranking ranking"]:
     """Correlation matrices: first that of all units, then those of the bootstrap samples."""
     first = rankings[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.files.safetensors_io import Entry, read_header
+from surgery.files.safetensors_io import Entry, read_header, read_into
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PIECE = 32 * 2**20  # bytes; two such buffers a thread
@@ -47,15 +47,6 @@ class OnDisk:
             os.close(fd)
             stream.synchronize()
         return out
-
-
-def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill ``view`` from byte ``offset``. Raises ``OSError`` where the file ends before."""
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if not count:
-            raise OSError(f"{path}: ends at byte {offset}; it changed or is truncated")
-        view, offset = view[count:], offset + count
 
 
 def on_disk(directory: Path, places: Mapping[str, torch.device]) -> dict[str, OnDisk] | None:

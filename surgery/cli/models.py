@@ -110,7 +110,7 @@ def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "
     if not asked and device_named(device).type == "cpu":
         return None  # there it takes minutes
     if not Path(asked or own).is_dir():
-        raise SurgeryError(f"--ledger {asked}: no folder; expected one of data sets, or none")
+        raise SurgeryError(f"--ledger {asked or own}: no folder; expected one of data sets, or none")
     judges, missing = ledger(asked or own)
     for name, reason in missing.items():
         progress.say(f"ledger: without {name}: {reason}")

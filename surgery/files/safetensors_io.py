@@ -206,6 +206,15 @@ def read_exactly(fd: int, offset: int, count: int, path: Path) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` with what stands at `offset`. Raises: SurgeryError when the file ends before."""
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if not count:
+            raise SurgeryError(f"{path}: ends at byte {offset}, {len(view)} bytes early; it changed or is truncated")
+        view, offset = view[count:], offset + count
+
+
 def header_bytes(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:

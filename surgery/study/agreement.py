@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hooks.rank_correlation import Correlation, ranks
+from hooks.rank_correlation import Correlation, spearman
 from surgery.metrics.metric import RESAMPLES, Metric
 from surgery.study.cells import Judged
 
@@ -25,9 +25,9 @@ def over_methods(judged: Sequence[Judged], place: str, written: str = WRITTEN) -
     if len(both) < LEAST or any(scores[key].samples is None for scores in both for key in (place, written)):
         return None
     x, y = (np.stack([_far(scores[key]) for scores in both], axis=1) for key in (place, written))
-    drawn = _spearman(x[1:], y[1:])
+    drawn = spearman(x[1:], y[1:])
     known = drawn[np.isfinite(drawn)]
-    value = float(_spearman(x[:1], y[:1])[0])
+    value = float(spearman(x[:1], y[:1])[0])
     if not len(known) or np.isnan(value):
         return Correlation(float("nan"), float("nan"), float("nan")), len(both)
     return Correlation(value, *(float(bound) for bound in np.quantile(known, [0.025, 0.975]))), len(both)
@@ -44,9 +44,9 @@ def over_professions(details: Mapping[str, Any], seed: int = 0) -> tuple[Correla
         return None
     x, y = (np.array([found[name] for name in names]) for found in (asked, texts))
     picks = np.random.default_rng(seed).integers(0, len(names), size=(RESAMPLES, len(names)))
-    drawn = _spearman(x[picks], y[picks])
+    drawn = spearman(x[picks], y[picks])
     known = drawn[np.isfinite(drawn)]
-    value = float(_spearman(x[None], y[None])[0])
+    value = float(spearman(x[None], y[None])[0])
     if not len(known) or np.isnan(value):
         return Correlation(float("nan"), float("nan"), float("nan")), len(names)
     return Correlation(value, *(float(bound) for bound in np.quantile(known, [0.025, 0.975]))), len(names)
@@ -73,12 +73,3 @@ def _far(metric: Metric) -> Float[np.ndarray, " 1+resamples"]:
     """How far a number and its bootstrap draws are from the ideal."""
     assert metric.samples is not None  # asked before
     return np.abs(np.concatenate([[metric.value], metric.samples]) - metric.ideal)
-
-
-def _spearman(x: Float[np.ndarray, "draw n"], y: Float[np.ndarray, "draw n"]) -> Float[np.ndarray, " draw"]:
-    """Of each row; NaN where all values of one side are equal."""
-    first, second = (np.apply_along_axis(ranks, 1, np.asarray(values, dtype=np.float64)) for values in (x, y))
-    first, second = first - first.mean(1, keepdims=True), second - second.mean(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: np.ndarray = (first * second).sum(1) / np.sqrt((first**2).sum(1) * (second**2).sum(1))
-    return found
