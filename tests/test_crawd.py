@@ -327,6 +327,11 @@ def test_a_run_that_stores_a_projection(tiny: Any, checkpoint: Path, data: Path,
     value = {name: each["after"]["perplexity"]["value"] for name, each in summary["controls"].items()}
     assert len({*value.values(), summary["after"]["perplexity"]["value"]}) == 3
     assert "stored with a projection" in (tmp_path / "run" / "report.html").read_text()
+    # The factors are those of plain fine-tuning, which is trained once for the three.
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {row["edit"] for row in logged if "edit" in row} == {"crawd"}
+    assert summary["edit"]["objective"] == "token cross-entropy"
+    assert all(each["edit"]["loss_last"] == summary["edit"]["loss_last"] for each in summary["controls"].values())
 
 
 def test_no_held_out_text_is_trained_on(tiny: Any, data: Path) -> None:

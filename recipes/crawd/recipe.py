@@ -11,7 +11,16 @@ from recipes.crawd.measuring import Judge
 from recipes.crawd.report import cases, verdict, write_report
 from recipes.crawd.settings import OFF, OWN_CONTROLS, WEIGHTS, Settings
 from recipes.crawd.texts import read
-from surgery.edits.debiased_tuning import OBJECTIVES, Method, Tuned, check, trained_names, tune
+from surgery.edits.debiased_tuning import (
+    OBJECTIVES,
+    Method,
+    Tuned,
+    check,
+    factors_of,
+    trained_names,
+    tune,
+    with_projection,
+)
 from surgery.edits.four_bit import four_bit
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
@@ -38,8 +47,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     Everything is left in the folder ``out``. Raises ``SurgeryError``; see ``surgery.operation`` for interruptions.
     """
     given = read(tokenizer, settings)
-    trained = [name for name in settings.controls if name not in OFF]
-    methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in trained}}
+    others = [name for name in settings.controls if name not in OFF]
+    methods = {settings.method: _method(settings), **{name: _control(name, settings) for name in others}}
     off = _switched_off(settings)
     for method in methods.values():
         check(model, tokenizer, method, seed=settings.seed, bits=4 if settings.four_bit else 16)
@@ -47,18 +56,19 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         op.note(given.note)
         judge = Judge(model, tokenizer, settings, given, op.progress)
         before = op.once("before", partial(judge.measure, "before"), of=untrained(settings, "method"))
-        found = {name: _carry_out(op, judge, name, method, off) for name, method in methods.items()}
+        trained: dict[str, Tuned] = {}
+        found = {name: _carry_out(op, judge, name, method, off, trained) for name, method in methods.items()}
         main = found[settings.method]
         without = {name: replace(main, measured=one) for name, one in main.measured["off"].items()}
-        others = {name: one for name, one in found.items() if name != settings.method} | without
+        beside = {name: one for name, one in found.items() if name != settings.method} | without
         summary = Summary(
             **op.about(main),
             method=settings.method,
             before=before["scores"],
             after=main.measured["scores"],
             rows=given.counts,
-            controls={name: control(one, one.measured["scores"]) for name, one in others.items()},
-            cases=cases(before, {name: one.measured for name, one in ({settings.method: main} | others).items()}),
+            controls={name: control(one, one.measured["scores"]) for name, one in beside.items()},
+            cases=cases(before, {name: one.measured for name, one in ({settings.method: main} | beside).items()}),
             sensitivity={"before": before["sensitivity"], "after": main.measured["sensitivity"]},
             pareto=["gas.gas", "held_out_perplexity"] if "gas" in settings.suites else [],
             own_part=_own_part(settings),
@@ -126,13 +136,15 @@ def _own_part(settings: Settings) -> OwnPart | None:
     return OwnPart(part, "module_off" if off else "vanilla", told)
 
 
-def _carry_out(op: Operation, judge: Judge, name: str, method: Method, off: Mapping[str, str]) -> Outcome:
+def _carry_out(
+    op: Operation, judge: Judge, name: str, method: Method, off: Mapping[str, str], trained: dict[str, Tuned]
+) -> Outcome:
     settings = judge.settings
     main = name == settings.method
     plan = settings.plan(optimizer=settings.optimizer, dropout=settings.lora_dropout > 0)
     return op.carry_out(
         name,
-        partial(_train, op, judge, method, plan),
+        partial(_train, op, judge, method, plan, trained),
         partial(judge.measure_with, name, off if main else {}),
         trains=trained_names(op.model, method),
         steps=steps_of(len(judge.given.rows), plan),
@@ -140,13 +152,21 @@ def _carry_out(op: Operation, judge: Judge, name: str, method: Method, off: Mapp
     )
 
 
-def _train(op: Operation, judge: Judge, method: Method, plan: Plan, track: Tracking) -> Made:
+def _train(op: Operation, judge: Judge, method: Method, plan: Plan, trained: dict[str, Tuned], track: Tracking) -> Made:
     settings, log = judge.settings, track["log"]
     track["log"] = lambda row: log({"method": method.name, **row})
-    base = four_bit(op.directory, op.model.device) if settings.four_bit else op.model
-    tuned = tune(base, judge.tokenizer, judge.given.rows, method, plan, seed=settings.seed, **track)
-    objective = OBJECTIVES[method.name]
-    if method.name == "crawd" and method.weight:
+    projected = method.form == "projected"
+    factors = factors_of(method) if projected else method
+    tuned = trained.get(factors.name)
+    if tuned is None:
+        base = four_bit(op.directory, op.model.device) if settings.four_bit else op.model
+        tuned = tune(base, judge.tokenizer, judge.given.rows, factors, plan, seed=settings.seed, **track)
+    if factors.name == "vanilla":  # which looks for no words, so that all that stand on it have the same factors
+        trained["vanilla"] = tuned
+    if projected:
+        tuned = with_projection(op.model, judge.tokenizer, judge.given.rows, method, tuned)
+    objective = OBJECTIVES[factors.name]
+    if factors.name == "crawd" and method.weight:
         objective += " + weight * Debias Tuning's term (not in the paper)"
     about: Any = {"weight": method.weight, "reference": list(method.reference)}
     if method.name == "crawd":

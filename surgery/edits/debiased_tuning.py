@@ -15,6 +15,7 @@ from surgery.edits import debiasing
 from surgery.edits.four_bit import check_four_bit
 from surgery.edits.reference_projection import about_mean, reference_rows
 from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch, target_names, token_losses
+from surgery.edits.warmup import merged
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
 from surgery.modules import cross_attention
@@ -106,6 +107,12 @@ def tune(
     no term, words that do not fit the tokenizer, and when the loss is not finite.
     """
     device = model.device
+    if method.form == "projected":
+        check(model, tokenizer, method, seed=seed)  # refused now rather than after training
+        given: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done}
+        return with_projection(
+            model, tokenizer, rows, method, tune(model, tokenizer, rows, factors_of(method), plan, **given)
+        )
     with _prepared(model, tokenizer, method, seed) as (term, layers, module, pairs):
         fixed = method.form == "projection"  # then nothing of the module learns
         own = (".lora_",) if fixed else (".lora_", "cross_attention.")
@@ -124,16 +131,29 @@ def tune(
         with trainable(model, names) as parameters:
             done, far = train(model, parameters, losses, len(rows), plan, **options)
             model.eval()  # the reference states are taken without dropout
-            weights: cross_attention.Weights | Projection | None = None
-            if module is not None:
-                weights = _as_stored(cross_attention.weights_of(module), method.form)
-            elif method.form == "projected":
-                words, decay = debiasing.word_forms(tokenizer, method.reference), method.module.get("decay", 0.2)
-                weights = about_mean(model, words, tuple(row.ids for row in rows), decay)
+            weights = None if module is None else _as_stored(cross_attention.weights_of(module), method.form)
             count = sum(parameter.numel() for parameter in parameters.values())
             found = factors(layers)
         tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)
     return _softened(model, tuned, pairs, method, seed) if pairs else tuned
+
+
+def factors_of(method: Method) -> Method:
+    """What trains the factors of the form projected: plain fine-tuning, or Debias Tuning where there is a weight."""
+    return replace(method, name="debias_tuning" if method.weight else "vanilla", form="printed")
+
+
+def with_projection(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], method: Method, factors: Tuned
+) -> Tuned:
+    """The form projected: the trained ``factors`` with a projection about the mean state that ``rows`` have with them.
+
+    ``model`` is in 16 or 32 bits, and is left as it was.
+    """
+    words, decay = debiasing.word_forms(tokenizer, method.reference), method.module.get("decay", 0.2)
+    with merged(model, {name: tensor.to(model.device) for name, tensor in factors.differences.items()}):
+        projection = about_mean(model, words, tuple(row.ids for row in rows), decay)
+    return replace(factors, kind="module", module=projection)
 
 
 @contextmanager
