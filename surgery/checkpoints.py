@@ -26,7 +26,7 @@ from transformers import (
 from surgery.delta import Delta, DeltaFile
 from surgery.delta.live import attached, restored, touched
 from surgery.devices import check_room, check_shares, device_named, dtype_named, spread
-from surgery.errors import SurgeryError
+from surgery.errors import NoRoom, SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
@@ -105,7 +105,7 @@ def _open(
         raise
     except torch.OutOfMemoryError as error:
         where = ", ".join(map(str, places))
-        raise SurgeryError(f"{directory}: does not go onto {where} ({_first_line(error)}); try cpu") from error
+        raise NoRoom(f"{directory}: does not go onto {where} ({_first_line(error)}); try cpu") from error
     except Exception as error:  # whatever a damaged or unknown checkpoint makes transformers raise
         raise SurgeryError(
             f"{directory}: transformers cannot open this checkpoint ({_first_line(error)}); expected config.json, "

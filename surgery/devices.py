@@ -7,7 +7,7 @@ import torch
 
 from surgery import processes
 from surgery.catalogue import check_device
-from surgery.errors import SurgeryError
+from surgery.errors import NoRoom, SurgeryError
 from surgery.files.safetensors_io import read_header
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,7 +56,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch.device]) -> None:
-    """Raises ``SurgeryError`` where the weights alone are larger than what is free on the accelerators ``places``."""
+    """Raises ``NoRoom`` where the weights alone are larger than what is free on the accelerators ``places``."""
     known = [free_memory(place) for place in places]
     free = None if None in known else sum(map(int, known))  # type: ignore[arg-type]
     if free is None or not any(directory.glob("*.safetensors")):
@@ -66,7 +66,7 @@ def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch
     own = sum(entry.end - entry.begin for entry in entries)
     needed = own if isinstance(dtype, str) else count * dtype.itemsize
     if needed > free:
-        raise SurgeryError(
+        raise NoRoom(
             f"{directory}: {count:,} numbers in {str(dtype).removeprefix('torch.')} are {needed / 1e9:.1f} GB, and "
             f"{' + '.join(map(str, places))} has {free / 1e9:.1f} GB free; expected all of them to fit there: take a "
             "16-bit dtype, a larger device, several (--device all), or --device cpu"
@@ -74,12 +74,12 @@ def check_room(directory: Path, dtype: str | torch.dtype, places: Sequence[torch
 
 
 def check_shares(directory: Path, held: Mapping[torch.device, int]) -> None:
-    """Raises ``SurgeryError`` where one accelerator has less room than its share of the weights, ``held`` (bytes)."""
+    """Raises ``NoRoom`` where one accelerator has less room than its share of the weights, ``held`` (bytes)."""
     for place, needed in held.items():
         free = free_memory(place)
         if free is not None and needed > free:
             sums = ", ".join(f"{device} {size / 1e9:.1f}" for device, size in held.items())
-            raise SurgeryError(
+            raise NoRoom(
                 f"{directory}: {place} has {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} for its share of the "
                 f"weights (GB: {sums}); end what else is there, or leave it out (CUDA_VISIBLE_DEVICES)"
             )

@@ -7,3 +7,7 @@ class SurgeryError(Exception):
 
 class Diverged(SurgeryError):
     """A training left the finite numbers; a search over rates goes on without it."""
+
+
+class NoRoom(SurgeryError):
+    """A model does not fit beside what an accelerator holds now; a study of several processes tries it again."""

@@ -129,26 +129,41 @@ def test_two_studies_in_one_folder_are_refused(checkpoint: Path, tmp_path: Path)
         assert code == 0, stderr
 
 
-def test_a_cell_without_memory_is_a_row_and_is_tried_again(
+def test_a_cell_without_memory_is_tried_again_behind_the_others(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, methods = Study(models=[str(checkpoint)], suites=["perplexity"]), [Method(name="a", recipe="lftf")]
+    asked = Study(models=[str(checkpoint)], suites=["perplexity"], seeds=[0, 1])
+    methods = [Method(name="a", recipe="lftf", seeds=[0]), Method(name="b", recipe="lftf")]
+    order: list[tuple[str, int]] = []
 
     def full(cell: Cell, opened: Any, resume: bool) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.04 GiB.")
+        order.append((cell.name, cell.seed))
+        if cell.name == "a":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.04 GiB.")
+        raise SurgeryError("not here")
 
-    carry_out(asked, methods, tmp_path, full, device="cpu")
-    cells = {one["method"]: one for one in json.loads((tmp_path / "study.json").read_text())["cells"]}
+    carry_out(asked, methods, tmp_path / "full", full, device="cpu")
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 0)]
+    cells = {one["method"]: one for one in json.loads((tmp_path / "full/study.json").read_text())["cells"]}
     assert "CUDA out of memory" in cells["a"]["refused"] and cells["untouched"]["scores"]
-    asked_again: list[str] = []
-    carry_out(
-        asked,
-        methods,
-        tmp_path,
-        lambda cell, *_: asked_again.append(cell.name) or full(cell, None, False),
-        device="cpu",
-    )
-    assert asked_again == ["a"]
+
+    free = iter([10, 10**12])  # bytes; of the first model to be opened there is too little room once
+    monkeypatch.setattr("surgery.devices.free_memory", lambda place: next(free))
+    carry_out(asked, methods[1:], tmp_path / "once", full, device="cpu")
+    cells = {one["method"]: one for one in json.loads((tmp_path / "once/study.json").read_text())["cells"]}
+    assert cells["untouched"]["scores"] and cells["b"]["refused"] == "not here"
+
+
+def test_a_model_that_cannot_be_opened_is_rows_that_say_so(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"auto_map": {}}')
+    asked = Study(models=[str(broken), str(checkpoint)], suites=["perplexity"])
+    carry_out(asked, [Method(name="a", absent="for a reason")], tmp_path / "out", lambda *_: None, device="cpu")
+    found = json.loads((tmp_path / "out/study.json").read_text())
+    refused = {(Path(one["model"]).name, one["method"]): one["refused"] for one in found["cells"]}
+    assert "its own code" in refused["broken", "untouched"] and not refused[checkpoint.name, "untouched"]
+    assert "could not be measured as it is" in found["verdict"][0]
 
 
 def metric(values: Any, direction: str = "lower", ideal: float = 0.0) -> Metric:

@@ -15,7 +15,7 @@ from hooks.errors import HookError
 from surgery.checkpoints import load
 from surgery.delta import Delta
 from surgery.edits.cafie import counterfactual
-from surgery.errors import SurgeryError
+from surgery.errors import NoRoom, SurgeryError
 from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges
 from surgery.progress import Progress
@@ -35,6 +35,9 @@ RunRecipe = Callable[[Cell, Opened, bool], object]
 """Run the recipe of a cell into ``cell.folder / "run"`` if it is not there; the last argument says whether an
 interrupted one goes on."""
 
+FULL = (NoRoom, torch.OutOfMemoryError)
+"""The accelerator holds too much at the moment, of this process or of others."""
+
 
 def carry_out(
     study: Study,
@@ -48,8 +51,9 @@ def carry_out(
 ) -> Path:
     """Run, judge, report; the page's path. Runs and judgements that exist are taken, interrupted ones go on.
 
-    A method that is refused on a model (no head, wrong family) becomes a row that says so. ``share``: several
-    processes work on the folder; each takes the cells that no other holds.
+    A method that is refused on a model (no head, wrong family) becomes a row that says so. A cell for which the
+    accelerator is too full is tried once more behind all others. ``share``: several processes work on the folder; each
+    takes the cells that no other holds.
 
     Raises ``SurgeryError`` for judges without their data, before anything is run, and for a folder in which another
     study is at work (unless ``share``).
@@ -59,25 +63,32 @@ def carry_out(
     for name, reason in missing.items():
         progress.say(f"without the judge {name}: {reason}")
     out.mkdir(parents=True, exist_ok=True)
-    judged: list[Judged] = []
-    elsewhere: list[str] = []
+    every = cells(study, methods, out)
+    judged: dict[Path, Judged] = {}
     with _held(out / "study.lock", shared=share):
         opened: dict[str, tuple[Opened, Streams]] = {}
-        every = cells(study, methods, out)
-        for number, cell in enumerate(every, 1):
-            label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
-            try:
-                with _held(cell.folder / "cell.lock", shared=False):
-                    judged.append(_one(cell, study, judges, run, opened, device, progress, label))
-            except BlockedError:
-                elsewhere.append(label)
-                progress.say(f"{label}: another process has it")
+        again = list(enumerate(every, 1))
+        for _ in range(2):
+            todo, again, elsewhere = again, [], []
+            for number, cell in todo:
+                label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
+                try:
+                    with _held(cell.folder / "cell.lock", shared=False):
+                        judged[cell.folder] = _one(cell, study, judges, run, opened, device, progress, label)
+                except BlockedError:
+                    elsewhere.append(label)
+                    again.append((number, cell))
+                    progress.say(f"{label}: another process has it")
+                except FULL as error:
+                    again.append((number, cell))
+                    judged[cell.folder] = _refused(cell, error, progress, label)
+                torch.cuda.empty_cache()  # what other processes on the accelerator may need
         if elsewhere:
             raise SurgeryError(
                 f"{out}: other processes are at work on {len(elsewhere)} of {len(every)} cells ({elsewhere[0]}); "
                 "the last one to finish writes the page, or run the command again"
             )
-        return write_report(out, study, judged, missing)
+        return write_report(out, study, [judged[cell.folder] for cell in every], missing)
 
 
 def _one(
@@ -90,29 +101,36 @@ def _one(
     progress: Progress,
     label: str,
 ) -> Judged:
-    """The cell's numbers, from disk if they are there."""
+    """The cell's numbers, from disk if they are there; raises one of ``FULL`` where there is no room for them now."""
     known = kept(cell, study, judges)
     if known is not None:
         progress.say(f"{label}: judged before")
         return Judged(cell, known)
     progress.say(label)
-    if cell.model not in opened:
-        opened.clear()  # one model at a time
-        opened[cell.model] = (*load(cell.model, dtype=study.dtype, device=device), Shared()), Streams()
-    (model, tokenizer, shared), streams = opened[cell.model]
     try:
+        if cell.model not in opened:
+            opened.clear()  # one model at a time
+            opened[cell.model] = (*load(cell.model, dtype=study.dtype, device=device), Shared()), Streams()
+        (model, tokenizer, shared), streams = opened[cell.model]
         with _edited(cell, (model, tokenizer, shared), run) as first:
             details: dict[str, Any] = {}
             given: Any = {"details": details, "streams": streams, "first": first, "progress": progress}
             scores = judge(model, tokenizer, judges, cell.method, **given)
-    except (SurgeryError, HookError, torch.OutOfMemoryError) as error:
-        reason = " ".join(str(error).split())  # the other cells need not wait for more memory; this one is tried again
-        progress.say(f"{label}: refused: {reason}")
-        write_json(cell.folder / "refused.json", {"reason": reason})
-        return Judged(cell, {}, reason)
+    except FULL:
+        raise
+    except (SurgeryError, HookError) as error:
+        return _refused(cell, error, progress, label)
     (cell.folder / "refused.json").unlink(missing_ok=True)
     keep(cell, study, judges, scores, details)
     return Judged(cell, scores)
+
+
+def _refused(cell: Cell, error: Exception, progress: Progress, label: str) -> Judged:
+    """A row that says why, and that was not judged, so that a later call tries it again."""
+    reason = " ".join(str(error).split())
+    progress.say(f"{label}: refused: {reason}")
+    write_json(cell.folder / "refused.json", {"reason": reason})
+    return Judged(cell, {}, reason)
 
 
 @contextmanager

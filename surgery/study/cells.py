@@ -37,13 +37,17 @@ class Judged:
 
 
 def cells(study: Study, methods: Sequence[Method], out: Path) -> list[Cell]:
-    """Every cell, models outermost, the untouched model first; what does not depend on a seed has only the first."""
+    """Every cell, models outermost, the untouched model first, then every method's first seed, second seed, ...
+
+    What does not depend on a seed has only the first.
+    """
     found = []
     for model in study.models:
         place = out / folder_name({"model": Path(model).name})
         found.append(Cell(model, None, study.seeds[0], place / "untouched"))
-        for method in methods:
-            seeds = seeds_of(study, method)
-            folder = folder_name({"method": method.name}).removeprefix("method=")
-            found += [Cell(model, method, seed, place / folder / f"seed={seed}") for seed in seeds]
+        of = [(method, seeds_of(study, method)) for method in methods]
+        for turn in range(max(len(seeds) for _, seeds in of)):
+            for method, seeds in of:
+                folder = folder_name({"method": method.name}).removeprefix("method=")
+                found += [Cell(model, method, seed, place / folder / f"seed={seed}") for seed in seeds[turn : turn + 1]]
     return found
