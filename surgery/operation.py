@@ -17,14 +17,13 @@ A recipe is its settings, its own steps, and these calls:
                               controls={"random": control(other, other.measured)})
             return op.finish(summary, write_report)
 
-Each step is done once: its result stands in the run's folder as soon as it is there, a failure or an interruption keeps
-it, and ``--resume`` goes on behind it (``surgery.runs.folder``). ``measure`` returns plain JSON values. Headers and the
-disk's room are checked before the first training step; the delta is written as soon as training ends.
+Each step is done once: its result, plain JSON values, stands in the run's folder as soon as it is there, a failure
+keeps it, and ``--resume`` goes on behind it (``surgery.runs.folder``). Headers and the disk's room are checked first.
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,8 +216,7 @@ class Operation:
 
     def _done(self, name: str, train: Train, trains: Sequence[str], steps: int, then: Then) -> dict[str, Any]:
         with self.folder.stage("train"), self.tracking(name, steps) as track:
-            whole = self.keep_checkpoint
-            deltas.check_edit(self.model, trains, self.directory, out=self.folder.path, whole=whole)
+            deltas.check_edit(self.model, trains, self.directory, out=self.folder.path, whole=self.keep_checkpoint)
             made = train(track)
         with self.folder.stage("write"):
             return {"edit": made.edit.to_dict(), **then(made)}
@@ -237,9 +235,13 @@ class Operation:
         return {"measured": measured, "applied": applied.to_dict()}
 
     def _in_memory(self, delta: Delta, measure: Callable[[], Any]) -> dict[str, Any]:
-        rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
-        with self.folder.stage("after"), delta.applied(self.model, **rounding):
+        with self.folder.stage("after"), self.edited(delta):
             return {"measured": measure(), "applied": {"rounding": self.rounding}}
+
+    def edited(self, delta: Delta, scale: float = 1.0) -> AbstractContextManager[Any]:
+        """Inside, the model holds ``delta`` times ``scale``, rounded as the checkpoint would be."""
+        rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
+        return delta.applied(self.model, scale=scale, **rounding)
 
     def about(self, main: Outcome) -> dict[str, Any]:
         """The fields of a ``Summary`` that are the same for every recipe."""
@@ -254,13 +256,11 @@ class Operation:
         return Run(self.out, processes.told(partial(self._finish, summary, report)))
 
     def _finish(self, summary: Summary, report: Report) -> dict[str, Any]:
-        values = summary.to_dict()
-        values = without_samples(values | {"differences": differences(values)}) | self.folder.cost(
-            peak_memory(self.model.device)
-        )
+        values, peak = summary.to_dict(), peak_memory(self.model.device)
+        values = without_samples(values | {"differences": differences(values)}) | self.folder.cost(peak)
         with self.folder.stage("report"):
             report(self.folder.path, values, self.recipe)
-        values |= self.folder.cost(peak_memory(self.model.device))
+        values |= self.folder.cost(peak)
         write_json(self.folder.path / "run.json", values)
         return values
 

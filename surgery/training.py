@@ -50,7 +50,7 @@ class Plan:
     parts: int = 1
     """In how many passes a step's examples are taken: so many processes can share them. To rounding the same result."""
     asked: int = ASKED
-    """On how many examples, in whole batches, the objective is asked before and after; at least one batch."""
+    """On how many examples, in whole batches and at least one, the objective is asked before and after; 0: on none."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step ``step`` (from 0) of ``steps``."""
@@ -108,11 +108,12 @@ def train(
     after: After | None = None,
     rates: Mapping[str, float] | None = None,
     asked: Losses | None = None,
-) -> tuple[list[float], Moved]:
+) -> tuple[list[float], Moved | None]:
     """Minimise the mean loss over ``count`` examples: the loss of each step (before its update), and how far it moved.
 
     That is asked of the first examples before and after (``surgery.objective``), by ``asked`` where ``losses`` change
-    between the steps. ``rates`` multiply the plan's learning rate for the parameters that they name.
+    between the steps; where the plan asks none, it is None. ``rates`` multiply the plan's learning rate for the
+    parameters that they name.
     ``after`` may evaluate the model between steps, and ends the training when it returns True.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
@@ -127,8 +128,9 @@ def train(
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     first = _first(count, plan, seed)
     with _deterministic(device):
-        before = ask(model, parameters, asked or losses, first, half=half)
-    check_gradient(before, len(parameters))
+        before = ask(model, parameters, asked or losses, first, half=half) if first else None
+    if before:
+        check_gradient(before, len(parameters))
     model.train(plan.dropout)
     optimizer = _optimizer(parameters, plan, rates or {}, device)
     kept = TrainingState(state, parameters, optimizer, plan, seed) if state is not None else None
@@ -164,10 +166,10 @@ def train(
     _check_finite(parameters, plan, len(done))
     optimizer.zero_grad()
     with _deterministic(device):
-        after_all = ask(model, parameters, asked or losses, first, half=half)
+        far = moved(before, ask(model, parameters, asked or losses, first, half=half)) if before else None
     if kept and is_first():
         kept.file.unlink(missing_ok=True)
-    return done, moved(before, after_all)
+    return done, far
 
 
 def _gradients(
@@ -246,6 +248,8 @@ def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
 def _first(count: int, plan: Plan, seed: int) -> list[list[int]]:
     """The first batches that a training takes up, until they hold ``plan.asked`` examples or the first epoch ends."""
     found: list[list[int]] = []
+    if not plan.asked:
+        return found
     for rows in islice(_portions(count, plan, seed), math.ceil(count / plan.batch_size)):
         if found and sum(map(len, found)) >= plan.asked:
             break

@@ -23,17 +23,21 @@ class Candidate:
     """None: where the recipe itself trains."""
     rate: float = 1.0
     """In multiples of the recipe's."""
+    scale: float = 1.0
+    """By how much what was learnt is multiplied, in multiples of the recipe's."""
 
     @property
     def name(self) -> str:
         """In words; the same in every round."""
-        return self.place + (f", rate times {self.rate:.2g}" if self.rate != 1 else "")
+        rate, scale = ("" if x == 1 else f"{x:.2g}" for x in (self.rate, self.scale))
+        return self.place + (f", rate times {rate}" if rate else "") + (f", delta times {scale}" if scale else "")
 
     def changes(self, settings: Settings) -> dict[str, Any]:
         """What it changes of ``settings``."""
         lr = float(f"{settings.lr * self.rate:.2g}")
         found: dict[str, Any] = {"block": list(self.blocks)} if self.blocks else {}
-        return found | ({"lr": lr} if lr != settings.lr else {})
+        found |= {"lr": lr} if lr != settings.lr else {}
+        return found | ({"scales": [round(settings.scales[0] * self.scale, 4)]} if self.scale != 1 else {})
 
 
 def at_other_places(best: Candidate, places: Mapping[str, tuple[int, ...]], count: int) -> list[Candidate]:

@@ -227,10 +227,9 @@ def _scored(
     given = replace(prepared[0], terms=tuple(terms))
     with work.op.tracking(name, steps_of(sum(term.count for term in terms), work.plan(variant))) as track:
         made = work.train(variant, given, track)
-    rounding: Any = {"rounding": work.op.rounding, "seed": work.settings.seed, "as_stored": True}
     found, delta = [], work.op.delta(made)
     for scale in scales:
-        with delta.applied(work.op.model, scale=scale, **rounding):
+        with work.op.edited(delta, scale):
             found.append(_plain(judge()))
     return found
 

@@ -1,10 +1,10 @@
 """Choosing the place and the rate of an equalising on development parts, so that nobody has to guess.
 
 Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: rates where
-the recipe trains, places at the best of them, finer rates at the best place. The best two settings, and the recipe as
-it is unless the screening has it far behind, are then trained on the texts that a run would take, and judged on all
-that a report warns of. All share one measurement of the untouched model; those of a round share the targets and, by
-first block, the stream.
+the recipe trains, places at the best of them, finer rates at the best place. The best setting, and a second one unless
+all are far behind, are then trained on the texts that a run would take, and judged on all that a report warns of, as
+learnt and a little enlarged. Those of a round share one measurement of the untouched model, the targets and, by first
+block, the stream.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,10 @@ from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
+from surgery.delta import check_edit
 from surgery.edits.equalize import Prepared, prepare_each
 from surgery.errors import Diverged, SurgeryError
+from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
@@ -45,6 +47,8 @@ SCREEN |= {"batch_size": 32}
 ALL_BY_0 = ("own", "hints", "settled")
 ROWS = 80
 """Of each development set of prompts in the screening; perplexity is that of the report."""
+SCALES = (1.0, 1.1)
+"""By which what a finalist learnt is multiplied when it is measured; a measurement each, and no training."""
 SCREENED = ("genbias", "perplexity")
 """What the screening looks at. Holds have hardly a say in so few steps, so that it would warn of nearly everything."""
 
@@ -63,29 +67,40 @@ class _Round:
     before: Mapping[str, Any]
     starts: Sequence[int]
     """First blocks whose streams are wanted."""
+    scales: Sequence[float] = (1.0,)
+    """By how much what each learnt is multiplied when it is measured."""
     given: dict[int, Prepared] = field(default_factory=dict)
 
     def try_all(self, candidates: Sequence[Candidate]) -> dict[Candidate, Tried]:
         """Train and judge those that were not done before; the results of all whose training stayed finite."""
-        works = {one: self._work(one) for one in candidates}
         found = {}
-        for one, (work, variant) in works.items():
+        for one in candidates:
+            work, variant = self._work(one)
             try:
-                measured = self.op.carry_out(
-                    variant.name,
-                    partial(self._train, work, variant),
-                    partial(self._measure, variant),
-                    trains=work.trains(variant),
-                    steps=steps_of(sum(term.count for term in work.terms), work.plan(variant)),
-                    keep=False,
-                )
+                tried = self.op.once(f"tried-{variant.name.replace(':', '')}", partial(self._try, work, variant))
             except Diverged as error:
                 self.op.note(f"{variant.name}: left out: {error}")
                 continue
-            edit, changes = measured.edit.to_dict(), one.changes(self.settings)
-            found[one] = Tried(one.name, self.name, changes, edit, self.before, measured.measured)
-            self.op.progress.say(f"{variant.name}: {found[one].said}")
+            for scale, measured in zip(self.scales, tried["measured"], strict=True):
+                scaled = replace(one, scale=scale)
+                edit = tried["edit"] | ({"scale": scale * work.scale} if scale * work.scale != 1 else {})
+                changes = scaled.changes(self.settings)
+                found[scaled] = Tried(scaled.name, self.name, changes, edit, self.before, measured)
+                self.op.progress.say(f"{self.name}: {scaled.name}: {found[scaled].said}")
         return found
+
+    def _try(self, work: Work, variant: Variant) -> dict[str, Any]:
+        """Train once, and measure that at each scale, in memory, rounded as the checkpoint would be."""
+        check_edit(self.op.model, work.trains(variant), self.op.directory, out=self.op.folder.path)
+        steps = steps_of(sum(term.count for term in work.terms), work.plan(variant))
+        with self.op.tracking(variant.name, steps) as track:
+            made = self._train(work, variant, track)
+        measured, delta = [], self.op.delta(made)
+        for scale in self.scales:
+            with self.op.edited(delta, scale):
+                scores = self.measuring.scores(f"measure {variant.name}", variant.start)
+            measured.append(without_samples(scores))
+        return {"edit": made.edit.to_dict(), "measured": measured}
 
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
         settings = self.settings.model_copy(update=one.changes(self.settings))
@@ -96,19 +111,18 @@ class _Round:
         variant = Variant(
             f"{self.name}: {one.name}", blocks_of(settings.block, count, settings.seed), settings.block_part
         )
-        return Work(self.op, settings, terms, self.measuring.scores, words=self.words), variant
+        about: Any = {"words": self.words, "scale": settings.scales[0], "asked": 0}
+        return Work(self.op, settings, terms, self.measuring.scores, **about), variant
 
     def _train(self, work: Work, variant: Variant, track: Tracking) -> Any:
         if variant.start not in self.given:
             missing = sorted({variant.start, *self.starts} - self.given.keys())
             total = sum(len(term.ids) for term in work.terms)
-            with self.op.progress.work(f"targets of {self.name}", total) as step:
+            rounded = matrix_products(self.settings.matmul)
+            with self.op.progress.work(f"targets of {self.name}", total) as step, rounded:
                 self.given |= prepare_each(self.op.model, work.terms, missing, step=step)
         # Other weights of the same terms: their targets and streams are the same.
         return work.train(variant, replace(self.given[variant.start], terms=tuple(work.terms)), track)
-
-    def _measure(self, variant: Variant) -> Any:
-        return without_samples(self.measuring.scores(f"measure {variant.name}", variant.start))
 
 
 def tune(
@@ -155,14 +169,15 @@ def tune(
         tried = _screen(a_round("screening", screen, _some(asked, ROWS), near, starts), places)
         chosen = _finalists(tried)
         begin = sorted({one.blocks[0] if one.blocks else places.get(OWN, (0,))[0] for one in chosen} - {0})
-        finals = a_round("final", settings, asked, far, begin).try_all(chosen)
+        last = a_round("final", settings, asked, far, begin)
+        finals = (replace(last, scales=SCALES) if settings.scales == [1.0] else last).try_all(chosen)
         if not finals:
             raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
         return finish(op.folder.path, op.out, "equalize", settings, [*tried.values(), *finals.values()], ranking)
 
 
 def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
-    """Rates where the recipe trains, down to the first that is no better; places at the best; finer rates there."""
+    """Rates where the recipe trains, down to the first that is no better; places at the best; a finer one there."""
     count = len(anatomy.find(first.op.model).blocks)
     tried: dict[Candidate, Tried] = {}
     for rate in RATES:
@@ -172,7 +187,11 @@ def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candid
     if not tried:
         raise SurgeryError("tune: no training stayed finite at any rate; lower lr (--set lr=...), or use float32")
     tried |= first.try_all(at_other_places(_best(tried)[0], places, count))
-    return tried | first.try_all(nearby(_best(tried)[0]))
+    for one in nearby(best := _best(tried)[0]):
+        tried |= first.try_all([one])
+        if _best(tried)[0] != best:
+            break
+    return tried
 
 
 def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
@@ -180,11 +199,10 @@ def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
 
 
 def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
-    """The best two, and the recipe as it is where it is not worse than these by more than an objection."""
-    chosen, own = _best(tried)[:2], Candidate(OWN, None)
-    if own in tried and tried[own].price <= tried[chosen[-1]].price + OBJECTION:
-        chosen.append(own)
-    return list(dict.fromkeys(chosen))
+    """The best, and one that is not worse by more than an objection: the recipe as it is, or else the next."""
+    best, *others = _best(tried)
+    near = [one for one in others if tried[one].price <= tried[best].price + OBJECTION]
+    return [best, *sorted(near, key=lambda one: one != Candidate(OWN, None))[:1]]
 
 
 def _ranking(

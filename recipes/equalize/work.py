@@ -20,6 +20,7 @@ from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
 from surgery.locate.gain import fitting
 from surgery.locate.objectives import term_objective
+from surgery.objective import ASKED
 from surgery.operation import Edit, Made, Operation, Outcome, Tracking
 from surgery.training import Plan, steps_of
 
@@ -85,6 +86,8 @@ class Work:
     words: Sequence[int] = ()
     scale: float = 1.0
     """What is learnt is multiplied by it."""
+    asked: int = ASKED
+    """On how many examples the objective is asked before and after (``surgery.training.Plan``)."""
 
     def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
         """``main`` where auto stands for, by the gain of ``term``; as it is where the settings say more."""
@@ -162,7 +165,7 @@ class Work:
         """How a variant is trained."""
         if variant.name == "lftf":
             return Plan(**LFTF)  # type: ignore[arg-type]
-        return self.settings.plan(optimizer=self.settings.optimizer)
+        return replace(self.settings.plan(optimizer=self.settings.optimizer), asked=self.asked)
 
     def _train(self, variant: Variant, track: Tracking) -> Made:
         if variant.name == "lftf":

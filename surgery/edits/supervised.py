@@ -189,7 +189,7 @@ def fit(
     Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
     """
 
-    def run(parameters: dict[str, nn.Parameter]) -> tuple[list[float], Moved]:
+    def run(parameters: dict[str, nn.Parameter]) -> tuple[list[float], Moved | None]:
         how: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "after": after, "asked": asked}
         return train(model, parameters, losses, count, plan, **how)
 
