@@ -18,7 +18,7 @@ from surgery.metrics.metric import Metric, mean_metric
 from surgery.runs.settings import build
 from surgery.study import Method, Study, read
 from surgery.study.carry_out import carry_out
-from surgery.study.cells import Cell, Judged
+from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.recommendation import answer, broken, recommend
 from surgery.study.settings import settings_for
@@ -105,6 +105,7 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         (("DELTA", '"nothing.safetensors"'), "no such delta file"),
         (("controls = []", "seed = 3"), "are the study's own"),
         (("scale = -1.0", "seeds = [1]"), "it names none"),
+        (("seeds = [1]\n", "seeds = [1]\ndeterministic = true\n"), "seeds of what draws nothing"),
         (("{ perplexity", "{ perplexty"), "expected some of"),
     ],
 )
@@ -144,14 +145,14 @@ def test_a_cell_without_memory_is_tried_again_behind_the_others(
 
     carry_out(asked, methods, tmp_path / "full", full, device="cpu")
     assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 0)]
-    cells = {one["method"]: one for one in json.loads((tmp_path / "full/study.json").read_text())["cells"]}
-    assert "CUDA out of memory" in cells["a"]["refused"] and cells["untouched"]["scores"]
+    by = {one["method"]: one for one in json.loads((tmp_path / "full/study.json").read_text())["cells"]}
+    assert "CUDA out of memory" in by["a"]["refused"] and by["untouched"]["scores"]
 
     free = iter([10, 10**12])  # bytes; of the first model to be opened there is too little room once
     monkeypatch.setattr("surgery.devices.free_memory", lambda place: next(free))
     carry_out(asked, methods[1:], tmp_path / "once", full, device="cpu")
-    cells = {one["method"]: one for one in json.loads((tmp_path / "once/study.json").read_text())["cells"]}
-    assert cells["untouched"]["scores"] and cells["b"]["refused"] == "not here"
+    by = {one["method"]: one for one in json.loads((tmp_path / "once/study.json").read_text())["cells"]}
+    assert by["untouched"]["scores"] and by["b"]["refused"] == "not here"
 
 
 def test_a_model_that_cannot_be_opened_is_rows_that_say_so(checkpoint: Path, tmp_path: Path) -> None:
@@ -171,8 +172,8 @@ def metric(values: Any, direction: str = "lower", ideal: float = 0.0) -> Metric:
 
 
 def study(untouched: dict[str, Metric], **methods: dict[str, Metric]) -> list[Judged]:
-    cells = [Judged(Cell("m", None, 0, Path("u")), untouched)]
-    return cells + [
+    before = [Judged(Cell("m", None, 0, Path("u")), untouched)]
+    return before + [
         Judged(Cell("m", Method(name=name, preamble="x"), 0, Path(name)), found) for name, found in methods.items()
     ]
 
@@ -206,6 +207,24 @@ def test_the_edit_to_ship_removes_most_and_spoils_nothing() -> None:
     assert "strong removes 90 %, but spoils cost (+100.0 points)" in said and "Warning: one seed" in said
     none = " ".join(recommend([row for row in found.values() if row.name != "gentle"], asked))
     assert "no method can be recommended" in none and "it spoils cost" in none
+
+
+def test_seeds_that_are_missing_are_named_and_those_that_need_not_be() -> None:
+    draw = np.random.default_rng(0).uniform(0.4, 0.6, 50)
+    kinds: dict[str, Any] = {"drawn": {}, "fixed": {"deterministic": True}, "half": {}}
+    methods = [Method(name=name, recipe="lftf", **kind) for name, kind in kinds.items()]
+    asked = Study(seeds=[0, 1], bias=["bias"], cost=["bias"])
+    found = [
+        Judged(cell, {"bias": metric(draw if cell.method is None else draw / 2)})
+        for cell in cells(asked, methods, Path("out"))
+        if (cell.name, cell.seed) != ("half", 1)
+    ]
+    assert [(one.cell.name, one.cell.seed) for one in found if one.cell.model == "demo"] == [
+        ("untouched", 0), ("drawn", 0), ("fixed", 0), ("half", 0), ("drawn", 1)
+    ]  # fmt: skip
+    said = recommend(rows(found), asked)
+    assert "Warning: fewer than 2 seeds: half." in said
+    assert "One seed stands for all where nothing is drawn: fixed." in said
 
 
 def test_judgements_are_taken_again_only_for_the_same_judges(tmp_path: Path) -> None:

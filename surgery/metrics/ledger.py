@@ -10,7 +10,7 @@ from surgery.data import bbq, bios, capability, crows_pairs, facts, seat, stereo
 from surgery.errors import SurgeryError
 
 LEDGER = (
-    *SUITES, "stereoset", "crows_pairs", "bbq", "seat", "cloze", "capability", "wikitext", "free_text",
+    *SUITES, "stereoset", "crows_pairs", "bbq", "seat", "cloze", "capability", "wikitext", "gas", "free_text",
 )  # fmt: skip
 ROWS = {
     "stereoset": 200, "crows_pairs": 200, "bbq": 120, "seat": 12, "cloze": 100, "capability": 25, "wikitext": 80,

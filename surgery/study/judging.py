@@ -102,7 +102,9 @@ def details_of(folder: Path) -> dict[str, Any]:
 def _identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
     """All that a number depends on: the judges, the model, and how it was edited."""
     method = cell.method
-    edit: dict[str, Any] = method.model_dump(exclude={"name", "about", "seeds", "by_model"}) if method else {}
+    edit: dict[str, Any] = (
+        method.model_dump(exclude={"name", "about", "seeds", "deterministic", "by_model"}) if method else {}
+    )
     if method and method.recipe:
         edit["settings"] = settings_for(method, cell.model)
     if method and method.delta:

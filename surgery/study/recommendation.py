@@ -59,11 +59,15 @@ def recommend(found: Sequence[Row], study: Study, commands: Mapping[str, str] | 
             lines += _none(found, untouched, study)
         else:
             lines += _shipped(found, row, untouched, study, (commands or {}).get(row.model, ""))
-    once = list(dict.fromkeys(r.name for r in found if r.method and r.method.recipe and len(r.cells) == 1))
+    made = [(row, row.method) for row in found if row.method is not None and row.method.recipe and row.cells]
+    few = dict.fromkeys(row.name for row, how in made if not how.deterministic and len(row.cells) < len(study.seeds))
+    fixed = dict.fromkeys(row.name for row, how in made if how.deterministic)
     if len(study.seeds) == 1:
         lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
-    elif once:
-        lines.append(f"Warning: one seed: {', '.join(once)}; how these vary from seed to seed is not known.")
+    elif few:
+        lines.append(f"Warning: fewer than {len(study.seeds)} seeds: {', '.join(few)}.")
+    if len(study.seeds) > 1 and fixed:
+        lines.append(f"One seed stands for all where nothing is drawn: {', '.join(fixed)}.")
     return lines
 
 

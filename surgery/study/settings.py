@@ -37,7 +37,9 @@ class Method(BaseModel):
     absent: str = ""
     """Why a method that belongs here cannot be run: a row that says so."""
     seeds: list[int] = []
-    """Of the recipe, instead of the study's: one where a method draws nothing, or takes long."""
+    """Of the recipe, instead of the study's: fewer where a method takes long."""
+    deterministic: bool = False
+    """Nothing is drawn, so that the first seed stands for all of them."""
     scale: float = 1.0
     """What the delta is multiplied by; -1 subtracts what a recipe taught (task-vector negation)."""
     about: str = ""
@@ -80,7 +82,7 @@ def check_names(models: Sequence[str]) -> None:
 
 def seeds_of(study: Study, method: Method) -> list[int]:
     """The seeds of a method: its own, or the study's; the first one where nothing depends on it."""
-    return (method.seeds or study.seeds) if method.recipe else study.seeds[:1]
+    return study.seeds[:1] if method.deterministic or not method.recipe else method.seeds or study.seeds
 
 
 def settings_for(method: Method, model: str) -> dict[str, Any]:
@@ -109,8 +111,10 @@ def read(path: Path) -> tuple[Study, list[Method]]:
                 f"{path}, methods[{number}] ({method.name}): got {' and '.join(kinds) or 'nothing'}, expected exactly "
                 f"one of {', '.join(KINDS)}"
             )
-        if method.seeds and not method.recipe:
+        if (method.seeds or method.deterministic) and not method.recipe:
             raise SurgeryError(f"{path}, methods[{number}] ({method.name}): seeds are a recipe's; it names none")
+        if method.seeds and method.deterministic:
+            raise SurgeryError(f"{path}, methods[{number}] ({method.name}): got seeds of what draws nothing; give one")
         if {key for given in (method.settings, *method.by_model.values()) for key in given} & OWN:
             raise SurgeryError(f"{path}, methods[{number}] ({method.name}): model, seed and recipe are the study's own")
     names = [method.name for method in methods]
