@@ -1,5 +1,6 @@
 """The commands as a user types them: results, exit codes, and one clear line for every mistake."""
 
+import gc
 import inspect
 import json
 import os
@@ -251,6 +252,25 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_libraries_leaves_the_collector_on_and_what_they_made_out_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import surgery
+    from surgery import checkpoints
+    from surgery.cli.models import import_libraries
+
+    before = gc.get_freeze_count()
+    import_libraries()
+    assert gc.isenabled() and gc.get_freeze_count() == before  # they are there already
+    monkeypatch.setattr(surgery, "checkpoints", checkpoints)  # put back afterwards, as it is in sys.modules
+    monkeypatch.delitem(sys.modules, "surgery.checkpoints")
+    try:
+        import_libraries()
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_an_accelerator_without_room_is_one_line_that_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, group
-from surgery.cli.models import check_opening
+from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
 
 data = group("data", "Make data sets and look at them: mix, check.")
@@ -74,6 +74,7 @@ def check(
 
     chosen = load_prompt_set(prompts)
     check_opening(model, None)
+    import_libraries()
     from transformers import AutoTokenizer
 
     from surgery.checkpoints import checkpoint_dir

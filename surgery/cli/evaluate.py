@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Part, Quiet, Rows, Scorer, command, examples
-from surgery.cli.models import check_opening, open_model
+from surgery.cli.models import check_opening, import_libraries, open_model
 from surgery.errors import SurgeryError
 
 
@@ -93,6 +93,7 @@ def evaluate(
         if spec is not None:
             check_opening(spec, device)
     _check_files(delta or [])
+    import_libraries()
     from surgery.metrics.suite import plain
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:

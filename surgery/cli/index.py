@@ -19,7 +19,7 @@ from surgery.cli.attribute import (
     open_adapted,
     read_probe,
 )
-from surgery.cli.models import check_opening
+from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
 
 IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="A directory that surgery attribute build wrote.")]
@@ -69,6 +69,7 @@ def build(
     texts = Columns(text=column, prompt="", answer="")
     stream(data, columns=texts)  # refused before the model is opened
     check_opening(model, device)
+    import_libraries()
     from accelerate import PartialState
 
     from surgery.attribution.build import build as build_index

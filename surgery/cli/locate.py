@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.app import Debug, Device, JsonFile, Model, PromptSet, Quiet, command, examples
-from surgery.cli.models import check_opening, open_model
+from surgery.cli.models import check_opening, import_libraries, open_model
 from surgery.errors import SurgeryError
 
 
@@ -88,6 +88,7 @@ def locate(
     every = genbias.records("profession", "train", prompts=prompts)
     retained = neutral.sentences(retain)
     check_opening(model, device)
+    import_libraries()
     from surgery.locate import LIMIT, check, key, picture, rank, tables
     from surgery.locate.gain import GAIN_LIMIT, RETAIN, details, gain_of, rankings_of
     from surgery.locate.summary import picture as compared

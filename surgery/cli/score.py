@@ -21,7 +21,7 @@ from surgery.cli.attribute import (
     open_adapted,
     read_probe,
 )
-from surgery.cli.models import check_opening
+from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
 
 
@@ -102,6 +102,7 @@ def score(
     with progress.work("count the words", None) as step:
         similar = scorer(_passing(texts(), digest, step), biased)
 
+    import_libraries()
     from hooks.gradient_influence import check_texts, influence, influence_probe, influence_windows
     from surgery.attribution import score_file as scored
 

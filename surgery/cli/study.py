@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.app import Debug, Device, Quiet, command, examples
-from surgery.cli.models import check_opening, chosen_recipe
+from surgery.cli.models import check_opening, chosen_recipe, import_libraries
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def study(
     for settings in ready.values():
         with suppress(PlaceError):  # what cannot be on one model is a row that says so
             settings.check()
+    import_libraries()
     from surgery.study.carry_out import carry_out, refuse_other_settings
     from surgery.study.cells import cells
 

@@ -7,7 +7,7 @@ import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples, local
 from surgery.cli.dose import as_stored
-from surgery.cli.models import check_opening, open_model
+from surgery.cli.models import check_opening, import_libraries, open_model
 
 
 @command(
@@ -58,6 +58,7 @@ def survive(
     check_destination(out)
     open_delta(delta)
     check_opening(checkpoint, device)
+    import_libraries()
     from surgery.progress import Progress
     from surgery.runs.report import page, save
     from surgery.survive import question_of, report

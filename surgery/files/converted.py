@@ -81,11 +81,9 @@ def converted(path: Path) -> Path:
     Its name changes with what the conversion depends on: every byte of the file, the libraries that read it, and the
     form that this project gives it. Raises ``SurgeryError`` when the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while part := file.read(1 << 22):
-                digest.update(part)
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise SurgeryError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
     for package in ("transformers", "gguf"):
