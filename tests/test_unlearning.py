@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,10 @@ def test_a_swap_may_wait_for_the_interval_and_the_choice_for_the_language_model(
     assert merit(control, scores) == -4.5  # religion takes no part
     short, far = scores | {"lms": {"overall": 88.0}}, scores | {"ss": {"gender": 90.0, "race": 90.0}}
     assert merit(control, short) < merit(control, far) < merit(control, scores)
+    mean = replace(control, select="overall")
+    apart = scores | {"ss": {"gender": 57.0, "race": 44.0}}  # types on both sides of 50 make up for each other
+    assert merit(mean, scores) == -4.5 and merit(mean, apart) == -0.5 and merit(control, apart) == -6.5
+    assert merit(mean, apart | {"lms": {"overall": 88.0}}) < merit(mean, scores)
 
 
 def test_the_released_schedule_goes_on_with_the_farthest_type() -> None:

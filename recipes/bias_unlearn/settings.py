@@ -140,8 +140,8 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     early_stop: bool = True
     keep: Literal["best", "last"] = "best"
     """Without an early stop: the best checkpoint by the development set, or the last one."""
-    select: Literal["icat", "ss"] = "icat"
-    """Best: the highest ICAT, or SS nearest to 50, each bias type alike, where LMS falls by at most 1.5."""
+    select: Literal["icat", "ss", "overall"] = "icat"
+    """Best: the highest ICAT, or, where LMS falls by at most 1.5, SS nearest to 50: each bias type's, or their mean."""
     scorer: str = "bias-bench"
     """Of StereoSet, and of the suites that take one: crows_pairs. Further suites: bbq, capability."""
 

@@ -136,7 +136,7 @@ def objective_of(settings: Settings, weights: Mapping[str, float], forget: str, 
 
 def _stopping(given: Dataset, settings: Settings, evaluate: Callable[[int], Scores]) -> EarlyStopping:
     released = settings.variant == "released"
-    by_ss = settings.select == "ss"
+    by_ss = settings.select != "icat"
     terms = {(row.bias_type, row.target) for row in given.watched.rows}
     many = tuple(kind for kind, count in sorted(Counter(kind for kind, _ in terms).items()) if count >= LEAST_TERMS)
     return EarlyStopping(

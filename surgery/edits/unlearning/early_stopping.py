@@ -30,11 +30,11 @@ class EarlyStopping:
     swap_when: str = "score"
     """A type is swapped while its "score" is below its target, or only while its whole "interval" is."""
     select: str = "icat"
-    """What ``merit`` is: the highest "icat", or the stereotype scores ("ss") nearest to 50 at no less than
-    ``lms_floor``."""
+    """What ``merit`` is: the highest "icat"; each type's stereotype score nearest to 50 ("ss"), or their mean
+    ("overall"), at no less than ``lms_floor``."""
     lms_floor: float = 0.0
     counted: tuple[str, ...] = ()
-    """The bias types that the selection by "ss" counts, each alike; all of them where none is named."""
+    """The bias types that the selection by "ss" and "overall" counts, each alike; all of them where none is named."""
 
     def target(self, kind: str) -> float:
         """The stereotype score that ``kind`` should have."""
@@ -80,10 +80,13 @@ def merit(control: EarlyStopping, scores: Mapping[str, Mapping[str, float]]) -> 
     """How good a checkpoint is, by the development set; see ``EarlyStopping.select``.
 
     ICAT is the mean over bias types weighted by their rows: a small type is a noisy one. By "ss" each type that counts
-    weighs alike, whatever rows the source happens to have of it, and LMS is a bound, so that it cannot pay for SS.
+    weighs alike, whatever rows the source happens to have of it, and LMS is a bound, so that it cannot pay for SS. By
+    "overall" types on both sides of 50 make up for each other, as they do in the overall score.
     """
-    if control.select == "ss":
+    if control.select != "icat":
         kinds = control.counted or tuple(control.rows)
-        missed = sum(abs(scores["ss"][kind] - control.target(kind)) for kind in kinds) / len(kinds)
+        gaps = [scores["ss"][kind] - control.target(kind) for kind in kinds]
+        missed = abs(sum(gaps)) if control.select == "overall" else sum(map(abs, gaps))
+        missed /= len(kinds)
         return -missed - 1000 * max(0.0, control.lms_floor - scores["lms"]["overall"])
     return sum(scores["icat"][kind] * count for kind, count in control.rows.items()) / sum(control.rows.values())
