@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ def test_a_run_leaves_its_files_and_numbers(whole: tuple[Path, dict[str, Any]]) 
     assert "perplexity" not in summary["controls"]["prompt"]["after"]
     report = (out / "report.html").read_text()
     assert all(line in report for line in ("original", "warmed up", "What each score selects", "above its twin"))
+    # How far the objective moved, the gradients of its terms (of Eq. 8, which has two), and the selection off.
+    assert re.search("objective (fell|moved|rose) by", report) and "What the selection does itself" in report
+    two = summary["controls"]["multi:tfidf"]["edit"]["moved"]["terms"]
+    assert set(two) == {"forget", "retain"} and all(term["gradient_after"] > 0 for term in two.values())
     assert "<span" in (out / "tokens.html").read_text()
     assert {path.name for path in (out / "plots").iterdir()} == {"selection.png", "margin.png"}
 
