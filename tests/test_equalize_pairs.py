@@ -1,7 +1,7 @@
 """The recipe equalize on pairs of sentences: doses given and chosen, what is measured, resuming, what is refused."""
 
 import json
-from itertools import combinations, pairwise
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +11,16 @@ import pytest
 import torch
 from conftest import MakeCheckpoint
 from families import state
-from hypothesis import given as drawn
-from hypothesis import strategies as st
 
 import surgery
+from hooks import anatomy
 from recipes import equalize
 from recipes.equalize import doses as dosing
 from surgery.data import shapes
 from surgery.data.pairs import Pair
-from surgery.edits.equalize import hold_term, losses_of, prepare
+from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
 from surgery.edits.equalize.dose import read_doses
-from surgery.edits.equalize.passes import cheapest, passes
+from surgery.edits.equalize.passes import passes
 from surgery.errors import SurgeryError
 from surgery.runs.folder import Folder
 from surgery.runs.settings import build, parse_set
@@ -286,40 +285,30 @@ def test_doses_as_they_are_written() -> None:
     assert build(equalize.Settings, parse_set(["shares=0.6,0.4"]), "--set").shares == [0.6, 0.4]
 
 
-def test_texts_of_like_length_go_through_the_model_together(tiny: Any) -> None:
+def test_a_processor_takes_a_step_in_one_pass_of_trees_to_the_same_losses(tiny: Any) -> None:
+    """Prompts at their end, sentences at every token and pairs together: as each alone, and so are the gradients."""
+    model, _ = tiny
+    prompts = [[2] * 3 + [place % 7, place] for place in range(12)]
+    texts = [[3, 4, 5, place] for place in range(3)] + [[2, 2, 2, 1, 9, 9, 9], [7] * 30]
+    terms = [words_term(prompts, [5, 6]), hold_term("texts", texts, positions="all")]
+    for start in (0, 1):
+        given = prepare(model, terms, start=start)
+        chosen = [given.examples()[place] for place in torch.randperm(17, generator=torch.Generator().manual_seed(3))]
+        plain = replace(given, trees=False)
+        assert given.trees and passes(given, chosen) == [dict(enumerate(chosen))]
+        found = losses_of(model, model, given, chosen)
+        alone = torch.cat([losses_of(model, model, plain, [one]) for one in chosen])
+        assert torch.allclose(found, alone, atol=1e-6)
+        trained = list(model.get_submodule(anatomy.find(model).blocks[-1].name).parameters())
+        quick, slow = (torch.autograd.grad(each.sum(), trained) for each in (found, alone))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(quick, slow, strict=True))
+
+
+def test_elsewhere_texts_of_like_length_go_through_the_model_together(tiny: Any) -> None:
     model, _ = tiny
     texts = [[2] * length for length in (30, 4, 5, 28, 6, 7)]
-    given = prepare(model, [hold_term("texts", texts, positions="all")])
-    groups = passes(given.terms, [(0, number) for number in range(6)], "cpu")
-    assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6], [7], [28, 30]]
-    elsewhere = passes(given.terms, [(0, number) for number in range(6)], "cuda")
-    assert [[len(texts[number]) for number in group] for group in elsewhere] == [[4, 5, 6, 7], [28, 30]]
-
-
-def test_prompts_are_padded_only_where_a_pass_of_their_own_costs_more(tiny: Any) -> None:
-    model, _ = tiny
-    lengths = [5, 35, 6, 34, 5] * 8
-    given = prepare(model, [hold_term("held", [[2] * (length - 1) + [place] for place, length in enumerate(lengths)])])
-    chosen = [(0, number) for number in range(40)]
-    groups = passes(given.terms, chosen, "cpu")
-    assert [sorted({lengths[number] for number in group}) for group in groups] == [[5, 6], [34, 35]]
-    assert sorted(number for group in groups for number in group) == list(range(40))
-    assert len(passes(given.terms, chosen, "cuda")) == 1  # where padding costs next to nothing
-    together = losses_of(model, model, given, chosen)
-    alone = torch.cat([losses_of(model, model, given, [one]) for one in chosen])
-    assert torch.allclose(together, alone, atol=1e-6)
-
-
-@drawn(st.lists(st.integers(1, 30), max_size=7), st.integers(0, 40))
-def test_no_other_groups_cost_less(lengths: list[int], extra: int) -> None:
-    def cost(groups: list[list[int]]) -> int:
-        return sum(len(group) * max(lengths[place] for place in group) + extra for group in groups)
-
-    found = cheapest(dict(enumerate(lengths)), extra)
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    every = [
-        [order[low:high] for low, high in pairwise((0, *cuts, len(order)))]
-        for count in range(len(lengths))
-        for cuts in combinations(range(1, len(lengths)), count)
-    ]
-    assert cost(found) == min(map(cost, every), default=0)
+    given = replace(prepare(model, [hold_term("texts", texts, positions="all")]), trees=False)
+    groups = passes(given, [(0, number) for number in range(6)])
+    assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6, 7], [28, 30]]
+    given = replace(prepare(model, [hold_term("held", texts)]), trees=False)
+    assert len(passes(given, [(0, number) for number in range(6)])) == 1

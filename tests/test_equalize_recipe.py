@@ -70,7 +70,8 @@ def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     assert summary["edit"]["blocks"] == [2, 3]
     assert summary["controls"]["lftf"]["edit"]["blocks"] == [3]
     for when in (summary["before"], summary["after"], summary["controls"]["lftf"]["after"]):
-        assert set(when["distances"]) == {"unseen templates", *shapes.OTHERS}
+        assert set(when["distances"]) == {"unseen templates", "unseen hints", *shapes.OTHERS}
+        assert set(when["distances"]["unseen hints"]) == {"ub", "mass"}
         assert when["genbias"]["relative_gap"]["all"]["n"] == 945
     page = (tmp_path / "run" / "report.html").read_text()
     assert "unseen templates" in page
@@ -258,3 +259,14 @@ def test_what_is_held_counts_the_words_ratio_by_its_own_weight() -> None:
     among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
     apart = (among[0].exp() * (among[0] - among[1])).sum(-1)
     torch.testing.assert_close(losses[1] - losses[0], 2.0 * apart)
+
+
+def test_hints_of_unseen_templates_are_dealt_out_evenly() -> None:
+    """Every template with every hint about equally often, and none about a person or in a template of training."""
+    people = shapes.people("test")
+    rows = measuring._hints(["he", "she"], ["his", "her"], people, "test")
+    counts = Counter((row.template, row.hint) for row in rows)
+    assert len(rows) == 2 * len(people) == len({row.text for row in rows})
+    assert len(counts) == 2 * len(shapes.hint_templates("test")) and max(counts.values()) - min(counts.values()) <= 1
+    assert not {row.template for row in rows} & set(shapes.hint_templates("train"))
+    assert all(row.hint_word in row.text.split() and row.expected == ("he", "she")[row.hint] for row in rows)

@@ -3,28 +3,34 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.equalize.dataset import of_people
 from surgery.data import genbias, shapes
 from surgery.data.genbias import Prompt
+from surgery.data.genhint import HintPrompt
 from surgery.data.prompts import PromptSet
 from surgery.data.rows import sample
 from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import Ids, encode
 from surgery.metrics import genbias as genbias_metric
+from surgery.metrics import genhint as genhint_metric
 from surgery.metrics import suite
 from surgery.metrics.locality import Reference
+from surgery.metrics.metric import Metric
 from surgery.metrics.suite import Material, measure, plain
 from surgery.progress import Progress
 
 UNSEEN = 60  # templates of the test part
-EACH = {"unseen templates": 3, **dict.fromkeys(shapes.OTHERS, 1)}
+EACH = {"unseen templates": 3, "unseen hints": 2, **dict.fromkeys(shapes.OTHERS, 1)}
 
-Far = dict[str, tuple[list[Prompt], Ids]]  # by kind of text
+Rows = Sequence[Prompt | HintPrompt]
+Far = dict[str, tuple[Rows, Ids]]  # by kind of text
 
 
 @dataclass
@@ -95,9 +101,16 @@ class Measuring:
                 kept = self.streams.get(kind, {})
                 seen = next_words(self.model, ids, self.words, keep=keep, prefix=kept.get(start), step=step)
                 self.streams.setdefault(kind, {}).update(seen.prefixes)
-                table = genbias_metric.score(seen.probabilities, rows, data=f"{kind}, professions unseen")
-                far[kind] = {name: plain(scales["all"], samples=True) for name, scales in table.items()}
+                far[kind] = plain(_scored(seen.probabilities, rows, f"{kind}, professions unseen"), samples=True)
         return values | {"distances": far}
+
+
+def _scored(probabilities: Float[np.ndarray, "prompts words"], rows: Rows, data: str) -> dict[str, Metric]:
+    """Gap, AFGB and mass of prompts without a hint, UB-Score and mass of those with one."""
+    if isinstance(rows[0], HintPrompt):
+        return genhint_metric.score(probabilities, cast(Sequence[HintPrompt], rows), data=data)
+    found = genbias_metric.score(probabilities, cast(Sequence[Prompt], rows), data=data)
+    return {name: scales["all"] for name, scales in found.items()}
 
 
 def fewer(asked: Material, far: Far, limit: int, seed: int) -> tuple[Material, Far]:
@@ -122,4 +135,18 @@ def distances(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, seed: int,
     fill = partial(shapes.prompts, subjects=people)
     found = {"unseen templates": fill(shapes.shapes(part, UNSEEN), each=EACH["unseen templates"])}
     found |= {kind: fill(shapes.others(kind, part), each=EACH[kind]) for kind in shapes.OTHERS}
-    return {kind: (rows, encode(tokenizer, [row.text for row in rows])) for kind, rows in found.items()}
+    rows: dict[str, Rows] = dict(found)
+    if prompts.words.hints:
+        rows["unseen hints"] = _hints(prompts.words.words, prompts.words.hints, people, part)
+    return {kind: (each, encode(tokenizer, [row.text for row in each])) for kind, each in rows.items()}
+
+
+def _hints(words: Sequence[str], hints: Sequence[str], people: Sequence[str], part: str) -> list[HintPrompt]:
+    """Each person in two hint templates that training never sees, templates and hints going round."""
+    templates, found = shapes.hint_templates(part), []
+    for turn in range(len(people) * EACH["unseen hints"]):
+        template, hint = templates[turn % len(templates)], (turn + turn // len(templates)) % len(words)
+        person = people[turn // EACH["unseen hints"]]
+        text = shapes.fill(template, person).replace("{hint}", hints[hint])
+        found.append(HintPrompt(text, person, template, hint, hints[hint], words[hint]))
+    return found

@@ -10,6 +10,12 @@ from surgery.runs.report import compared, write_page
 from surgery.runs.words_report import COMMANDS, before_after, controls, find, in_short
 
 Summary = Mapping[str, Any]
+SINGLE = {
+    "UB-Score": ("genhint", "ub"),
+    "UB-Score, templates unseen, too": ("distances", "unseen hints", "ub"),
+    "Perplexity": ("perplexity",),
+}
+"""Numbers that the page says in a sentence of their own."""
 
 
 def write_report(folder: Path, summary: Summary, recipe: str) -> None:
@@ -42,10 +48,10 @@ def verdict(summary: Summary) -> list[str]:
     lines += _of(summary, f"gap between {words}", ("genbias",), ("all",), "professions unseen")
     for kind in summary["before"].get("distances", {}):
         lines += _of(summary, f"gap between {words}", ("distances", kind), (), f"{kind}, professions unseen")
-    for name, path, unit in (("UB-Score", ("genhint", "ub"), ""), ("Perplexity", ("perplexity",), "")):
+    for name, path in SINGLE.items():
         before, after = find(summary["before"], path), find(summary["after"], path)
         if before and after:
-            lines.append(f"{name}: {before['value']:.3f} to {after['value']:.3f}{unit}.")
+            lines.append(f"{name}: {before['value']:.3f} to {after['value']:.3f}.")
     lines += caveats(summary["before"], summary["after"])
     for name, each in summary["controls"].items():
         now, was = (find(scores, ("genbias", "mass", "all")) for scores in (each["after"], summary["before"]))

@@ -60,13 +60,14 @@ class ResidualCache:
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
 
-    def trees(self, model: PreTrainedModel, packed: Sequence[Pack]) -> Trees:
-        """Packs of these prompts (``trees_for``) as a batch with their stream."""
+    def trees(self, model: PreTrainedModel, packed: Sequence[Pack], numbers: Sequence[int] | None = None) -> Trees:
+        """Packs of these prompts, or of those ``numbers`` of them, (``trees_for``) as a batch with their stream."""
         plain = as_batch(model, packed)
         starts = np.cumsum([0, *map(len, self.ids)])
         index = np.full(plain.ids.numel(), self.flat.shape[0] - 1)
         for row, path in zip(plain.rows, plain.paths, strict=True):
-            index[list(path)] = np.arange(starts[row], starts[row] + len(path))
+            first = starts[row if numbers is None else numbers[row]]
+            index[list(path)] = np.arange(first, first + len(path))
         gathered = self.flat[torch.from_numpy(index).to(self.flat.device)]
         return replace(plain, stream=gathered.view(*plain.ids.shape, -1))
 

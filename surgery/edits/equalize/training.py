@@ -2,22 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooks import anatomy
 from surgery import processes
 from surgery.edits.block import Trained, names_of
-from surgery.edits.equalize.passes import passes
-from surgery.edits.equalize.terms import Ids, Target, Term
+from surgery.edits.equalize.passes import Prepared, logits_of, losses_of, takes_trees
+from surgery.edits.equalize.terms import Target, Term
 from surgery.edits.supervised import Lora, fit, target_names
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Batch, batches_for, logit_budget, pad
+from surgery.forward.batching import batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import Kept
 from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
@@ -25,24 +23,6 @@ from surgery.forward.trees import Trees, as_batch, trees_for
 from surgery.processes import mine
 from surgery.progress import Advance
 from surgery.training import Log, Plan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All sequences of the terms, one term after the other: the targets, and the stream where training starts."""
-
-    terms: tuple[Term, ...]
-    ids: Ids
-    first: tuple[int, ...]
-    """The number of each term's first sequence."""
-    targets: tuple[Target, ...]
-    prefix: ResidualCache | None
-    note: str = ""
-    """Why the prefix is not used, where it could have been."""
-
-    def examples(self) -> list[tuple[int, int]]:
-        """(term, example) of every example."""
-        return [(number, example) for number, term in enumerate(self.terms) for example in range(term.count)]
 
 
 def prepare(model: PreTrainedModel, terms: Sequence[Term], *, start: int = 0, step: Advance | None = None) -> Prepared:
@@ -84,13 +64,14 @@ def prepare_each(
             else:
                 chosen = some
                 kept.expect(pad(term.ids, chosen, model.device), first[number])
-                found = term.target(_logits(model, model, plain, [(number, row) for row in chosen]))
+                found = term.target(logits_of(model, model, plain, [(number, row) for row in chosen]))
             pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in found]
             for place, row in enumerate(kept.rows):
                 targets[row] = tuple(piece[place].clone() for piece in pieces)
             if step:
                 step(len(chosen))
-    whole = replace(plain, targets=_of_all(targets, len(ids), model.device))
+        trees = takes_trees(model, ids)
+    whole = replace(plain, targets=_of_all(targets, len(ids), model.device), trees=trees)
     streams = kept.prefixes()
     return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
 
@@ -130,82 +111,6 @@ def _check_apart(terms: Sequence[Term]) -> None:
                         f"text {row} of {term.name!r} is also a text of {name!r}; one would move what the other "
                         "holds; take it out of one of them"
                     )
-
-
-def _logits(
-    model: PreTrainedModel, module: nn.Module, given: Prepared, sequences: Sequence[tuple[int, int]]
-) -> Float[Tensor, "places vocab"]:
-    """The logits at the places of the sequences (term, its row), in their order, from one pass of ``module``."""
-    rows = [given.first[term] + row for term, row in sequences]
-    places = [given.terms[term].places[row] for term, row in sequences]
-    batch: Batch = given.prefix.batch(rows) if given.prefix else pad(given.ids, rows, model.device)
-    start = given.prefix.block if given.prefix else 0
-    only_last = all(at == (len(given.ids[row]) - 1,) for at, row in zip(places, rows, strict=True))
-    with shortcut(model, start=start, last=only_last, call=module) as run:
-        if only_last:
-            return run(batch)
-        width = batch.ids.shape[1]
-        flat = torch.tensor(
-            [number * width + at for number, mine in enumerate(places) for at in mine], device=model.device
-        )
-
-        def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0].flatten(0, 1)[flat.to(args[0].device)][None], *args[1:])
-
-        handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
-        try:
-            return run(batch)[0]
-        finally:
-            handle.remove()
-
-
-def _head(model: PreTrainedModel) -> str:
-    head = anatomy.find(model).head
-    if head is None:
-        raise SurgeryError(f"{type(model).__name__} has no language-model head; open a causal language model")
-    return head
-
-
-def losses_of(
-    model: PreTrainedModel, module: nn.Module, given: Prepared, chosen: Sequence[tuple[int, int]]
-) -> Float[Tensor, " chosen"]:
-    """The unweighted loss of each example (term, number), by a pass for each kind and length of text.
-
-    Apart, short texts are not padded to the length of long ones, and prompts go through the head at one position.
-    """
-    found: list[Tensor] = []
-    order: list[int] = []  # the places of ``chosen`` that the values in ``found`` belong to
-    for members in passes(given.terms, chosen, model.device.type):
-        ordered = sorted(members.items(), key=lambda member: member[1][0])  # a term's logits are one piece, not copied
-        sequences = [
-            (term, example * given.terms[term].size + part)
-            for _, (term, example) in ordered
-            for part in range(given.terms[term].size)
-        ]
-        logits = _logits(model, module, given, sequences)
-        by_term: dict[int, list[int]] = {}
-        for term, row in sequences:
-            by_term.setdefault(term, []).append(row)
-        widths = [sum(len(given.terms[term].places[row]) for row in rows) for term, rows in by_term.items()]
-        # Split, since the gradient of every slice would be as large as all logits together.
-        for (term, rows), piece in zip(by_term.items(), logits.split(widths), strict=True):
-            kept = [given.targets[given.first[term] + row] for row in rows]
-            target = tuple(torch.cat(pieces) for pieces in zip(*kept, strict=True))
-            found.append(given.terms[term].loss(piece, target, rows))
-            order += [place for place, (number, _) in ordered if number == term]
-    back = torch.tensor(order, device=model.device).argsort()
-    return torch.cat(found)[back]
-
-
-def losses_untouched(model: PreTrainedModel, term: Term, rows: Sequence[int]) -> Float[Tensor, " rows"]:
-    """The loss of some examples of ``term`` while ``model`` is untouched: their targets come from the same pass.
-
-    Only the gradient says something: where training starts, and which way it goes.
-    """
-    given = Prepared((term,), list(term.ids), (0,), (), None)
-    sequences = [(0, row * term.size + part) for row in rows for part in range(term.size)]
-    logits = _logits(model, model, given, sequences)
-    return term.loss(logits, term.target(logits.detach()), [row for _, row in sequences])
 
 
 def equalize(
