@@ -81,6 +81,7 @@ def learn(
     tiny: Any, checkpoint: Path, folder: Path, out: Path, resume: bool = False, **settings: Any
 ) -> dict[str, Any]:
     usual = {"steps": 8, "evaluate_every": 4, "lr": 3e-3, "early_stop": False, "retain_batch": 6, "start": "always"}
+    usual |= {"controls": []}
     ready = surgery.runs.settings.build(
         bias_unlearn.Settings, {"model": str(checkpoint), "data": str(folder)} | usual | settings, "test"
     )
@@ -252,9 +253,10 @@ def test_folds_steer_by_terms_that_a_training_never_saw(
     for name in ("recipes.bias_unlearn.recipe.train", "recipes.bias_unlearn.folds.train"):
         monkeypatch.setattr(name, spy)
     settings: Any = {"variant": "ours", "folds": 2, "steps": 6, "evaluate_every": 3, "gradient_ratio": 2.0}
-    settings |= {"offset": ["gender=0.3", 0.1]}
+    settings |= {"offset": ["gender=0.3", 0.1], "controls": ["no_push"]}
     summary = learn(tiny, checkpoint, data, tmp_path / "run", **settings)
     folds, whole = seen[:2], seen[2]
+    assert seen[3:] == [whole]  # the control
     assert all(not learnt & scored for learnt, scored, _ in folds)
     assert folds[0][1] | folds[1][1] == whole[0] == whole[1] and len(whole[0]) == 15
     assert summary["rows"]["trained"] == 60
@@ -266,6 +268,28 @@ def test_folds_steer_by_terms_that_a_training_never_saw(
     assert weights["retain"] == 0.4 and weights["prefer"] not in (0.0, 1.0)  # set by gradient_ratio
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Weights of the terms: " in page and "not every sentence was seen: passes" in page
+
+
+def test_what_the_push_does_itself_is_reported(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """The control is a training of its own without what pushes, which swaps and keeps a step where the edit did."""
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", controls=["no_push"], evaluate_every=2, select="overall")
+    edit, off = summary["edit"], summary["controls"]["no_push"]
+    assert off["edit"]["weights"] == {role: edit["weights"][role] for role in ("retain", "unrelated")}
+    assert off["edit"]["kept_step"] == edit["kept_step"] and off["edit"]["evaluations"] == edit["evaluations"]
+    assert off["after"]["stereoset"]["ss"]["overall"]["data"] == summary["after"]["stereoset"]["ss"]["overall"]["data"]
+    assert off["after"] != summary["after"] and off["after"] != summary["before"]
+    assert "stereoset.margin.overall" in summary["differences"]["no_push"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What the push (NPO, preference) does itself (control no_push): stereoset ss overall" in page
+
+
+def test_without_a_push_nothing_may_be_left(tiny: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    alone = {"weight_retain": 0.0, "weight_kl": 0.0, "controls": ["no_push"]}
+    summary = learn(tiny, checkpoint, data, tmp_path / "run", steps=2, evaluate_every=1, **alone)
+    assert not summary["controls"] and "own_part" not in summary
+    assert "nothing trains, which is the model before" in (tmp_path / "run" / "log.jsonl").read_text() + (
+        tmp_path / "run" / "report.html"
+    ).read_text()
 
 
 def test_an_offset_is_of_a_bias_type() -> None:
@@ -409,6 +433,8 @@ def test_a_profile_changes_what_nothing_is_said_about() -> None:
         ({"steer": "folds", "method": "self_debias"}, "Self-Debias trains nothing; use steer=part"),
         ({"gradient_ratio": 1.0, "weight_retain": 0}, "gradient_ratio: got 1 and the terms forget, unrelated"),
         ({"weight_forget": 0, "weight_retain": 0, "weight_kl": 0}, "got 0 for all"),
+        ({"controls": ["random"]}, "controls: got 'random' with method bias_unlearn; expected no_push"),
+        ({"controls": ["no_push"], "method": "cda"}, "got 'no_push' with method cda; expected none"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(

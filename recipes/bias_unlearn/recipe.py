@@ -13,10 +13,15 @@ from recipes.bias_unlearn.report import verdict, write_report
 from recipes.bias_unlearn.settings import Settings
 from recipes.bias_unlearn.training import OBJECTIVES, offsets_of, parts, train
 from surgery.edits.unlearning import Dataset, Scores, read_dataset, trained_names
-from surgery.operation import Edit, Outcome, Run, Where, operation
+from surgery.operation import Edit, Operation, Outcome, Run, Where, control, operation
 from surgery.runs import summary
+from surgery.runs.summary import OwnPart
 
 TRAIN, TEST = "stereoset/stereoset_train_union.jsonl", "stereoset/stereoset_dev.jsonl"
+
+
+NO_PUSH = "no_push"
+TOLD = ("stereoset.ss.overall", "stereoset.lms.overall", "stereoset.margin.overall", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,17 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
                 trains=trains,
                 steps=settings.steps,
             )
-        after = main.measured
+        after, others = main.measured, {}
+        if NO_PUSH in settings.controls and (off := _without_push(op, settings)):
+            replay = replayed(main.edit, evaluate)
+            others[NO_PUSH] = op.carry_out(
+                NO_PUSH,
+                partial(train, op, tokenizer, given, off, replay),
+                partial(measured, when=f"control {NO_PUSH}"),
+                trains=trains,
+                steps=settings.steps,
+                keep=False,
+            )
         if settings.steer == "folds":
             kept = main.edit.details["kept_step"]
             before, after = before | {"dev": unseen(tables[0])}, after | {"dev": unseen(tables[kept])}
@@ -75,12 +90,29 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             variant=settings.variant,
             before=before["test"],
             after=after["test"],
+            controls={name: control(one, one.measured["test"]) for name, one in others.items()},
+            own_part=OwnPart("the push (NPO, preference)", NO_PUSH, TOLD) if others else None,
             dev={"before": before["dev"], "after": after["dev"]},
             rows={key: len(getattr(given, key).rows) for key in ("watched", "held_out", "test")}
             | {"trained": len(given.train), "skipped": given.skipped},
         )
         summary = replace(summary, verdict=verdict(summary.to_dict()))
         return op.finish(summary, partial(write_report, given.notes, before))
+
+
+def _without_push(op: Operation, settings: Settings) -> Settings | None:
+    """The control's settings: retention and divergence alone; None, which is said, where neither has a weight."""
+    if not (settings.weight_retain or settings.weight_kl):
+        op.note("No control: without the push (NPO, preference) nothing trains, which is the model before.")
+        return None
+    return settings.model_copy(update={"weight_forget": 0.0, "weight_prefer": 0.0, "gradient_ratio": 0.0})
+
+
+def replayed(edit: Edit, evaluate: Callable[[int], Scores]) -> Callable[[int], Scores]:
+    """The scores that steered ``edit``, so that another training swaps, stops and keeps a step where it did."""
+    found = {row["step"]: {key: row[key] for key in row if key != "step"} for row in edit.details["evaluations"]}
+    kept = found[edit.details["kept_step"]]
+    return lambda step: found.get(step, kept) if step else evaluate(0)
 
 
 def _read(settings: Settings) -> Dataset:

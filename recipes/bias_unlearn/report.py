@@ -74,8 +74,9 @@ def passes(edit: Mapping[str, Any]) -> list[str]:
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Test and development set before and after, and the development set's scores while training."""
+    controls = {name: each["after"] for name, each in summary["controls"].items()}
     found = [
-        compared({"before": summary["before"], "after": summary["after"]}, caption="Test"),
+        compared({"before": summary["before"], "after": summary["after"]} | controls, caption="Test"),
         compared(summary["dev"], caption="Development set (held-out terms of the training source)"),
     ]
     evaluations = summary["edit"].get("evaluations", [])

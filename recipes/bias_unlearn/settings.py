@@ -48,8 +48,8 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     },
     # Fine-tuning on anti-stereotypes; on both sides alike; on stereotypes, to be subtracted; preferring one to the
     # other: no other part of Eq. 4 unless weight_kl asks for it.
-    ("method", "cda"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
-    ("method", "sft"): {"swap": False, "retain_by": "token", "weight_kl": 0.0},
+    ("method", "cda"): {"swap": False, "retain_by": "token", "weight_kl": 0.0, "controls": []},
+    ("method", "sft"): {"swap": False, "retain_by": "token", "weight_kl": 0.0, "controls": []},
     ("method", "stereotypes"): {
         "swap": False,
         "retain_by": "token",
@@ -57,9 +57,18 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "adversarial": 0.0,
         "early_stop": False,
         "keep": "last",
+        "controls": [],
     },
-    ("method", "dpo"): {"swap": False, "weight_kl": 0.0},
-    ("method", "ga"): {"swap": False, "weight_forget": 1.0, "weight_retain": 0.0, "weight_kl": 0.0, "adversarial": 0.0},
+    ("method", "dpo"): {"swap": False, "weight_kl": 0.0, "controls": []},
+    ("method", "ga"): {
+        "swap": False,
+        "weight_forget": 1.0,
+        "weight_retain": 0.0,
+        "weight_kl": 0.0,
+        "adversarial": 0.0,
+        "controls": [],
+    },
+    ("method", "self_debias"): {"controls": []},
 }
 
 
@@ -142,6 +151,9 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
     """Without an early stop: the best checkpoint by the development set, or the last one."""
     select: Literal["icat", "ss", "overall"] = "icat"
     """Best: the highest ICAT, or, where LMS falls by at most 1.5, SS nearest to 50: each bias type's, or their mean."""
+    controls: list[str] = ["no_push"]
+    """no_push: the same training without what pushes (NPO, preference), at the same swaps and the same kept step. None
+    for a baseline."""
     scorer: str = "bias-bench"
     """Of StereoSet, and of the suites that take one: crows_pairs. Further suites: bbq, capability."""
 
@@ -160,6 +172,13 @@ class Settings(shared.Rates, shared.LoRA, shared.Suites, shared.Saving):
         if not (self.data or (self.train and self.test)):
             raise SurgeryError(
                 "bias_unlearn: no data; name the directory with --set data=DIR, or two files: train, test"
+            )
+        known = ["no_push"] if self.method == "bias_unlearn" else []
+        unknown = next((name for name in self.controls if name not in known), None)
+        if unknown is not None:
+            raise SurgeryError(
+                f"controls: got {unknown!r} with method {self.method}; expected {known[0] if known else 'none'}; "
+                "leave it out"
             )
         if self.steer == "folds" and (self.variant == "released" or self.method == "self_debias"):
             raise SurgeryError(
