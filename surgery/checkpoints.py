@@ -30,7 +30,7 @@ from surgery.errors import NoRoom, SurgeryError
 from surgery.files.ahead import in_order
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
-from surgery.files.converted import check_model, converted, demo_gguf
+from surgery.files.converted import check_model, converted, demo_gguf, parsed_once
 from surgery.files.tensor_names import is_leftover
 from surgery.weights import on_disk, shares
 
@@ -220,7 +220,7 @@ def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
     target = converted(path)
     if target.is_dir():
         return target
-    line = f"dequantising {path.name} once into {target} (about half a minute for a small model)"
+    line = f"dequantising {path.name} once into {target} (seconds for a small model)"
     (note or (lambda text: print(text, file=sys.stderr, flush=True)))(line)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -244,11 +244,11 @@ def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
 
 def _convert_gguf(path: Path, out: Path) -> None:
     """Write the GGUF file ``path`` as a bf16 Hugging Face checkpoint into ``out``."""
-    with (
-        nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-    ):  # the libraries' bar is for terminals
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # the libraries' bar
+    with parsed_once():
+        with quiet:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers refuses to save a model that still carries the mark of its quantised source.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
@@ -18,7 +19,7 @@ import surgery
 from surgery import SurgeryError
 from surgery.checkpoints import checkpoint_dir
 from surgery.data.texts import examples
-from surgery.files.converted import public_name
+from surgery.files.converted import parsed_once, public_name
 
 
 @pytest.fixture
@@ -154,6 +155,30 @@ def test_a_gguf_file_is_known_by_every_byte(tmp_path, monkeypatch):
     monkeypatch.setattr("surgery.files.converted.version", lambda package: "another")
     monkeypatch.setattr("surgery.checkpoints._convert_gguf", lambda path, out: None)
     assert checkpoint_dir(tmp_path / "base" / "model.gguf") != before
+
+
+def test_a_gguf_file_is_parsed_once_and_converted_to_the_bytes_of_the_library_alone(tmp_path, monkeypatch):
+    opened, plain = [], gguf.GGUFReader.__init__
+
+    def counted(self, path, mode="r"):
+        opened.append(path)
+        plain(self, path, mode)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    write_gguf(tmp_path / "m.gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    found = []
+    for cache in ("once", "alone"):
+        opened.clear()
+        monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / cache))
+        found.append({path.name: path.read_bytes() for path in checkpoint_dir(tmp_path / "m.gguf").iterdir()})
+        assert (len(opened) == 1) == (cache == "once")
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+        monkeypatch.setattr("surgery.checkpoints.parsed_once", nullcontext)
+    assert found[0] == found[1] and "model.safetensors" in found[0]
+    with pytest.raises(OSError), parsed_once():
+        gguf.GGUFReader(tmp_path / "none.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_other_gguf_files_are_named(tmp_path, monkeypatch):

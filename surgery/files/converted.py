@@ -3,9 +3,13 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.files.architecture import read_json
@@ -90,6 +94,30 @@ def converted(path: Path) -> Path:
         digest.update(f"\0{package} {_version(package)}".encode())
     digest.update(f"\0{_FORMAT}".encode())
     return cache_root() / f"{path.stem}-{digest.hexdigest()[:16]}-bf16"
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Inside, whoever asks the gguf library for a file or for the table of names gets the one of before.
+
+    transformers opens a file three times and makes the table anew for every module of the model, which takes most of
+    a small model's conversion; and the library cuts its hundred thousand strings out of a slow kind of array.
+    """
+    import gguf
+    import numpy as np
+
+    class Plain(gguf.GGUFReader):
+        """A reader whose bytes are a plain array, not a ``numpy.memmap``: the same memory, cut in half the time."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
+    known = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    vars(gguf).update(GGUFReader=cache(Plain), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+    try:
+        yield
+    finally:
+        vars(gguf).update(known)
 
 
 def _version(package: str) -> str:
