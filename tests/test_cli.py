@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import recipes
+from surgery import __version__
 from surgery.catalogue import FOLDER_SUITES, WRITTEN_SUITES
 from surgery.cli import app
 
@@ -48,6 +50,12 @@ def test_every_command_has_help_that_ends_in_examples(name: str) -> None:
     code, stdout, _ = surgery(name, "--help")
     assert code == 0
     assert f"surgery {name}" in stdout[stdout.index("Examples:") :]
+
+
+def test_the_version_is_that_of_the_package_beside_those_it_stands_on() -> None:
+    code, stdout, _ = surgery("--version")
+    assert code == 0 and stdout.startswith(f"model-surgery {__version__} (Python 3.")
+    assert f"torch {torch.__version__}" in stdout and f"transformers {transformers.__version__}" in stdout
 
 
 def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> None:

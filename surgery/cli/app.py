@@ -21,6 +21,30 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Find where a language model holds a bias, cut there and nowhere else, prove what changed, carry it over.",
 )
+
+
+def _version(asked: bool) -> None:
+    """Print what a report of a fault should name, and end."""
+    if asked:
+        from importlib.metadata import version
+        from platform import python_version
+
+        from surgery import __version__
+
+        with_these = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+        print(f"model-surgery {__version__} (Python {python_version()}, {with_these})")
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Of the command line as a whole."""
+
+
 MODEL_HELP = "A checkpoint directory, a hub name, a .gguf file, or demo."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but the result.")]

@@ -177,7 +177,7 @@ def import_libraries() -> None:
         return
     gc.disable()
     try:
-        import surgery.checkpoints
+        import surgery.checkpoints  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()

@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 from hooks import anatomy
 from hooks.batching import context_limit
 from hooks.errors import Note
-from hooks.wider import errs_more
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, logit_budget
 from surgery.forward.evaluation import evaluating
-from surgery.forward.trees import PACK, Ids, Pack, packs
+from surgery.forward.trees import PACK, Ids, Pack, packs, why_no_trees
 from surgery.processes import joined, mine
 from surgery.progress import Advance
 
@@ -57,7 +56,7 @@ def token_log_probabilities(
         if limit and len(ids) > limit:
             raise SurgeryError(f"sequence {row}: {len(ids)} tokens, the model takes {limit}; shorten or remove it")
     with evaluating(model):
-        reason = why_not_shared(model, rows, size) if share else None
+        reason = why_no_trees(model, max(map(len, rows))) if share and len(rows) > 1 else None
         if reason:
             said = f"{type(model).__name__}: shared beginnings are encoded each time: {reason}"
             warnings.warn(said, Note, stacklevel=2)
@@ -86,34 +85,6 @@ def continuation_probabilities(
     return np.exp([values.sum() for values in found]).reshape(len(prompts), len(words))
 
 
-def why_not_shared(model: PreTrainedModel, rows: Ids, size: int = PACK) -> str | None:
-    """Why this model cannot take trees, or None: the tree of the longest sequence against plain passes of rows alone.
-
-    Its first and last sequence are far apart in the row and the longest spans most positions, so that a sliding
-    window or a distance counted along the row shows. The tree may err no more than the plain pass in the model's own
-    dtype does (``hooks.wider.errs_more``).
-    """
-    if len(rows) < 2:
-        return None
-    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-    most = _size(model, size)
-    tree = next(pack for pack in packs(rows, [1] * len(rows), size=most) if longest in pack.rows)
-    compared = list(dict.fromkeys((tree.rows[0], longest, tree.rows[-1])))
-
-    def plain() -> list[Tensor]:
-        return [torch.from_numpy(_run(model, [rows[row]], [1], 1, shared=False, alone=True)[0]) for row in compared]
-
-    try:
-        fast = _run(
-            model, [rows[row] for row in tree.rows], [1] * len(tree.rows), _size(model, size), shared=True, alone=True
-        )
-    except Exception as error:  # an unknown architecture may break anywhere; the reason is said
-        return f"it takes no tree-shaped mask ({type(error).__name__}: {error})"[:200]
-    quick = [torch.from_numpy(fast[tree.rows.index(row)]) for row in compared]
-    reason = errs_more(quick, plain(), plain, model.dtype)
-    return None if reason is None else f"log-probabilities with a tree-shaped mask differ: {reason}"
-
-
 def _run(
     model: PreTrainedModel,
     rows: Ids,
@@ -122,12 +93,10 @@ def _run(
     *,
     shared: bool,
     step: Advance | None = None,
-    alone: bool = False,
 ) -> list[Float[np.ndarray, " tokens"]]:
-    """The values of each sequence, shared over the processes unless each has to do all of it ``alone``."""
+    """The values of each sequence, shared over the processes."""
     found = [np.zeros(len(ids) - start) for ids, start in zip(rows, starts, strict=True)]
-    every = _batches(model, packs(rows, starts, size=size, shared=shared))
-    for batch in every if alone else mine(every):
+    for batch in mine(_batches(model, packs(rows, starts, size=size, shared=shared))):
         width = max(len(pack.ids) for pack in batch)
         nodes = [
             (place * width + node, token, row, at)
@@ -146,7 +115,7 @@ def _run(
             found[row][at] = value
         if step:
             step(sum(len(pack.rows) for pack in batch))
-    if alone or not found:
+    if not found:
         return found
     return np.split(joined(np.concatenate(found)), np.cumsum([len(values) for values in found])[:-1])
 

@@ -142,7 +142,8 @@ def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
     """Why prompts of up to ``longest`` tokens are not laid into trees in this model, or None; compared once.
 
     Architectures where a mask cannot say who sees whom (recurrent layers, biases by distance along the row, sliding
-    windows shorter than a prompt) show when a tree of such length stands beside each of its prompts alone.
+    windows shorter than a prompt) show when a tree of such length stands beside each of its prompts alone: at their
+    last tokens, and at the first behind the stem, which of a second branch stands far from it in the row.
     """
     length = -(-longest // LENGTHS) * LENGTHS
 
@@ -150,19 +151,22 @@ def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
         most = min(length, context_limit(model) or length)
         stem, one, other, apart = short_rows(model, (most // 2, most - most // 2, most // 4 or 1, most // 4 or 1))
         ids = [[*stem, *one], [*stem, *other], apart, [*stem, *one[:1]]]
+        asked = [sorted({min(len(stem), len(row) - 1), len(row) - 1}) for row in ids]
         with unhooked(model), torch.no_grad():
             alone = [torch.tensor([row], device=model.device) for row in ids]
 
             def plain() -> list[Tensor]:
-                return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in alone]
+                every = zip(alone, asked, strict=True)
+                return [_logs(model(input_ids=row, use_cache=False).logits[0, at]) for row, at in every]
 
             try:
                 batch = as_batch(model, packs([(*row, 0) for row in ids], [len(row) for row in ids], size=4 * most))
-                logs = _logs(batch.at_last(model(**batch.inputs(), use_cache=False).logits))
+                logits = model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)
+                paths = dict(zip(batch.rows, batch.paths, strict=True))
+                quick = [_logs(logits[[paths[row][place] for place in at]]) for row, at in enumerate(asked)]
             except Exception as error:  # an unknown architecture may break anywhere; each prompt is then run alone
                 return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            found = dict(zip(batch.rows, logs, strict=True))
-            return errs_more([found[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
+            return errs_more(quick, plain(), plain, model.dtype)
 
     if why_alone(model):
         return "rows of this model must not share a batch"

@@ -25,12 +25,7 @@ def over_methods(judged: Sequence[Judged], place: str, written: str = WRITTEN) -
     if len(both) < LEAST or any(scores[key].samples is None for scores in both for key in (place, written)):
         return None
     x, y = (np.stack([_far(scores[key]) for scores in both], axis=1) for key in (place, written))
-    drawn = spearman(x[1:], y[1:])
-    known = drawn[np.isfinite(drawn)]
-    value = float(spearman(x[:1], y[:1])[0])
-    if not len(known) or np.isnan(value):
-        return Correlation(float("nan"), float("nan"), float("nan")), len(both)
-    return Correlation(value, *(float(bound) for bound in np.quantile(known, [0.025, 0.975]))), len(both)
+    return _with_interval(spearman(x, y)), len(both)
 
 
 def over_professions(details: Mapping[str, Any], seed: int = 0) -> tuple[Correlation, int] | None:
@@ -44,12 +39,16 @@ def over_professions(details: Mapping[str, Any], seed: int = 0) -> tuple[Correla
         return None
     x, y = (np.array([found[name] for name in names]) for found in (asked, texts))
     picks = np.random.default_rng(seed).integers(0, len(names), size=(RESAMPLES, len(names)))
-    drawn = spearman(x[picks], y[picks])
-    known = drawn[np.isfinite(drawn)]
-    value = float(spearman(x[None], y[None])[0])
-    if not len(known) or np.isnan(value):
-        return Correlation(float("nan"), float("nan"), float("nan")), len(names)
-    return Correlation(value, *(float(bound) for bound in np.quantile(known, [0.025, 0.975]))), len(names)
+    return _with_interval(np.concatenate([spearman(x[None], y[None]), spearman(x[picks], y[picks])])), len(names)
+
+
+def _with_interval(found: Float[np.ndarray, " 1+draws"]) -> Correlation:
+    """The first with the 95 % interval of the draws behind it that have an order; not a number where one is missing."""
+    value, known = float(found[0]), found[1:][np.isfinite(found[1:])]
+    if np.isnan(value) or not len(known):
+        return Correlation(float("nan"), float("nan"), float("nan"))
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Correlation(value, float(low), float(high))
 
 
 def lean_of_prompts(details: Mapping[str, Any]) -> dict[str, float]:
