@@ -287,9 +287,10 @@ def test_without_a_push_nothing_may_be_left(tiny: Any, checkpoint: Path, data: P
     alone = {"weight_retain": 0.0, "weight_kl": 0.0, "controls": ["no_push"]}
     summary = learn(tiny, checkpoint, data, tmp_path / "run", steps=2, evaluate_every=1, **alone)
     assert not summary["controls"] and "own_part" not in summary
-    assert "nothing trains, which is the model before" in (tmp_path / "run" / "log.jsonl").read_text() + (
-        tmp_path / "run" / "report.html"
-    ).read_text()
+    assert (
+        "nothing trains, which is the model before"
+        in (tmp_path / "run" / "log.jsonl").read_text() + (tmp_path / "run" / "report.html").read_text()
+    )
 
 
 def test_an_offset_is_of_a_bias_type() -> None:
