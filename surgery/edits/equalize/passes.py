@@ -166,7 +166,7 @@ def losses_untouched(model: PreTrainedModel, term: Term, rows: Sequence[int]) ->
 
     Only the gradient says something: where training starts, and which way it goes.
     """
-    given = Prepared((term,), list(term.ids), (0,), (), None)
+    given = Prepared((term,), list(term.ids), (0,), (), None, trees=takes_trees(model, term.ids))
     sequences = [(0, row * term.size + part) for row in rows for part in range(term.size)]
     logits = logits_of(model, model, given, sequences)
     return term.loss(logits, term.target(logits.detach()), [row for _, row in sequences])
