@@ -128,7 +128,8 @@ def gain(
     whitened, plain = (np.stack([sketch.products(kind) for sketch in sketches]) for kind in (0, 1))
     if not plain.any():
         raise HookError("gain: the objective's gradient is zero for every ranked parameter; is it constant?")
-    weights = np.array([float(p.detach().float().square().sum(dtype=torch.float64)) for p in parameters])
+    norms = [torch.linalg.vector_norm(p.detach().float(), dim=-1) for p in parameters]
+    weights = np.array([float(each.square().sum(dtype=torch.float64)) for each in norms])
     settings = vars(config) | {"retain": len(texts), "fisher_mean": float(mean)}
     return Gain(places, sizes, whitened, plain, traces, weights, data, count, settings)
 
