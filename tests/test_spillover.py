@@ -1,20 +1,24 @@
 """The ledger of a run: what got worse first, in points, on the rows with and without the edit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from families import state
 from test_cli import surgery as cli
 
 import surgery
+from surgery.catalogue import SUITES
 from surgery.cli.models import _ledger
 from surgery.metrics.judges import Judges
-from surgery.metrics.metric import difference, mean_metric, points
+from surgery.metrics.ledger import LEDGER
+from surgery.metrics.metric import Difference, difference, mean_metric, points
 from surgery.progress import Progress
-from surgery.runs.spillover import said, spillover
+from surgery.runs.spillover import _width, said, spillover
 
 
 def metric(values: Any, direction: str, ideal: float) -> Any:
@@ -46,14 +50,21 @@ def test_what_is_worse_by_more_than_a_point_is_named() -> None:
     pairs = {place: difference(before[place], after[place], axes=3) for place in after}
     lines = said({place: pair for place, pair in pairs.items() if pair is not None}, after)
     assert "of 3 numbers" in lines[0] and "2 worse, 1 better" in lines[0]
+    assert "half of them known to within 0.0 points" in lines[0], "two of three moved by the same in every row"
     assert lines[1] == "Warning: worse by more than a point: facts (-5.0)."
+
+
+def test_how_well_a_difference_is_known_is_in_points_of_what_the_number_was() -> None:
+    pair = Difference(4.0, 2.0, 6.0, 9, "s", "d", "worse")
+    assert _width(metric([44.0] * 3, "lower", 1.0), pair) == pytest.approx(5.0)  # +- 2 of a perplexity of 40
+    assert _width(metric([0.75] * 3, "higher", 1.0), replace(pair, low=3.98, high=4.02)) == pytest.approx(2.0)
 
 
 def test_a_run_is_measured_without_and_with_its_edit(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges = Judges(suites=("genbias", "perplexity"), rows={"genbias": 18, "perplexity": 9})
-    monkeypatch.setattr("surgery.metrics.judges.ledger", lambda folder: (judges, {"bbq": "no such file"}))
+    monkeypatch.setattr("surgery.metrics.judges.ledger", lambda folder, rows: (judges, {"bbq": "no such file"}))
     out = tmp_path / "run"
     words = [
         "--set",
@@ -82,10 +93,15 @@ def test_a_run_is_measured_without_and_with_its_edit(
     assert state(model) == was
 
 
-def test_unasked_it_is_measured_on_an_accelerator_alone() -> None:
+def test_unasked_it_is_measured_where_the_run_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Progress(quiet=True)
-    assert _ledger("", "data", "cpu", said) is None
-    assert _ledger("", "", None, said) is None and _ledger("none", "data", None, said) is None
+    assert _ledger("", "", None, said) is None and _ledger("none", str(tmp_path), None, said) is None
+    brief = _ledger("", str(tmp_path), "cpu", said)
+    assert brief is not None and brief.folder == str(tmp_path) and brief.suites == (*SUITES, "free_text")
+    monkeypatch.setattr("surgery.devices.device_named", lambda name: torch.device("cuda"))
+    quick = _ledger("", str(tmp_path), "cuda", said)
+    assert quick is not None and all(0 < brief.rows[name] < quick.rows.get(name, 10**6) for name in brief.rows)
+    assert set(brief.rows) >= set(LEDGER), "none is measured whole on a processor"
 
 
 def test_a_folder_that_is_not_there_is_named_before_the_run(checkpoint: Path, tmp_path: Path) -> None:

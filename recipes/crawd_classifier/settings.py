@@ -16,6 +16,7 @@ class Settings(shared.Training, shared.TrainRows, shared.DataFolder, shared.Part
     """The paper's decay and module (appendix A.1); the rest are usual values for a BERT, of which it says nothing."""
 
     renamed = {"limit": "train_rows", "dropout": "module_dropout"}
+    has_ledger = False  # its delta is of a classifier, which knows no next word
     source: Literal["hatecheck", "davidson", "both"] = "hatecheck"
     """What is trained on. HateCheck's templates of the test part are not seen in training; Davidson names no group."""
     """Of each source ``train_rows`` are drawn, the classes in their proportions."""

@@ -44,7 +44,7 @@ def run(
         str,
         typer.Option(
             help="Data folder on which every axis is measured without and with the edit, a few rows each. Unsaid: the "
-            "run's own data, on an accelerator; none: nowhere."
+            "run's own data; none: nowhere."
         ),
     ] = "",
     show_help: Annotated[bool, typer.Option("--help", help="This message; of a recipe, its settings too.")] = False,
@@ -74,7 +74,7 @@ def run(
     ready.check()
     for line in ready.cautions():
         Progress(quiet).say(line)
-    judges = _ledger(ledger, getattr(ready, "data", ""), device, Progress(quiet))
+    judges = _ledger(ledger, getattr(ready, "data", ""), device, Progress(quiet)) if ready.has_ledger else None
     began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
@@ -102,17 +102,19 @@ def run(
 
 
 def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "Judges | None":
-    """The judges of the spillover ledger, or None where it is not measured; those without their data are named."""
+    """The judges of the spillover ledger, or None where it is not measured; those without their data are named.
+
+    On a processor of fewer rows, since there the full quick form takes longer than many a run.
+    """
     if asked == "none" or processes.count() > 1 or not (asked or own):
         return None
     from surgery.devices import device_named
     from surgery.metrics.judges import ledger
+    from surgery.metrics.ledger import BRIEF
 
-    if not asked and device_named(device).type == "cpu":
-        return None  # there it takes minutes
     if not Path(asked or own).is_dir():
         raise SurgeryError(f"--ledger {asked or own}: no folder; expected one of data sets, or none")
-    judges, missing = ledger(asked or own)
+    judges, missing = ledger(asked or own, rows=BRIEF if device_named(device).type == "cpu" else {})
     for name, reason in missing.items():
         progress.say(f"ledger: without {name}: {reason}")
     return judges

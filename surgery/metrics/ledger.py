@@ -17,6 +17,12 @@ ROWS = {
     "free_text": 48, "gas": 60, "bios": 100,
 }  # fmt: skip
 """Of the quick form: triples, pairs, questions, sentences a set, facts, questions a task, sentences, starts."""
+BRIEF = {
+    "genbias": 105, "genhint": 35, "locality": 85, "facts_of_gender": 60, "perplexity": 40, "stereoset": 60,
+    "crows_pairs": 60, "bbq": 16, "seat": 6, "cloze": 36, "capability": 2, "wikitext": 30, "free_text": 12, "gas": 4,
+    "bios": 30,
+}  # fmt: skip
+"""The same on two cores, where both sides together should add little to a run; only larger harm shows in so few."""
 
 _READS: dict[str, Callable[[Path], Any]] = {
     "stereoset": lambda folder: stereoset.load(folder, kind="intrasentence"),

@@ -36,6 +36,7 @@ class Settings(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """Keys of this recipe that had another name: the old name and the new one. The old one is still understood."""
 
+    has_ledger: ClassVar[bool] = True  # whether judges of next words can measure the opened model with the run's delta
     shares_work: ClassVar[bool] = False  # whether processes of one accelerate launch may carry it out together
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""

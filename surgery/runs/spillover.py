@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,11 +55,19 @@ def said(found: Mapping[str, Difference], after: Mapping[str, Metric]) -> list[s
     far = {place: far[place] for place in sorted(far, key=lambda place: -abs(far[place])) if abs(far[place]) > POINT}
     named = ", ".join(f"{_plain(place)} ({value:+.1f})" for place, value in list(far.items())[:NAMED])
     more = f" and {len(far) - NAMED} others" if len(far) > NAMED else ""
+    widths = [_width(after[place], pair) for place, pair in found.items()]
+    known = f", half of them known to within {median(widths):.1f} points" if widths else ""
     return [
-        f"Ledger: of {len(found)} numbers on every axis, paired and corrected for their count, {len(worse)} worse, "
-        f"{better} better.",
+        f"Ledger: of {len(found)} numbers on every axis, paired and corrected for their count{known}, {len(worse)} "
+        f"worse, {better} better.",
         *([f"Warning: worse by more than a point: {named}{more}."] if far else []),
     ]
+
+
+def _width(after: Metric, pair: Difference) -> float:
+    """Half the width of a difference's interval in points of what the number was."""
+    half = (pair.high - pair.low) / 2
+    return abs(points(after.to_dict() | {"value": after.value - pair.value + half}, half))
 
 
 def _table(found: Mapping[str, Difference], before: Mapping[str, Metric], after: Mapping[str, Metric]) -> Table:
