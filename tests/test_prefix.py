@@ -68,6 +68,14 @@ def test_what_prompts_begin_alike_runs_once() -> None:
         assert batch.depths.flatten()[list(path)].tolist() == list(range(len(path)))
 
 
+def test_a_few_trees_are_filled_alike() -> None:
+    """130 tokens in trees of at most 64, the context: not 60, 60 and 10, which is padded to as many."""
+    ids = [(number, *range(30, 39)) for number in range(13)]
+    every = [pack for group in trees_for(build("llama"), ids) or [] for pack in group]
+    assert sorted(row for pack in every for *_, row, _ in pack.wanted) == list(range(13))
+    assert sorted(len(pack.ids) for pack in every) == [30, 50, 50]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("block", [1, 2])
 def test_cached_and_plain_training_have_the_same_losses(family: str, block: int) -> None:

@@ -19,6 +19,7 @@ from hooks.wider import errs_more
 from surgery.forward.batching import Batch, Ids, batches_for
 
 PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
+FEW = 8  # packs, which are filled alike rather than one after the other
 LENGTHS = 32  # a model is asked once for each so many tokens whether it takes trees of sequences that long
 
 
@@ -110,8 +111,18 @@ def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
         return None
     most = min(PACK, context_limit(model) or PACK)
     more = [(*row, 0) for row in ids]  # the last token of a sequence is only predicted and never run
-    every = packs(more, [len(row) for row in ids], size=most)
+    every = _even(more, [len(row) for row in ids], most)
     return [[every[place] for place in group] for group in batches_for(model, [pack.ids for pack in every])]
+
+
+def _even(rows: Ids, starts: Sequence[int], most: int) -> list[Pack]:
+    """``packs`` of at most ``most`` nodes; a few of them filled alike, where a nearly empty one would be padded."""
+    found = packs(rows, starts, size=most)
+    if 1 < len(found) <= FEW:
+        alike = -(-sum(len(pack.ids) for pack in found) // len(found))
+        others = [packs(rows, starts, size=min(most, alike + more)) for more in (2, 5, 10)]
+        found = min([found, *others], key=lambda each: len(each) * max(len(pack.ids) for pack in each))
+    return found
 
 
 def as_batch(model: PreTrainedModel, batch: Sequence[Pack]) -> Trees:
