@@ -11,6 +11,7 @@ from tiny_configs import tiny
 
 from surgery.edits.block import fine_tune, names_of, word_loss
 from surgery.errors import SurgeryError
+from surgery.forward.word_logs import word_logs
 from surgery.training import Plan, steps_of, trainable
 
 IDS = tuple(tuple(range(3 + row, 9 + row)) for row in range(8))
@@ -33,6 +34,15 @@ def test_the_losses_by_hand() -> None:
     assert word_loss(logits, [1], "log").item() == pytest.approx(-math.log(0.25))
     with pytest.raises(SurgeryError, match="expected one of log, as_printed"):
         word_loss(logits, [0], "sum")
+
+
+def test_log_probabilities_of_a_few_words_have_the_gradient_of_the_softmax() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 50, generator=draw) * 4).to(torch.bfloat16)
+    words, exact = [7, 40, 7], logits.double().requires_grad_()
+    assert torch.equal(word_logs(logits, words), word_logs(logits.float(), words))
+    assert torch.allclose(word_logs(exact, words), exact.log_softmax(-1)[:, words])
+    assert torch.autograd.gradcheck(lambda given: word_logs(given, words), exact)
 
 
 def test_log_balances_the_words_and_the_printed_form_silences_them() -> None:

@@ -18,6 +18,7 @@ from hooks import anatomy
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, pad
 from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.forward.word_logs import word_logs
 from surgery.moved import Moved
 from surgery.training import Log, Plan, train, trainable
 
@@ -49,7 +50,7 @@ def word_loss(
     (0.5009 / 0.4982 in the case study, AFGB 0.9999 with one term left out) are those of this form.
     ``"as_printed"``: P(he) + P(she), Eq. 5 as printed, which is smallest when the model says neither word.
     """
-    chosen = logits.float().log_softmax(-1)[:, list(words)]
+    chosen = word_logs(logits, words)
     if objective == "log":
         return -chosen.sum(-1)
     if objective == "as_printed":
@@ -150,12 +151,13 @@ def fine_tune(
     with ExitStack() as stack:
         parameters = stack.enter_context(trainable(model, names))
 
+        run = stack.enter_context(shortcut(model, start=prefix.block)) if prefix else None
+
         def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
-            batch: Batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
-            if prefix is None:
-                return word_loss(batch.at_last(module(**batch.inputs(), use_cache=False).logits), words, objective)
-            with shortcut(model, start=prefix.block, call=module) as run:
-                return word_loss(run(batch), words, objective)
+            if prefix and run:
+                return word_loss(run(prefix.batch(rows)), words, objective)
+            batch: Batch = pad(ids, rows, model.device)
+            return word_loss(batch.at_last(module(**batch.inputs(), use_cache=False).logits), words, objective)
 
         losses_of_steps, far = train(
             model, parameters, losses, len(ids), plan, seed=seed, state=state, log=log, step_done=step_done
