@@ -32,7 +32,7 @@ from surgery.errors import SurgeryError
 from surgery.files.atomic import check_destination, sync_folder, write_json
 from surgery.progress import Advance
 
-SHARD = 1024  # texts; a killed build loses less than this much work
+SHARD = 256  # texts: a killed build loses less than this much work, and processes wait for each other at most so long
 Texts = Callable[[], Iterable[str]]  # opens the texts anew, from the first one
 
 

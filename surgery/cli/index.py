@@ -51,7 +51,7 @@ def build(
     rows: Annotated[
         Literal["float16", "float32"], typer.Option("--rows", help="How the numbers are stored.")
     ] = "float16",
-    shard: Annotated[int, typer.Option("--shard", min=1, help="Texts in a file; a kill loses less than them.")] = 1024,
+    shard: Annotated[int, typer.Option("--shard", min=1, help="Texts in a file; a kill loses less than them.")] = 256,
     cut: Annotated[
         int, typer.Option("--cut", min=0, help="Only the first tokens of longer texts; 0 refuses them.")
     ] = 0,
