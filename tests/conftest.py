@@ -84,18 +84,18 @@ def tiny(checkpoint: Path) -> tuple[Any, Any]:
     return model, PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-PAINT = report._png, report._svg
+PAINT = report.png, report.svg
 
 
 @contextmanager
 def painted() -> Iterator[None]:
     """In here a report's pictures are painted as for a user."""
-    quick = report._png, report._svg
-    report._png, report._svg = PAINT
+    quick = report.png, report.svg
+    report.png, report.svg = PAINT
     try:
         yield
     finally:
-        report._png, report._svg = quick
+        report.png, report.svg = quick
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,6 +103,6 @@ def quick_pictures() -> None:
     """A run of a tiny model takes as long as painting its pictures twice, so that each is built, and an empty one
     painted in its place; tests of what a reader sees say ``with painted()``."""
     empty = new_figure(1, 1)
-    png, svg = report._png(empty), report._svg("empty", empty)
-    report._png = lambda figure: png
-    report._svg = lambda name, figure: svg
+    as_png, as_svg = report.png(empty), report.svg("empty", empty)
+    report.png = lambda figure: as_png
+    report.svg = lambda name, figure: as_svg

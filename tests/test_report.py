@@ -12,10 +12,10 @@ from hooks.plots import new_figure
 from surgery.data import genbias
 from surgery.forward.shown import shown
 from surgery.runs import examples
+from surgery.runs.headline import in_short, lead
 from surgery.runs.paired import told
 from surgery.runs.report import Table, edited, page, why, write_page
 from surgery.runs.settings import PromptSet
-from surgery.runs.words_report import in_short
 
 RUN = {
     "recipe": "crawd", "method": "vanilla", "model": "tiny", "seed": 7,
@@ -81,12 +81,27 @@ def test_noise_is_said_in_words_and_few_rows_are_a_warning(tmp_path: Path) -> No
     lines = told(run)
     assert lines[0].endswith("0 better, 1 worse (perplexity), 1 within noise.")
     assert lines[1].startswith("Warning: few rows: genbias afgb all on 12.") and "word" not in lines[1]
-    short = in_short(run)
+    short = in_short(run, picture="")
     assert [row[3] for row in short.rows] == ["+0.0%, within noise", "+0.0%, worse"]
-    write_page(tmp_path, run, "seed = 7", lines=["The gap fell."], tables=[short], figures={})
+    write_page(tmp_path, run, "seed = 7", lines=["The gap fell."], tables=[short], figures={}, lead="It is fairer.")
     text = (tmp_path / "report.html").read_text()
+    assert text.index('class="lead">It is fairer.') < text.index("In short")
     assert text.index("In short") < text.index("The gap fell.") < text.index("1 within noise") < text.index("<dt>AFGB")
     assert "<dt>perplexity" in text and "<dt>StereoSet" not in text
+
+
+def test_the_first_sentence_says_how_far_the_bias_went_and_what_else_moved() -> None:
+    def scores(gap: float) -> dict[str, Any]:
+        return {"genbias": {"relative_gap": {"all": metric(gap, n=90)}, "mass": {"all": metric(0.5, n=90)}}}
+
+    verdicts = {"genbias.relative_gap.all": "better", "genbias.mass.all": "within noise", "perplexity": "worse"}
+    pairs = {"before": {path: {"verdict": verdict} for path, verdict in verdicts.items()}}
+    run = RUN | {"words": ["he", "she"], "before": scores(0.4), "after": scores(0.1), "differences": pairs}
+    assert lead(run) == (
+        "The gap between he and she fell by 75%, from 0.400 to 0.100, on 90 prompts of rows. "
+        "Unchanged within noise: word mass. Worse: perplexity."
+    )
+    assert lead(run | {"before": {}}) == ""
 
 
 def test_what_a_reader_can_look_at_himself(tiny: Any, tmp_path: Path) -> None:

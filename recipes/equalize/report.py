@@ -6,8 +6,9 @@ from typing import Any
 
 from surgery.runs import examples
 from surgery.runs.caveats import caveats
+from surgery.runs.headline import in_short, lead
 from surgery.runs.report import compared, write_page
-from surgery.runs.words_report import COMMANDS, before_after, controls, find, in_short
+from surgery.runs.words_report import COMMANDS, before_after, controls, find
 
 Summary = Mapping[str, Any]
 SINGLE = {
@@ -33,6 +34,7 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         tables=[in_short(summary), compared(columns, ideal=False), *examples.tables(summary)],
         figures=figures,
         commands=COMMANDS,
+        lead=lead(summary),
     )
 
 

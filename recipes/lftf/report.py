@@ -10,8 +10,9 @@ from hooks.plots import block_bars
 from hooks.ranking import Ranking
 from surgery.metrics.metric import ideal_of
 from surgery.runs import examples
+from surgery.runs.headline import in_short, lead
 from surgery.runs.report import Table, cell, edited, write_page
-from surgery.runs.words_report import COMMANDS, SHORT, before_after, comparison, controls, in_short, rows, verdict
+from surgery.runs.words_report import COMMANDS, SHORT, before_after, comparison, controls, rows, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ def write_report(folder: Path, summary: Summary, recipe: str) -> None:
         tables=[in_short(summary), _scores(summary), *examples.tables(summary), _beside(summary), _where(summary)],
         figures=figures,
         commands=COMMANDS,
+        lead=lead(summary),
     )
 
 
@@ -57,7 +59,7 @@ def _scores(summary: Summary) -> Table:
         "perplexity over texts."
     )
     head = ["metric", "before [95 % interval]", "after, as saved [95 % interval]", "change", "ideal", "rows"]
-    return Table("Before and after", head, cells, note, "before_after", hints)
+    return Table("Before and after", head, cells, note, hints=hints)
 
 
 def _beside(summary: Summary) -> Table:

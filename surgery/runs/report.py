@@ -3,11 +3,8 @@
 Every recipe says its own sentences and chooses its own tables; how they look is the same for all.
 """
 
-import html
-import io
 import os
 import platform
-import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +22,7 @@ from surgery.metrics.metric import ideal_of
 from surgery.runs.definitions import defined
 from surgery.runs.mechanism import said
 from surgery.runs.paired import told
+from surgery.runs.pictures import png, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +71,7 @@ class Table:
     rows: Sequence[Sequence[str | Bar]]
     note: str = ""
     picture: str = ""
-    """The name of the figure that stands above the table; figures that no table names stand at the top of the page."""
+    """The name of the figure above the table, or beside a first one; those that no table names stand at the top."""
     hints: Sequence[str] = ()
     """What is shown when a row is pointed at, one for each row."""
     folded: bool = False
@@ -160,18 +158,20 @@ def page(
     recipe: str = "",
     commands: Sequence[str] = AGAIN,
     more: Sequence[str] = (),
+    lead: str = "",
 ) -> tuple[str, dict[str, bytes]]:
     """The page as HTML, with the pictures in it, and those pictures as PNG files (name: bytes).
 
-    ``lines`` are the sentences at the top; one that starts with "Warning" is marked. ``more`` are further ones, which
-    a click unfolds, but warnings. A figure's label is read to those who do not see it. ``summary`` is ``run.json`` of
-    the one run that the page is about, ``recipe`` its settings as TOML, and ``commands`` are those that repeat it.
+    ``lead`` is for those who read no further. ``lines`` are the sentences at the top; one that starts with "Warning" is
+    marked. ``more`` are further ones, which a click unfolds, but warnings. A figure's label is read to those who do not
+    see it. ``summary`` is ``run.json`` of the one run that the page is about, ``recipe`` its settings as TOML, and
+    ``commands`` are those that repeat it.
     """
-    files_of = {name: _png(figure) for name, figure in figures.items()}
+    files_of = {name: png(figure) for name, figure in figures.items()}
     for figure in figures.values():
         figure.set_layout_engine("none")  # it is laid out; once more would take as long as painting it
     pictures = {
-        name: {"label": figure.get_label() or name.replace("_", " "), "svg": _svg(name, figure)}
+        name: {"label": figure.get_label() or name.replace("_", " "), "svg": svg(name, figure)}
         for name, figure in figures.items()
     }
     placed = {table.picture for table in tables}
@@ -183,6 +183,7 @@ def page(
         definitions=defined(heads(tables)),
         lines=[*lines, *(line for line in more if line.startswith("Warning"))],
         more=[line for line in more if not line.startswith("Warning")],
+        lead=lead,
         at_top=[picture for name, picture in pictures.items() if name not in placed],
         tables=tables,
         pictures=pictures,
@@ -202,6 +203,7 @@ def write_page(
     tables: Sequence[Table],
     figures: Mapping[str, "Figure"],
     commands: Sequence[str] = AGAIN,
+    lead: str = "",
 ) -> None:
     """Write ``report.html`` of a run, and ``plots/NAME.png`` for each of ``figures``, into its folder.
 
@@ -225,6 +227,7 @@ def write_page(
             summary=summary,
             recipe=recipe,
             commands=commands,
+            lead=lead,
         ),
     )
 
@@ -272,25 +275,3 @@ def _hardware() -> str:
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"{os.cpu_count()} CPU cores"
-
-
-def _svg(name: str, figure: "Figure") -> str:
-    """The figure as an SVG element whose black is the page's ink, so that it can be read on a dark page too."""
-    from matplotlib import rc_context
-
-    data = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
-    text = data.getvalue()
-    text = text[text.index("<svg") :].replace("#000000", "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=2)  # a page needs none
-    label = html.escape(str(figure.get_label() or name.replace("_", " ")), quote=True)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-
-
-def _png(figure: "Figure") -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()

@@ -7,9 +7,8 @@ import numpy as np
 
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.data import locality
-from surgery.metrics.metric import ideal_of
 from surgery.runs.caveats import caveats
-from surgery.runs.report import AGAIN, Table
+from surgery.runs.report import AGAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,28 +69,6 @@ def rows(summary: Summary) -> list[dict[str, Any]]:
             change = 100 * (after["value"] / before["value"] - 1) if before["value"] else float("nan")
             found.append({"label": label, "before": before, "after": after, "change": change})
     return found
-
-
-HEADLINE = (
-    *(row for row in ROWS if row[0] in ("relative gap, all", "AFGB, all", "word mass, all", "UB-Score")),
-    ("relative gap, unseen templates", ("distances", "unseen templates", "relative_gap")),
-    *(row for row in ROWS if row[0] in ("wrong pronoun, gendered", "facts of gender, P(right)", "perplexity")),
-)
-
-
-def in_short(summary: Summary) -> Table:
-    """The few numbers that decide, each with its change and whether that is more than noise."""
-    pairs = summary.get("differences", {}).get("before", {})
-    found = []
-    for label, path in HEADLINE:
-        before, after = find(summary["before"], path), find(summary["after"], path)
-        if before and after:
-            change = f"{after['value'] / before['value'] - 1:+.1%}" if before["value"] else ""
-            verdict = pairs.get(".".join(path), {}).get("verdict", "not paired")
-            values = [f"{v:.3f}" if abs(v) < 100 else f"{v:.1f}" for v in (before["value"], after["value"])]
-            found.append([label, *values, ", ".join(filter(None, (change, verdict))), ideal_of(after)])
-    note = "After: the checkpoint as saved, on test rows. Changes are paired. All numbers with intervals stand below."
-    return Table("In short", ["number", "before", "after", "change", "ideal"], found, note, first=True)
 
 
 def comparison(summary: Summary) -> list[dict[str, Any]]:
