@@ -32,6 +32,7 @@ RUN = {
         ({"blocks": "all", "part": "lora"}, "all blocks (lora)"),
         ({"blocks": [3], "part": "all"}, "block 3"),
         ({"blocks": [2, 3], "part": "without_mlp"}, "blocks 2, 3 (without mlp)"),
+        ({"blocks": [8, 9, 12, 14, 15, 16]}, "blocks 8, 9, 12, 14 to 16"),
         ({"preamble": "Be fair."}, "prompt only"),
     ],
 )
@@ -48,7 +49,7 @@ def test_the_page_says_what_ran_and_places_each_picture_once(tmp_path: Path) -> 
     text = (tmp_path / "report.html").read_text()
     assert "<title>crawd (vanilla) on tiny</title>" in text
     assert f"transformers {version('transformers')}, Python " in text
-    assert "CPU cores. Edited: blocks 2, 3 (without mlp), 1,234,567 numbers" in text
+    assert '<p class="note">Edited: blocks 2, 3 (without mlp), 1,234,567 numbers' in text and "CPU cores.</p>" in text
     assert "900 of 1,000 entries changed, 100 left" in text and "4,096 bytes" in text and "seed = 7" in text
     assert '<p class="warning">Warning: much' in text and '<tr title="a scorer"><td>&lt;gap&gt;</td>' in text
     assert text.count("<svg") == 2 and "<img" not in text and "<metadata" not in text
@@ -99,7 +100,7 @@ def test_the_first_sentence_says_how_far_the_bias_went_and_what_else_moved() -> 
     run = RUN | {"words": ["he", "she"], "before": scores(0.4), "after": scores(0.1), "differences": pairs}
     assert lead(run) == (
         "The gap between he and she fell by 75%, from 0.400 to 0.100, on 90 prompts of rows. "
-        "Unchanged within noise: word mass. Worse: perplexity."
+        "Unchanged within noise: the words' mass. Worse: perplexity."
     )
     assert lead(run | {"before": {}}) == ""
 

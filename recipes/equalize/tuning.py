@@ -33,7 +33,7 @@ from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Tracking, Where, operation
-from surgery.runs.paired import without_samples
+from surgery.runs.paired import differences, without_samples
 from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
 from surgery.training import steps_of
 
@@ -65,6 +65,7 @@ class _Round:
     words: Sequence[int]
     measuring: Measuring
     before: Mapping[str, Any]
+    """Scores of the untouched model with their bootstrap samples, so that those of an edit can be paired with them."""
     starts: Sequence[int]
     """First blocks whose streams are wanted."""
     scales: Sequence[float] = (1.0,)
@@ -81,11 +82,12 @@ class _Round:
             except Diverged as error:
                 self.op.note(f"{variant.name}: left out: {error}")
                 continue
+            before = without_samples(self.before)
             for scale, measured in zip(self.scales, tried["measured"], strict=True):
                 scaled = replace(one, scale=scale)
                 edit = tried["edit"] | ({"scale": scale * work.scale} if scale * work.scale != 1 else {})
                 changes = scaled.changes(self.settings)
-                found[scaled] = Tried(scaled.name, self.name, changes, edit, self.before, measured)
+                found[scaled] = Tried(scaled.name, self.name, changes, edit, before, **measured)
                 self.op.progress.say(f"{self.name}: {scaled.name}: {found[scaled].said}")
         return found
 
@@ -99,7 +101,8 @@ class _Round:
         for scale in self.scales:
             with self.op.edited(delta, scale):
                 scores = self.measuring.scores(f"measure {variant.name}", variant.start)
-            measured.append(without_samples(scores))
+            pairs = differences({"before": self.before, "after": scores, "controls": {}}).get("before", {})
+            measured.append({"after": without_samples(scores), "pairs": pairs})
         return {"edit": made.edit.to_dict(), "measured": measured}
 
     def _work(self, one: Candidate) -> tuple[Work, Variant]:
@@ -163,7 +166,7 @@ def tune(
             measuring = Measuring(model, judged, dict(others), words, op.progress, keep=keep)
             before = op.once(f"before-{name}", measuring.before)
             measuring.take_up(before)
-            return _Round(op, name, own, prompts, ids, words, measuring, without_samples(before["scores"]), keep)
+            return _Round(op, name, own, prompts, ids, words, measuring, before["scores"], keep)
 
         near = {kind: _head(*rows) for kind, rows in far.items() if kind == "unseen templates"}
         tried = _screen(a_round("screening", screen, _some(asked, ROWS), near, starts), places)

@@ -13,6 +13,11 @@ HEADLINE = (
     ("relative gap, unseen templates", ("distances", "unseen templates", "relative_gap")),
     *(row for row in ROWS if row[0] in ("wrong pronoun, gendered", "facts of gender, P(right)", "perplexity")),
 )
+IN_WORDS = {
+    "word mass, all": "the words' mass",
+    "facts of gender, P(right)": "facts of gender",
+    "wrong pronoun, gendered": "the wrong pronoun after gendered nouns",
+}
 
 
 def in_short(summary: Summary, picture: str = "before_after") -> Table:
@@ -40,7 +45,7 @@ def lead(summary: Summary) -> str:
     for label, path in HEADLINE:
         told = pairs.get(".".join(path), {}).get("verdict")
         if told in moved and path[:1] != ("distances",) and path[-2:-1] not in (("relative_gap",), ("afgb",)):
-            moved[told].append(label.removesuffix(", all"))
+            moved[told].append(IN_WORDS.get(label, label))
     change = after["value"] / before["value"] - 1
     lines = [
         f"The gap between {' and '.join(summary['words'])} {'fell' if change < 0 else 'rose'} by {abs(change):.0%}, "

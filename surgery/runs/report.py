@@ -144,8 +144,20 @@ def edited(edit: Mapping[str, Any]) -> str:
         return "prompt only"
     if blocks == "all":
         return "all parameters" if part == "all" else f"all blocks ({part.replace('_', ' ')})"
-    where = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+    where = f"block{'s' * (len(blocks) > 1)} {_ranges(blocks)}"
     return where if part == "all" else f"{where} ({part.replace('_', ' ')})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in words: three or more in a row as "20 to 27"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    said = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in found]
+    return ", ".join(said)
 
 
 def page(
@@ -180,6 +192,7 @@ def page(
     rendered = template.render(
         title=title,
         about=_about(summary, recipe),
+        made_with=_made_with(),
         definitions=defined(heads(tables)),
         lines=[*lines, *(line for line in more if line.startswith("Warning"))],
         more=[line for line in more if not line.startswith("Warning")],
@@ -245,18 +258,22 @@ def heads(tables: Sequence[Table]) -> list[str]:
     return [str(text) for table in tables for text in (*table.head, *(row[0] for row in table.rows))]
 
 
-def _about(summary: Mapping[str, Any] | None, recipe: str) -> str:
-    """When the page was written and by which versions; of a run also what was edited, how long, with which seed."""
+def _made_with() -> str:
+    """When the page was written, by which versions, on what."""
     said = [f"{date.today()}: model-surgery {__version__}"]
     said += [f"{package} {version(package)}" for package in ("torch", "transformers")]
     said += [f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}", _hardware()]
-    line = f"{', '.join(said)}."
+    return f"{', '.join(said)}."
+
+
+def _about(summary: Mapping[str, Any] | None, recipe: str) -> str:
+    """When the page was written; of a run also what was edited and why there, how long, with which seed."""
     if summary is None:
-        return line
+        return f"{date.today()}."
     edit = summary["edit"]
     counts = [f"{edit[key]:,} {label}" for key, label in (("parameters", "numbers"), ("steps", "steps")) if key in edit]
     where = f"{edited(edit)}{f' ({reason})' if (reason := why(edit, recipe)) else ''}"
-    return f"{line} Edited: {', '.join([where, *counts])}, seed {summary['seed']}."
+    return f"Edited: {', '.join([where, *counts])}, seed {summary['seed']}. {date.today()}."
 
 
 def why(edit: Mapping[str, Any], recipe: str) -> str:

@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.files.atomic import write_json
 from surgery.runs.caveats import caveats
 from surgery.runs.compare import Case, pareto
+from surgery.runs.headline import in_short
 from surgery.runs.report import Table, cell, edited, page, save
 from surgery.runs.settings import Settings, dump
 from surgery.runs.words_report import find
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BIAS = (
     ("gap", ("genbias", "relative_gap", "all")),
@@ -33,13 +38,17 @@ TOLERANCE = 0.01
 OBJECTION = 0.05
 """What an objection weighs beside the share of the bias that is left."""
 FINAL = "final"
+EDGE: Any = {"edgecolor": "white", "height": 0.7}
 SHOWN = 0.2
 """A larger rise of the perplexity stands in the table, and not in the picture, which would show nothing else."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting: its name in words, its round, what it changes of the recipe, its edit, and both measurements."""
+    """One setting: its name in words, its round, what it changes of the recipe, its edit, and both measurements.
+
+    ``pairs`` are the paired differences between these (``surgery.runs.paired``), by the metric's path.
+    """
 
     name: str
     round: str
@@ -47,6 +56,7 @@ class Tried:
     edit: Mapping[str, Any]
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    pairs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -87,7 +97,8 @@ class Tried:
     def said(self) -> str:
         """What is left and what it costs, in a line."""
         count = len(self.objections)
-        return f"{self.left:.0%} left, perplexity {self.perplexity:+.1%}, {count} objection{'s' * (count != 1)}"
+        objections = f"{count} objection{'s' * (count != 1)}"
+        return f"{self.left:.0%} of the bias left, perplexity {self.perplexity:+.1%}, {objections}"
 
 
 @dataclass(frozen=True)
@@ -118,12 +129,15 @@ def finish(
     about = ("left", "perplexity", "objections", "price")
     rows = [asdict(one) | {key: getattr(one, key) for key in about} for one in tried]
     write_json(part / "tune.json", {"model": settings.model, "ranking": dict(ranking), "why": lines, "tried": rows})
-    figures = _pictures(tried)
+    figures = {"tried": _bars(tried, best), **_pictures(tried)}
     command = f"surgery run {out / 'tuned.toml'} --out runs/tuned"
+    short = in_short({"before": best.before, "after": best.after, "differences": {"before": best.pairs}}, "tried")
+    note = "After: what is proposed, in memory, on development rows. Changes are paired. No test part was looked at."
     html, pictures = page(
         title=f"What to run on {settings.model}",
-        lines=[*lines, f"Next: {command}"],
-        tables=[_table(tried, best, "pareto" if "pareto" in figures else "")],
+        lead=lines[0],
+        lines=[*lines[1:], f"Next: {command}"],
+        tables=[replace(short, note=note), _table(tried, best, "pareto" if "pareto" in figures else "")],
         figures=figures,
         recipe=text,
         commands=[command],
@@ -135,18 +149,15 @@ def finish(
 def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
     """The reason in sentences, the same in the recipe, on the page and in the terminal."""
     finals = [one for one in better(tried) if one.round == FINAL]
-    lines = [
-        f"Chosen: {best.name} ({edited(best.edit)}): {best.left:.0%} of the bias is left on development parts "
-        f"(mean over {', '.join(name for name, path in BIAS if find(best.after, path))}), "
-        f"perplexity {best.perplexity:+.1%}."
-    ]
+    lines = [f"Chosen: {best.name} ({edited(best.edit)}): {best.said}, on development parts."]
     objections = best.objections
     lines.append(f"Objections: {' '.join(objections)}" if objections else "No objection: no warning of the report.")
     for one in finals[1:]:
         lines.append(f"Not {one.name} ({edited(one.edit)}): {one.said}.")
+    bias = "; ".join(name for name, path in BIAS if find(best.after, path))
     lines.append(
-        f"Least wins: the share left, and {OBJECTION:g} for each objection and each further percent of perplexity. "
-        "One seed; intervals of single numbers are on the page."
+        f"Least wins: the share of the bias left (mean of {bias}), and {OBJECTION:g} for each objection and each "
+        "further percent of perplexity. One seed; intervals of single numbers are on the page."
     )
     return lines
 
@@ -169,6 +180,31 @@ def _table(tried: Sequence[Tried], best: Tried, picture: str) -> Table:
         "within a round. No test part was looked at."
     )
     return Table("What was tried", head, rows, note, picture)
+
+
+def _bars(tried: Sequence[Tried], best: Tried) -> "Figure":
+    """What each setting leaves of the bias, and behind it what its objections weigh; the best on top."""
+    rows = better(tried)
+    figure = new_figure(4.6, 0.9 + 0.25 * len(rows))
+    figure.set_label("For each setting the share of the bias that is left and the weight of what speaks against it")
+    figure.set_layout_engine("constrained", w_pad=0.12)
+    axes = figure.subplots()
+    end = min(1.0, 3 * rows[0].price + 0.1)
+    for place, one in enumerate(rows):
+        left, price = min(one.left, end), min(one.price, end)
+        axes.barh(place, left, color=BLUE if one.round == FINAL else GREY, hatch="" if one is best else "///", **EDGE)
+        axes.barh(place, price - left, left=left, color=ORANGE, **EDGE)
+        if one.price > end:
+            axes.text(end, place, f"perplexity {one.perplexity:+.0%} ", ha="right", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [one.name for one in rows], fontsize=8)
+    axes.get_yticklabels()[0].set_fontweight("bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, end)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    said = "share of the bias left (blue: finalists, grey: screened), orange: weight of objections"
+    figure.suptitle(said, fontsize=7.5)
+    return figure
 
 
 def _pictures(tried: Sequence[Tried]) -> dict[str, Any]:
