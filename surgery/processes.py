@@ -61,7 +61,8 @@ def joined(found: Array) -> Array:
 
     array: Any = found
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-    whole = reduce(tensor.to(PartialState().device), "sum").to(tensor.device)
+    own = tensor.to(PartialState().device)
+    whole = _meeting(lambda: reduce(own, "sum")).to(tensor.device)
     return whole.numpy() if isinstance(array, np.ndarray) else whole
 
 
@@ -71,7 +72,7 @@ def gathered(found: Item) -> list[Item]:
         return [found]
     from accelerate.utils import gather_object
 
-    return list(gather_object([found]))
+    return list(_meeting(lambda: gather_object([found])))
 
 
 def told(decide: Callable[[], Item]) -> Item:
@@ -81,7 +82,7 @@ def told(decide: Callable[[], Item]) -> Item:
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [decide() if first() else None]
-    broadcast_object_list(found)
+    _meeting(lambda: broadcast_object_list(found))
     return found[0]
 
 
@@ -90,7 +91,16 @@ def wait() -> None:
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        _meeting(PartialState().wait_for_everyone)
+
+
+def _meeting(meet: Callable[[], Item]) -> Item:
+    """``meet()``. Where it breaks since another process has ended, the watch ends this one, too, with its one line."""
+    try:
+        return meet()
+    except RuntimeError:
+        time.sleep(SILENCE + 5 * BEAT)  # by then the watch knows who it was
+        raise  # all are alive, so it was something else
 
 
 def wanted() -> int:

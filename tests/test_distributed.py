@@ -64,6 +64,7 @@ def everything(tiny: Any) -> dict[str, str]:
         "ranking": digest(ranked.importance.raw.scores, ranked.importance.raw.errors, ranked.prefixes[1].flat),
         "next words": digest(seen.probabilities),
         "losses": digest(*token_losses(model, IDS)[:2]),
+        "two prompts": digest(next_words(model, IDS[:2], WORDS).probabilities),  # and up to three processes
         "log-probabilities": digest(*token_log_probabilities(model, IDS)),
         "trained": digest(trained.losses, *trained.differences.values()),
         "equalised": digest(equal.losses, *equal.differences.values()),
@@ -112,7 +113,7 @@ def test_a_run_has_one_folder_which_the_first_process_writes(tiny: Any, checkpoi
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["killed", "refused"])
+@pytest.mark.parametrize("how", ["killed", "killed in a meeting", "refused"])
 def test_where_one_process_ends_the_others_end_with_one_line(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,17 +122,19 @@ def test_where_one_process_ends_the_others_end_with_one_line(
 
     def work(rank: int) -> None:
         processes.wait()
-        if rank == 1 and how == "killed":
+        if rank == 1 and how != "refused":
             os._exit(9)
         if rank == 1:
             raise SurgeryError("this one cannot go on")
+        if how == "killed in a meeting":
+            processes.joined(np.ones(3))
         time.sleep(60)
 
     began = time.monotonic()
     (code, said), (other, _) = together(2, work, tmp_path)
-    assert time.monotonic() - began < 30 and code == 1 and other == (9 if how == "killed" else 1)
+    assert time.monotonic() - began < 30 and code == 1 and other == (1 if how == "refused" else 9)
     line = "error: process 1 of 2 has ended, so the others end, too; look at its own messages\n"
-    assert said == (line if how == "killed" else "")  # what was refused was said by the one that refused it
+    assert said == ("" if how == "refused" else line)  # what was refused was said by the one that refused it
 
 
 def test_what_does_not_share_its_work_refuses_several_processes(
