@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import surgery
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from surgery.cli.models import chosen_recipe
 from surgery.delta import make
@@ -155,16 +156,29 @@ def test_a_cell_without_memory_is_tried_again_behind_the_others(
     assert by["untouched"]["scores"] and by["b"]["refused"] == "not here"
 
 
-def test_a_model_that_cannot_be_opened_is_rows_that_say_so(checkpoint: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
+def test_what_cannot_be_opened_or_measured_is_rows_that_say_so(
+    checkpoint: Path, word_tokenizer: Any, tmp_path: Path
+) -> None:
+    broken, headless, masked = (tmp_path / name for name in ("broken", "headless", "masked"))
     broken.mkdir()
     (broken / "config.json").write_text('{"auto_map": {}}')
-    asked = Study(models=[str(broken), str(checkpoint)], suites=["perplexity"])
-    carry_out(asked, [Method(name="a", absent="for a reason")], tmp_path / "out", lambda *_: None, device="cpu")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=len(word_tokenizer), max_position_embeddings=64, pad_token_id=0)
+    for path, kind in ((headless, BertModel), (masked, BertForMaskedLM)):
+        kind(config).save_pretrained(path)
+        word_tokenizer.save_pretrained(path)
+    models = json.dumps([str(path) for path in (broken, headless, masked, checkpoint)])
+    text = f'models = {models}\nsuites = ["genbias"]\nrows = {{ genbias = 9 }}\n[[methods]]\nname = "a"\n'
+    text += 'recipe = "erase"\nsettings = { controls = [], test_rows = 9 }\n'
+    file = write(tmp_path / "s.toml", text)
+    code, _, stderr = surgery("study", file, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 0, stderr
     found = json.loads((tmp_path / "out/study.json").read_text())
     refused = {(Path(one["model"]).name, one["method"]): one["refused"] for one in found["cells"]}
-    assert "its own code" in refused["broken", "untouched"] and not refused[checkpoint.name, "untouched"]
-    assert "could not be measured as it is" in found["verdict"][0]
+    assert "its own code" in refused["broken", "untouched"]
+    assert "BertModel has no language-model head" in refused["headless", "a"] == refused["headless", "untouched"]
+    assert "no site" in refused["masked", "a"] and not refused["masked", "untouched"]
+    assert not refused[checkpoint.name, "a"] and "could not be measured as it is" in found["verdict"][0]
 
 
 def metric(values: Any, direction: str = "lower", ideal: float = 0.0) -> Metric:

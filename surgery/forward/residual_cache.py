@@ -114,7 +114,13 @@ def shortcut(
                 handed.append(batch.stream)
             running.append(batch)
             try:
-                logits: Tensor = (call or model)(**batch.inputs(), use_cache=False).logits
+                found = (call or model)(**batch.inputs(), use_cache=False)
+                if not hasattr(found, "logits"):
+                    raise SurgeryError(
+                        f"{type(model).__name__} has no language-model head, so it gives no next word; expected a "
+                        "causal language model"
+                    )
+                logits: Tensor = found.logits
                 logits = batch.at_last(logits) if last and not cut else logits
                 return logits.to(batch.ids.device)  # from another one where a model is spread over several
             finally:
