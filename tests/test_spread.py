@@ -11,6 +11,8 @@ from twodevices import split
 from hooks import anatomy
 from surgery.devices import check_shares
 from surgery.edits.block import fine_tune
+from surgery.edits.equalize import equalize, hold_term, words_term
+from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words, rank_blocks, token_losses
 from surgery.training import Plan
@@ -68,6 +70,23 @@ def test_what_is_located_measured_and_trained_over_two_devices_is_that_of_one(
     for wanted, found in zip(everything(one), spread, strict=True):
         with torch.no_grad():
             assert (found.double() - wanted.double()).norm() <= near * wanted.double().norm()
+    assert state(two) == before
+
+
+@pytest.mark.parametrize("how", [{}, {"lora": Lora(rank=2)}], ids=["dense", "lora"])
+def test_equalising_blocks_of_both_devices_gives_what_it_gives_on_one(how: Any) -> None:
+    one, two = (build("llama", num_hidden_layers=4) for _ in range(2))
+    before = state(two)
+
+    def differences(model: Any) -> list[torch.Tensor]:
+        terms = [words_term(IDS, WORDS), hold_term("texts", [[9, 4, 31, 2, 8], [3, 5, 7, 11]], positions="all")]
+        found = equalize(model, terms, Plan(1e-3, 2, 3), blocks=[1, 2], seed=0, **how)
+        return list(found.differences.values())
+
+    with split(two):
+        spread = differences(two)
+    for wanted, found in zip(differences(one), spread, strict=True):
+        assert wanted.norm() > 0 and (found - wanted).norm() <= 1e-3 * wanted.norm()
     assert state(two) == before
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CPU = torch.device("cpu")
 FREE = {"__setitem__", "copy_", "index_put_", "__getitem__", "set_", "record_stream", "zeros_like", "ones_like"}
+FREE |= {"grad", "_fused_adam_"}  # of parameters wherever they lie: torch sorts them by device itself, out of sight
 
 
 class Devices(TorchFunctionMode):
