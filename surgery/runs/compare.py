@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,8 @@ def _flat(scores: Mapping[str, Any], told: Mapping[str, Collection[str]]) -> Sco
 
 
 def _measured(metric: Mapping[str, Any]) -> str:
-    return f"{metric['scorer']}, {metric['data']}"
+    """What was measured; a seed that the run drew texts or rows by makes no other thing of it."""
+    return re.sub(r"\bseed \d+", "seed of the run", f"{metric['scorer']}, {metric['data']}")
 
 
 def _told_apart(runs: Sequence[Finished]) -> dict[str, set[str]]:
