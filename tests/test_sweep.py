@@ -166,7 +166,8 @@ def test_texts_drawn_by_the_run_s_seed_are_no_other_metric(tmp_path: Path) -> No
     for seed in (0, 12):
         folders.append(write_run(tmp_path / f"{seed}", Toy(seed=seed), 0.3 + seed / 100, 5.0))
         summary = json.loads((folders[-1] / "run.json").read_text())
-        summary["after"]["gas"]["share"] |= {"scorer": f"top-p 1, seed {seed}", "data": f"test part of seed {seed}"}
+        for scores in (summary["before"], summary["after"], summary["controls"]["vanilla"]["after"]):
+            scores["gas"]["share"] |= {"scorer": f"top-p 1, seed {seed}", "data": f"test part of seed {seed}"}
         write_json(folders[-1] / "run.json", summary)
     one = compare.cases([compare.read_run(folder) for folder in folders])[-1]
     assert one.seeds == 2 and one.scores["gas.share"]["value"] == pytest.approx(0.36)
