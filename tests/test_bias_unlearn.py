@@ -456,7 +456,8 @@ def test_the_demo_model_unlearns_the_stereotypes_of_its_training_terms(tmp_path:
     for name, lines in (("train", gender[:24]), ("test", gender[100:120])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
     files: Any = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
-    less: Any = {"steps": 5, "evaluate_every": 5, "retain_batch": 4, "unrelated_batch": 2, "limit": 4, "dev_rows": 2}
+    less: Any = {"steps": 3, "evaluate_every": 3, "retain_batch": 4, "unrelated_batch": 2, "limit": 4, "dev_rows": 2}
+    less |= {"controls": []}
     settings = bias_unlearn.Settings(profile="quick", early_stop=False, **files, **less)
     model, tokenizer = demo()
     bias_unlearn.run(model, tokenizer, settings, out=tmp_path / "run")

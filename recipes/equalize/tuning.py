@@ -38,9 +38,12 @@ from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
 from surgery.training import steps_of
 
 FEW = {"own": 400, "shapes": 1200, "each": 2, "hints": 400, "settled": 1000, "hints_each": 1, "settled_each": 3}
-"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``,"""
-SUITED = {"lr": 8e-4, "batch_size": 64, "own_each": 1, "hold_settled": 2.5, "hold_texts": 3.0, "matmul": "medium"}
-"""and what was chosen with them there; each instead of the recipe's default, not of a value that somebody chose."""
+"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
+SUITED = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "hold_hints": 3.0, "matmul": "medium"}
+SUITED_TO_FEW = {"own_each": 1, "hold_settled": 3.75, "hold_texts": 4.5}
+SUITED_TO_ALL = {"hold_settled": 6.0, "hold_texts": 2.0}
+"""What did best on development parts (docs/tune.md); each instead of the recipe's default, not of a value that somebody
+chose."""
 SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 120, "settled_each": 1}
 SCREEN |= {"batch_size": 32}
 """Of the screening, in one epoch: 17 steps."""
@@ -133,7 +136,7 @@ def tune(
 ) -> Tuned:
     """Try places and rates; leave the winning recipe, a page and all numbers in the folder ``out``.
 
-    ``few``: finalists take few texts, too (``FEW``), unless ``settings`` name fewer; without it those of ``settings``.
+    ``few``: finalists take few texts (``FEW``), unless ``settings`` name fewer; without it those of ``settings``.
     ``model`` stays as it was. Raises ``SurgeryError`` as ``recipes.equalize.run``, and where no training stays finite.
     """
     settings.check()
@@ -155,7 +158,8 @@ def tune(
         ranking = op.once("ranking", partial(_ranking, op, tokenizer, prompts, settings))
         if settings.block == "auto":
             settings = settings.model_copy(update={"block": [ranking["order"][0]]})
-        settings = settings.model_copy(update=_fewer(settings, FEW) | _suited(settings)) if few else settings
+        amounts = _fewer(settings, FEW) if few else {}
+        settings = settings.model_copy(update=amounts | _suited(settings, few))
         screen = settings.model_copy(update=_fewer(settings, SCREEN) | {"epochs": 1})
         places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"])
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
@@ -223,10 +227,11 @@ def _fewer(settings: Settings, sizes: Mapping[str, int]) -> dict[str, int]:
     return {key: size for key, size in sizes.items() if size < now[key]}
 
 
-def _suited(settings: Settings) -> dict[str, Any]:
+def _suited(settings: Settings, few: bool) -> dict[str, Any]:
     """Those of ``SUITED`` where the settings have the recipe's default."""
+    suited = SUITED | (SUITED_TO_FEW if few else SUITED_TO_ALL)
     fields = type(settings).model_fields
-    return {key: value for key, value in SUITED.items() if getattr(settings, key) == fields[key].get_default()}
+    return {key: value for key, value in suited.items() if getattr(settings, key) == fields[key].get_default()}
 
 
 def _some(asked: Material, rows: int) -> Material:

@@ -74,7 +74,7 @@ class Folder:
             return json.loads(file.read_text("utf-8"))
         value = compute()
         if processes.first():
-            atomic.write_json(file, value)
+            atomic.write_json(file, value, indent=None)
         return processes.told(lambda: value)
 
     def state(self, name: str) -> Path:
