@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooks.attention_kernels import without_plans
 from hooks.errors import HookError
 
 LENGTH = 7  # tokens of the probe; a decoder gets 5, so that cross-attention is known by its key length
@@ -129,7 +130,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     mark = "_output_capturing_hooks_installed"
     marked = [mark in module.__dict__ for module in modules]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.no_grad(), without_plans(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for module in modules:
                 module.training = False
             yield

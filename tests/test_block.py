@@ -9,8 +9,10 @@ import transformers
 from families import build, state
 from tiny_configs import tiny
 
+from hooks.trace_modules import unchanged
 from surgery.edits.block import fine_tune, names_of, word_loss
 from surgery.errors import SurgeryError
+from surgery.forward.evaluation import evaluating
 from surgery.forward.word_logs import word_logs
 from surgery.training import Plan, steps_of, trainable
 
@@ -167,3 +169,13 @@ def test_unknown_parameters_are_refused() -> None:
         pass
     with pytest.raises(SurgeryError, match="expected one of adam, adamw"):
         fine_tune(build("llama"), IDS, WORDS, Plan(1e-2, 1, 4, "sgd"), blocks=[1], seed=0)
+
+
+def test_measuring_takes_no_attention_that_plans_and_leaves_the_switch() -> None:
+    switch = torch.backends.cuda.cudnn_sdp_enabled
+    for way in (evaluating, unchanged):
+        before = switch()
+        with pytest.raises(KeyError), way(build("llama")):
+            assert not switch()
+            raise KeyError
+        assert switch() == before is True

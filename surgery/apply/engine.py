@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,13 +82,16 @@ def apply(
     how, drawn = rounding_of(delta.metadata, rounding, seed)
     stored = open_target(checkpoint)
     check_outside(out, stored.path)
+    sha256 = _hashed(delta)
     if not force:
-        refuse_held(stored, delta.sha256, scale)
+        refuse_held(stored, sha256, scale)
     plan = make_plan(delta, stored, scale=scale, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
     record = next_record_name(stored) if undo != "none" else None
     with temporary(out, folder=True) as part:
-        settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": delta.sha256}
-        writer = RecordWriter(part / record, undo, stored.path, settings) if record else None
+        writer = None
+        if record:
+            settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": sha256()}
+            writer = RecordWriter(part / record, undo, stored.path, settings)
         edited = sorted({edit.file for edit in plan.edits})
         links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
         total = sum((stored.path / name).stat().st_size for name in stored.files)
@@ -103,7 +108,7 @@ def apply(
         names = [*stored.files, *([record] if record else [])]
         if not hollow:
             sync_tree(part, [name for name in names if name not in links])
-        size = sum((part / name).stat().st_size for name in names)
+        size, digest = sum((part / name).stat().st_size for name in names), sha256()
         publish(part, out)
     return ApplyReport(
         out=out,
@@ -117,10 +122,18 @@ def apply(
         scale=scale,
         rounding=how,
         seed=drawn,
-        delta_sha256=delta.sha256,
+        delta_sha256=digest,
         undo=out / record if record else None,
         notes=plan.notes,
     )
+
+
+def _hashed(delta: Differences) -> Callable[[], str]:
+    """The delta's sha256, found in a thread of its own while the checkpoint is looked at and copied."""
+    beside = ThreadPoolExecutor(1)
+    found = beside.submit(lambda: delta.sha256)
+    beside.shutdown(wait=False)
+    return found.result
 
 
 def _rewrite(

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +68,16 @@ def unshuffle(mixed: bytes, new: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(planes).reshape(-1).view(f"<u{size}") ^ new.view(f"<u{size}")
 
 
-def refuse_held(stored: CheckpointFiles, sha256: str, scale: float) -> None:
-    """Raises: SurgeryError when the records say that the delta `sha256` was added before, in `scale`'s direction."""
+def refuse_held(stored: CheckpointFiles, sha256: Callable[[], str], scale: float) -> None:
+    """Raises: SurgeryError when the records say that the delta was added before, in `scale`'s direction.
+
+    `sha256` is that of the delta, asked for where there is a record.
+    """
     total = 0.0
     for number in records(stored):
         with suppress(SurgeryError):  # a record that cannot undo any more tells nothing either
             settings = read_record(stored, record_name(number)).settings
-            total += float(settings.get("scale", 1.0)) if settings.get("delta") == sha256 else 0.0
+            total += float(settings.get("scale", 1.0)) if settings.get("delta") == sha256() else 0.0
     if total * scale > 0:
         raise SurgeryError(
             f"{stored.path}: holds this delta already (with scale {total:g}, says its undo record); give the "

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hooks.attention_kernels import without_plans
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -13,7 +15,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_plans():
             yield
     finally:
         for module, mode in modes:
