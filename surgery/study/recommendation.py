@@ -33,8 +33,7 @@ def answer(found: Sequence[Row], study: Study) -> Table:
     for untouched in (row for row in found if row.method is None):
         row = best.get(untouched.model)
         if row is None:
-            why = "could not be measured" if untouched.refused else "every method spoils a cost, or removes nothing"
-            table.append([untouched.model, "nothing", "", why])
+            table.append([untouched.model, "nothing", "", _nearest(found, untouched, study)])
         else:
             table.append([row.model, row.name, _removed(row, untouched, study), _listed(row, broken(row)) or "nothing"])
     head = ["model", "ship", "bias removed", "it breaks"]
@@ -43,6 +42,16 @@ def answer(found: Sequence[Row], study: Study) -> Table:
         "else) with every seed, paired row by row with the untouched model, intervals widened so that all hold at 95 %."
     )
     return Table("The answer", head, table, note, first=True)
+
+
+def _nearest(found: Sequence[Row], untouched: Row, study: Study) -> str:
+    """Why there is nothing to ship, and what the method breaks that removes most of the bias."""
+    bias, cost = axes(study, untouched.scores)
+    ranked = ranking(found, untouched, bias)
+    if untouched.refused or not ranked or removed(ranked[0], untouched, bias) <= 0:
+        return "could not be measured" if untouched.refused else "no method removes anything"
+    spoils = _listed(ranked[0], objections(ranked[0], cost, study.tolerance))
+    return f"every method spoils a cost; {ranked[0].name} ({_removed(ranked[0], untouched, study)}): {spoils}"
 
 
 def recommend(found: Sequence[Row], study: Study, commands: Mapping[str, str] | None = None) -> list[str]:
@@ -75,7 +84,7 @@ def _none(found: Sequence[Row], untouched: Row, study: Study) -> list[str]:
     bias, cost = axes(study, untouched.scores)
     lines = [f"{untouched.model}: no method can be recommended."]
     for row in ranking(found, untouched, bias)[:2]:
-        against = ", ".join(plain_words(place) for place in objections(row, cost, study.tolerance)) or "nothing"
+        against = _listed(row, objections(row, cost, study.tolerance), NAMED) or "nothing"
         lines.append(f"{row.name} removes {_removed(row, untouched, study)} of the bias; it spoils {against}.")
     return lines
 
