@@ -16,6 +16,7 @@ import surgery
 from hooks import anatomy
 from recipes import equalize
 from recipes.equalize import doses as dosing
+from recipes.equalize.pairs_terms import repeated
 from surgery.data import shapes
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
@@ -269,6 +270,15 @@ def test_a_form_that_prefers_more_gets_a_larger_dose(monkeypatch: pytest.MonkeyP
     assert chosen.scales[-1]["margin_gone"] > 0.9
 
 
+def test_a_type_of_fewer_pairs_is_gone_through_more_often() -> None:
+    counts = {"race": 9, "gender": 5, "profession": 2, "religion": 1}
+    pairs = [Pair(f"a {n}", f"b {n}", kind, kind, "x") for kind, count in counts.items() for n in range(count)]
+    for most, times in ((1, (1, 1, 1, 1)), (4, (1, 2, 4, 4)), (9, (1, 2, 4, 9))):
+        found = repeated(pairs, most)
+        kinds = [pair.bias_type for pair in found]
+        assert [kinds.count(kind) / counts[kind] for kind in counts] == list(times) and set(found) == set(pairs)
+
+
 def test_doses_as_they_are_written() -> None:
     types = ["gender", "race"]
     for text, wanted in (
@@ -281,7 +291,7 @@ def test_doses_as_they_are_written() -> None:
     ):
         settings = build(equalize.Settings, parse_set([f"dose={text}", "pairs=own.jsonl"]), "--set")
         assert read_doses(settings.dose, types) == wanted
-        assert settings.block == "blocks" and settings.lr == 1e-4
+        assert settings.block == "blocks" and settings.lr == 2e-4
     assert build(equalize.Settings, parse_set(["shares=0.6,0.4"]), "--set").shares == [0.6, 0.4]
 
 

@@ -49,7 +49,7 @@ SUITES = {"stereoset": stereoset.FILE, "crows_pairs": crows_pairs.FILE}
 KEPT_BACK = 5  # one of so many parts of the groups, where there is no test file
 SHIPPED = ("locality", "facts_of_gender", "perplexity")  # suites
 HELD = ("hold_unrelated", "samples")
-OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", *HELD)
+OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", *HELD)
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "own_each", "hints", "settled", "split"),
     *("hold_hints", "hold_settled", "hints_each", "settled_each"),

@@ -1,5 +1,6 @@
 """What equalising pairs trains on: the pairs, and what is held beside them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def terms_of(
     """
     begin, longest = start_token(tokenizer), context_limit(model)
     starts = STARTS if begin is not None else (False,)
-    found = [pairs_term(tokenizer, pairs, doses, starts=starts, longest=longest)]
+    found = [pairs_term(tokenizer, repeated(pairs, settings.repeat), doses, starts=starts, longest=longest)]
     taken = set(map(tuple, found[0].ids))
     held = {
         "unrelated": ([pair.unrelated for pair in pairs if pair.unrelated], settings.hold_unrelated),
@@ -59,6 +60,13 @@ def terms_of(
             at, top = settings.hold_positions, settings.kept_tokens
             found.append(hold_term(name, kept, positions=at, weight=weight, top=top))
     return found
+
+
+def repeated(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """The pairs, those of a bias type of which another has k times as many k times (rounded), but at most ``most``."""
+    counts = Counter(pair.bias_type for pair in pairs)
+    times = {kind: min(most, round(max(counts.values()) / count)) for kind, count in counts.items()}
+    return [pair for pair in pairs for _ in range(times[pair.bias_type])]
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, samples: int) -> int:

@@ -25,7 +25,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     dose: list[str | int | float] = ["auto"]
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
     0.4/0.2 are of a sentence with a start token and of one without."""
-    doses: list[float] = [0.1, 0.9]
+    doses: list[float] = [0.0, 1.2]
     """The doses among which auto chooses, by straight lines between them; each is trained once for each fold."""
     scales: list[float] = [1.0]
     """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
@@ -39,7 +39,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     test_rows: shared.Limit = 0
     """At most so many rows of StereoSet, CrowS-Pairs and each set of prompts are measured, drawn by the seed; 0 takes
     all. Locality, facts of gender and perplexity are always measured whole."""
-    hold_unrelated: float = Field(1.0, ge=0)
+    repeat: int = Field(1, ge=1)
+    """A bias type with fewer pairs than another is gone through as much more often, at most so many times an epoch."""
+    hold_unrelated: float = Field(0.25, ge=0)
     """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
     samples: int = Field(0, ge=0)
     """So many texts that the untouched model writes itself are held, with the weight hold_texts; 800 for pairs."""
@@ -117,7 +119,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     @classmethod
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
-        changed: dict[str, Any] = {"block": "blocks", "lr": 1e-4, "epochs": 2, "batch_size": 64, "controls": []}
+        changed: dict[str, Any] = {"block": "blocks", "lr": 2e-4, "epochs": 2, "batch_size": 64, "controls": []}
         changed |= {"samples": 800, "hold_texts": 3.0}
         if values.get("pairs"):
             return changed
