@@ -78,7 +78,7 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     chosen = build(equalize.Settings, {key: one for key, one in values.items() if key != "recipe"}, "tuned.toml")
     assert {key: getattr(chosen, key) for key in best["changes"]} == best["changes"]
     assert chosen.model == str(checkpoint) and chosen.own == 24
-    assert chosen.emphasis == tuning.SUITED["emphasis"] and chosen.batch_size == 32  # a default, and what was chosen
+    assert chosen.emphasis == tuning.SUITED["emphasis"] and chosen.hold_texts == 0  # a default was, a choice was not
     assert why({"blocks": [2]}, text) == chosen.reason and chosen.reason.startswith("chosen by surgery tune from ")
     page = (out / "report.html").read_text()
     assert "(chosen)" in page and "development parts" in page
