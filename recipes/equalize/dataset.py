@@ -1,5 +1,6 @@
 """The texts that equalising learns from, and those that it holds: the kinds of text that must not move."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,11 +56,11 @@ def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
     return list(dict.fromkeys([row.text for row in own] + more))
 
 
-def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str]:
+def settled(prompts: PromptSet, *, seed: int, split: str, count: int, each: int) -> list[str]:
     """Subjects whose pronoun is settled: the training parts of locality and of facts of gender, in their own prompts.
 
     Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
-    differs is the subject alone.
+    differs is the subject alone; and so does, once, everybody who is equalised, introduced as Mr. or Ms.
     """
     if not of_people(prompts):
         return []
@@ -68,8 +69,11 @@ def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str
     templates = shuffled(fitting, seed)
     found = [row.text for row in rows]
     turn = 0
-    for subject, kind in dict.fromkeys((row.subject, row.kind) for row in rows if row.kind != "text"):
-        for _ in range(each):
+    own = dict.fromkeys(row.profession for row in genbias.records(split, "train", seed, prompts))
+    known = [(row.subject, row.kind, each) for row in rows if row.kind != "text"]
+    met = [(subject, "introduced", 1) for subject in introduced([*own, *shapes.people("train")])]
+    for subject, kind, times in dict.fromkeys(known + met):
+        for _ in range(times):
             # Going round, past the templates that the subject does not fit.
             places = (place % len(templates) for place in range(turn, turn + len(templates)))
             place = next((place for place in places if _fits(templates[place], subject, kind)), None)
@@ -78,6 +82,16 @@ def settled(prompts: PromptSet, *, seed: int, count: int, each: int) -> list[str
             found.append(_settle(templates[place], subject, kind))
             turn = place + 1
     return list(dict.fromkeys(found))
+
+
+def introduced(people: Sequence[str]) -> list[str]:
+    """ "Mr. Dalton, the plumber," and so on; not of what people are whose introduction judges an edit."""
+    judged = " ".join(row.subject for part in ("dev", "test") for row in facts_of_gender.records(part))
+    names = shapes.surnames()
+    fresh = [name for name in dict.fromkeys(people) if not re.search(rf"\b{re.escape(name)}\b", judged)]
+    return [
+        f"{('Mr.', 'Ms.')[turn % 2]} {names[turn // 2 % len(names)]}, the {name}," for turn, name in enumerate(fresh)
+    ]
 
 
 SINGULAR = (" was ", " is ", " has ", " wants ")

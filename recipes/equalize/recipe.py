@@ -98,7 +98,9 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     held = {
         "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
         "settled": dataset.some(
-            dataset.settled(prompts, seed=seed, count=count, each=settings.settled_each), settings.settled, drawn
+            dataset.settled(prompts, seed=seed, split=split, count=count, each=settings.settled_each),
+            settings.settled,
+            drawn,
         ),
         "texts": dataset.texts(settings.hold_file),
     }

@@ -73,7 +73,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     optimizer: Literal["adam", "adamw"] = "adam"
     schedule: Literal["constant", "linear"] = "linear"
     warmup: shared.Share = 0.05
-    emphasis: float = Field(2.0, ge=0)
+    emphasis: float = Field(3.0, ge=0)
     """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
     shapes: int = Field(2000, ge=1)
     """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
@@ -96,10 +96,11 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"
     """Of the sentences and of your texts: every position, or the last one."""
-    hints_each: int = Field(4, ge=0)
+    hints_each: int = Field(6, ge=0)
     """In how many of the grammar's hint shapes each person stands."""
     settled_each: int = Field(8, ge=0)
-    """In how many of the shapes each thing, plural, gendered noun, relation and name stands."""
+    """In how many of the shapes each thing, plural, gendered noun, relation and name stands; who is equalised stands
+    in one more, introduced as Mr. or Ms."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Products of float32 matrices while targets are computed and blocks train (torch's float32_matmul_precision):
     medium is faster on a CPU with AMX. Everything is measured with highest."""

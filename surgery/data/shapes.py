@@ -75,6 +75,11 @@ def hint_templates(part: str) -> list[str]:
     return list(_grammar()["hints"][part])
 
 
+def surnames() -> list[str]:
+    """Names of people who are introduced as Mr. or Ms. while an edit is held."""
+    return list(_grammar()["surnames"])
+
+
 def texts() -> list[str]:
     """Ordinary sentences of our own, most with pronouns, by which an edit may be held; no judge uses them."""
     return list(_grammar()["texts"])
