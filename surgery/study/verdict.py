@@ -32,6 +32,18 @@ NAMES = {
     "facts_of_gender.accuracy.all": "facts of gender",
     "wikitext.perplexity": "perplexity of WikiText",
     "perplexity_pronouns": "perplexity with pronouns",
+    **{
+        f"locality.{kind}.{number}": f"{what} {where}"
+        for kind, where in (
+            ("gendered", "after nouns of settled gender"),
+            ("names", "after first names"),
+            ("plurals", "after plurals"),
+            ("things", "after things"),
+            ("others", "after other pronouns"),
+            ("text", "in plain text"),
+        )
+        for number, what in (("right", "right pronoun"), ("wrong", "wrong pronoun"), ("mass", "he + she"))
+    },
 }
 
 
@@ -200,5 +212,5 @@ def unbeaten(found: Sequence[Row], model: str, bias: Sequence[str], cost: Sequen
 
 
 def plain_words(place: str) -> str:
-    """A number's place as it is read: "StereoSet LMS", or "locality names wrong" where it has no name of its own."""
+    """A number's place as it is read: "StereoSet LMS", or "capability mmlu" where it has no name of its own."""
     return NAMES.get(place) or place.replace("_", " ").replace(".", " ")
