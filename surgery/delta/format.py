@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,10 +103,11 @@ class Delta:
         check_destination(path, overwrite=overwrite)
         digest = hashlib.sha256()
         with temporary(path, folder=False) as part_path:
-            with open(part_path, "wb") as file:
+            with open(part_path, "wb") as file, ThreadPoolExecutor(1) as beside:
                 for part in self._parts():
+                    hashed = beside.submit(digest.update, part)
                     file.write(part)
-                    digest.update(part)
+                    hashed.result()
                 file.flush()
                 os.fsync(file.fileno())
             publish(part_path, path, overwrite=overwrite)

@@ -140,7 +140,7 @@ def _batches(model: PreTrainedModel, every: list[Pack]) -> list[list[Pack]]:
     # Only some tokens go through the head: few of prompts with their options, most of sentences.
     read = sum(len({node for node, *_ in pack.wanted}) for pack in every)
     share = read / sum(len(pack.ids) for pack in every) if read else 1.0
-    most = 2048 if model.device.type == "cpu" else 16384
+    most = 2048 if model.device.type == "cpu" else 8192  # as quick as 16384 on one H100, and shared out evenly
     tokens = min(most, int(logit_budget(model) / share))
     groups = batches_for(model, [pack.ids for pack in longest_first], tokens=tokens)
     return [[longest_first[place] for place in group] for group in reversed(groups)]

@@ -54,29 +54,38 @@ def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
     """
     found: list[Pack] = []
     path: list[int] = []  # the nodes of the previous sequence in the open pack
-    for row in sorted(range(len(rows)), key=lambda row: tuple(rows[row])):
-        inputs = rows[row][:-1]
-        common = 0
-        if found:
-            ids = found[-1].ids
-            while common < min(len(inputs), len(path)) and ids[path[common]] == inputs[common]:
-                common += 1
+    before: tuple[int, ...] = ()  # and its tokens
+    keys = [tuple(row) for row in rows]
+    for row in sorted(range(len(rows)), key=keys.__getitem__):
+        inputs = keys[row][:-1]
+        common = _alike(before, inputs) if found else 0
         again = common == len(inputs) == len(path)  # the same tokens, of which another next one is asked
         if not (again or (shared and found and len(found[-1].ids) + len(inputs) - common <= size)):
             found.append(Pack([], [], [], [], []))
             common = 0
         pack = found[-1]
+        nodes = range(len(pack.ids), len(pack.ids) + len(inputs) - common)
         path = path[:common]
-        for depth in range(common, len(inputs)):
-            pack.parents.append(path[-1] if path else -1)
-            path.append(len(pack.ids))
-            pack.ids.append(inputs[depth])
-            pack.depths.append(depth)
+        if nodes:
+            pack.parents.extend((path[-1] if path else -1, *nodes[:-1]))
+        path += nodes
+        before = inputs
+        pack.ids.extend(inputs[common:])
+        pack.depths.extend(range(common, len(inputs)))
         pack.wanted.extend(
             (path[at - 1], rows[row][at], row, at - starts[row]) for at in range(starts[row], len(path) + 1)
         )
         pack.rows.append(row)
     return found
+
+
+def _alike(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == two[low:middle] else (low, middle - 1)
+    return low
 
 
 @dataclass(frozen=True)
