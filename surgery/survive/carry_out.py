@@ -15,6 +15,7 @@ from surgery.delta import Delta
 from surgery.delta.live import touched
 from surgery.edits.supervised import Lora, encode_rows, fine_tune
 from surgery.errors import SurgeryError
+from surgery.files.ahead import in_order
 from surgery.metrics.metric import Metric
 from surgery.progress import Progress
 from surgery.survive.formats import FORMATS, matrices
@@ -96,7 +97,7 @@ def survive(
         )
     table = _Table(model, tokenizer, question, progress or Progress(quiet=True), seed)
     with table.held(delta, as_stored=as_stored, force=force):
-        table.start()
+        table.start(groups)
         if "formats" in groups:
             table.formats()
         if "training" in groups:
@@ -139,7 +140,7 @@ class _Table:
         with delta.applied(self._model, as_stored=as_stored, force=force):
             self._edited = now()
         with delta.applied(self._model, rounding="nearest", force=force):
-            self._exact = now()
+            self._exact = {name: FORMATS["bf16"](value) for name, value in now().items()}
         try:
             yield
         finally:
@@ -153,11 +154,13 @@ class _Table:
     def _measure(self, preamble: str = "") -> Metric:
         return self._question.measure(preamble)
 
-    def start(self) -> None:
+    def start(self, groups: Sequence[str]) -> None:
         """The untouched and the edited model. Raises ``SurgeryError`` where the edit does nothing measurable."""
         self._put(self._base)
         before = self._measure()
-        self._biased, self._shots = self._question.biased(), self._question.shots()
+        # Of the untouched model, and asked of it only for the groups that need it.
+        self._biased = self._question.biased() if "training" in groups else ()
+        self._shots = self._question.shots() if "prompts" in groups else ()
         self._put(self._edited)
         self.reference = (before, self._measure())
         if not measurable(*self.reference, self._question.relative):
@@ -175,17 +178,18 @@ class _Table:
     def formats(self) -> None:
         for kind in FORMATS:
             self._put(self._base)
-            for name, matrix in self._matrices.items():
-                matrix.write(kind, self._base[name])
+            self._write(kind, self._base)
             before = self._measure()
             values = self._exact if kind == "bf16" else self._edited
-            for name, value in values.items():
-                if name in self._matrices:
-                    self._matrices[name].write(kind, value)
-                else:
-                    self._put({name: FORMATS["bf16"](value) if kind == "bf16" else value})
+            self._put(values)
+            self._write(kind, values)
             self._add("formats", kind, before, self._measure())
         self._put(self._base)
+
+    def _write(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """The matrices among ``values`` as the format gives them back, several at a time."""
+        names = [name for name in values if name in self._matrices]
+        list(in_order(lambda name: self._matrices[name].write(kind, values[name]), names))
 
     def training(self, texts: Sequence[str], steps: int) -> None:
         rows = [Example("", text) for text in texts]
@@ -237,8 +241,7 @@ class _Table:
                 parameter.add_((product * (0.5 if half else 1.0)).to(parameter.dtype))
 
     def prompts(self) -> None:
-        preambles = {name: text for name, text in PROMPTS.items()}
-        preambles["few-shot"] = " ".join(self._shots) + " "
+        preambles = PROMPTS | {"few-shot": " ".join(self._shots) + " "}
         found: dict[str, list[Metric]] = {name: [] for name in preambles}
         for state in (self._base, self._edited):
             self._put(state)

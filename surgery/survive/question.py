@@ -49,7 +49,7 @@ def words_question(
     """The relative gap between the words of ``prompts`` on its ``part``; subjects unseen. ``limit`` prompts, or all."""
     rows = genbias.records("profession", part, prompts=prompts)
     rows = rows[: limit or None]
-    train = genbias.records("profession", "train", prompts=prompts)[:RELEARNT]
+    train = genbias.records("profession", "train", prompts=prompts)
     words, most = word_ids(tokenizer, prompts.words.words), context_limit(model)
 
     def measure(preamble: str) -> Metric:
@@ -58,17 +58,15 @@ def words_question(
         data = f"{prompts.name} {part}"
         return genbias_metric.score(found, rows, data=data, words=prompts.words.words)["relative_gap"]["all"]
 
-    def preferred() -> list[tuple[str, str]]:
-        found = next_words(model, encode(tokenizer, [row.text for row in train], limit=most), words).probabilities
-        return [
-            (row.text, " " + prompts.words.words[n])
-            for row, n in zip(train, found.argmax(axis=1).tolist(), strict=True)
-        ]
+    def preferred(count: int) -> list[tuple[str, str]]:
+        texts = [row.text for row in train[:count]]
+        found = next_words(model, encode(tokenizer, texts, limit=most), words).probabilities
+        return [(text, " " + prompts.words.words[n]) for text, n in zip(texts, found.argmax(axis=1), strict=True)]
 
     def shots() -> list[str]:
-        return [f"{text}{word} did." for text, word in preferred()[:SHOTS]]
+        return [f"{text}{word} did." for text, word in preferred(SHOTS)]
 
-    return Question("words", True, measure, lambda: [Example(*row) for row in preferred()], shots)
+    return Question("words", True, measure, lambda: [Example(*row) for row in preferred(RELEARNT)], shots)
 
 
 def pairs_question(
