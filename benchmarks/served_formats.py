@@ -53,6 +53,8 @@ def in_codes(kind: str, own: np.ndarray, now: np.ndarray, moved: np.ndarray, dra
         blocks = quantise(own, kind).reshape(-1, 144)
         stored, _ = recode(kind, blocks, moved.reshape(-1, 256), None if draw is None else draw.reshape(-1, 256))
         return dequantize(stored, GGMLQuantizationType.Q4_K).reshape(own.shape)
+    if own.shape[1] % 32:  # as llama.cpp: left in 16 bits
+        return now + moved
     return requantise(now + moved, "Q5_0" if kind == "Q4_K" else kind, draw)[1]
 
 
