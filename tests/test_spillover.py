@@ -18,7 +18,7 @@ from surgery.metrics.judges import Judges
 from surgery.metrics.ledger import LEDGER
 from surgery.metrics.metric import Difference, difference, mean_metric, points
 from surgery.progress import Progress
-from surgery.runs.spillover import _width, said, spillover
+from surgery.runs.spillover import _table, _width, said, spillover
 
 
 def metric(values: Any, direction: str, ideal: float) -> Any:
@@ -51,6 +51,9 @@ def test_what_is_worse_by_more_than_a_point_is_named() -> None:
     lines = said({place: pair for place, pair in pairs.items() if pair is not None}, after)
     assert "of 3 numbers" in lines[0] and "2 worse, 1 better" in lines[0]
     assert "half of them known to within 0.0 points" in lines[0], "two of three moved by the same in every row"
+    kept = {place: pair for place, pair in pairs.items() if pair is not None}
+    table = _table(dict(reversed(kept.items())), before, after)
+    assert [(row[0], row[1]) for row in table.rows] == [("facts", "worse"), ("mass", "worse"), ("gap", "better")]
     assert lines[1] == "Warning: worse by more than a point: facts (-5.0)."
 
 

@@ -129,14 +129,16 @@ def _check_files(files: list[Path]) -> None:
 
 
 def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """A line for every number, what got worse first; those that cannot be paired stand last, without a verdict."""
+    """A line for every number, what got worse first, the most first; those not paired stand last, without a verdict."""
+    from surgery.metrics.metric import points
     from surgery.runs.report import leaves
 
     old, pairs = dict(leaves(before)), dict(leaves(found))
     order = {"worse": 0, "better": 1, "within noise": 2, "not paired": 3}
     rows = [(pairs[keys]["verdict"] if keys in pairs else "not paired", keys, now) for keys, now in leaves(after)]
+    far = {keys: abs(points(now, pairs[keys]["value"])) if keys in pairs else 0.0 for _, keys, now in rows}
     print(f"{'':34} {'against':>10} {'this':>10}  difference [95 %, over all {len(pairs)} together]")
-    for verdict, keys, now in sorted(rows, key=lambda row: order[row[0]]):
+    for verdict, keys, now in sorted(rows, key=lambda row: (order[row[0]], -far[row[1]])):
         was = f"{old[keys]['value']:10.4f}" if keys in old else f"{'-':>10}"
         change = "-"
         if keys in pairs:

@@ -72,7 +72,8 @@ def _width(after: Metric, pair: Difference) -> float:
 
 def _table(found: Mapping[str, Difference], before: Mapping[str, Metric], after: Mapping[str, Metric]) -> Table:
     order = {"worse": 0, "better": 1, "within noise": 2}
-    places = sorted(found, key=lambda place: order[found[place].verdict])
+    far = {place: abs(points(after[place].to_dict(), pair.value)) for place, pair in found.items()}
+    places = sorted(found, key=lambda place: (order[found[place].verdict], -far[place]))
     rows = [
         [
             _plain(place), found[place].verdict, f"{before[place].value:.4f}", f"{after[place].value:.4f}",
@@ -83,7 +84,7 @@ def _table(found: Mapping[str, Difference], before: Mapping[str, Metric], after:
     hints = [f"{found[place].scorer}, on {found[place].data}" for place in places]
     head = ["number", "verdict", "without", "with", "difference", "rows"]
     note = f"Paired over the same rows; intervals widened so that all {len(found)} hold together at 95 %."
-    return Table("Every axis, what got worse first", head, rows, note, hints=hints)
+    return Table("Every axis, what got worse first, the most first", head, rows, note, hints=hints)
 
 
 def _plain(place: str) -> str:
