@@ -1,13 +1,14 @@
 """Settings files: what is shipped parses, and a mistake is answered with what was expected."""
 
 import re
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import recipes
-from recipes import lftf
+from recipes import equalize, lftf
 from surgery.cli.models import chosen_recipe
 from surgery.errors import SurgeryError
 from surgery.runs.settings import build, dump, parse_set, read_toml
@@ -38,6 +39,20 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
     assert values.pop("recipe") == "lftf"
     assert build(lftf.Settings, values, str(file)) == settings
     assert dump("lftf", settings) == file.read_text()
+
+
+def test_a_written_recipe_leaves_out_what_it_does_not_read() -> None:
+    """Its defaults may change, and a run of an older recipe would then be refused for a key that nobody chose."""
+    words, pairs = equalize.Settings(model="m"), equalize.Settings(model="m", pairs="stereoset", data="d")
+    of_words, of_pairs = (tomllib.loads(dump("equalize", each)) for each in (words, pairs))
+    assert "shapes" in of_words and not {"doses", "folds", "data"} & set(of_words)
+    assert of_pairs["data"] == "d" and "doses" in of_pairs and "shapes" not in of_pairs
+
+
+@pytest.mark.parametrize("key", ["seed", "split_seed"])
+def test_a_seed_below_0_is_refused_before_anything_is_computed(key: str) -> None:
+    with pytest.raises(SurgeryError, match=f"{key}: got -1; input should be greater than or equal to 0"):
+        build(equalize.Settings, {"model": "m", key: -1}, "r.toml")
 
 
 def test_values_from_the_command_line() -> None:

@@ -22,7 +22,7 @@ from recipes.equalize.doses import check_doses, check_scales, choose_doses
 from recipes.equalize.measuring import Measuring
 from recipes.equalize.pairs_report import verdict, write_report
 from recipes.equalize.pairs_terms import first_token, terms_of, written
-from recipes.equalize.settings import controls_of
+from recipes.equalize.settings import OF_PAIRS, OF_WORDS, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of
 from surgery.catalogue import check_scorer
 from surgery.data import crows_pairs, neutral, stereoset
@@ -48,12 +48,6 @@ TRAIN = "stereoset/stereoset_train_union.jsonl"  # inside the data folder
 SUITES = {"stereoset": stereoset.FILE, "crows_pairs": crows_pairs.FILE}
 KEPT_BACK = 5  # one of so many parts of the groups, where there is no test file
 SHIPPED = ("locality", "facts_of_gender", "perplexity")  # suites
-HELD = ("hold_unrelated", "samples")
-OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", *HELD)
-OF_WORDS = (
-    *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "own_each", "hints", "settled", "split"),
-    *("hold_hints", "hold_settled", "hints_each", "settled_each"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,12 @@ from surgery.runs import settings as shared
 
 FOLDERS = ("stereoset", "crows_pairs")
 CONTROLS = ("lftf", "random", "no_hold")
+OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", "hold_unrelated", "samples")
+"""Keys that only pairs of sentences read, and those that only words do."""
+OF_WORDS = (
+    *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "own_each", "hints", "settled", "split"),
+    *("hold_hints", "hold_settled", "hints_each", "settled_each"),
+)
 
 
 class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, shared.Neutral, shared.Saving):
@@ -108,9 +114,23 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Tokens kept of a target, the others together as one."""
     split: Literal["both", "profession", "pairs"] = "both"
     """both: test professions unseen, and beside them templates and other people unseen, too. pairs: the paper's."""
-    split_seed: int = genbias.SEED
+    split_seed: int = Field(genbias.SEED, ge=0)
     controls: list[str] = ["lftf"]
     """lftf (the paper's settings), random (as many other blocks), no_hold (the first term alone); none for pairs."""
+
+    def check_tuning(self) -> None:
+        """Raises ``SurgeryError`` for what ``surgery tune`` cannot try."""
+        if self.block_part == "auto":
+            raise SurgeryError("tune: block_part = auto names its matrices in a run; name another part, or none, here")
+        if self.pairs:
+            raise SurgeryError(
+                "tune: pairs choose their own doses (dose = auto); run equalize with them, or leave pairs out"
+            )
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The keys of the other form, which no written recipe has: where their defaults change, it would be refused."""
+        return OF_WORDS if self.pairs else OF_PAIRS
 
     @classmethod
     def reads_data(cls, values: Mapping[str, Any]) -> bool:

@@ -141,14 +141,7 @@ def tune(
     """
     settings.check()
     pairs.refuse_other_form(settings)
-    if settings.block_part == "auto":
-        raise SurgeryError("tune: block_part = auto names its matrices in a run; name another part, or none, here")
-    if settings.pairs:
-        raise SurgeryError(
-            "tune: pairs choose their own doses (dose = auto); run equalize with them, or leave pairs out"
-        )
-    if settings.block_part == "auto":
-        raise SurgeryError("tune: block_part is auto, and places are blocks here; leave block_part out")
+    settings.check_tuning()
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
     asked = material(model, tokenizer, prompts, part="dev", seed=settings.split_seed, texts=settings.neutral or None)

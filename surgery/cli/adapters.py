@@ -41,7 +41,9 @@ def export(
     rounding: Annotated[
         str, typer.Option("--rounding", help="Of the changed weights: nearest, stochastic, auto (as it was measured).")
     ] = "auto",
-    seed: Annotated[int | None, typer.Option("--seed", help="Of stochastic rounding; default: the delta's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of stochastic rounding; default: the delta's.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -65,7 +65,7 @@ def mix(
 def check(
     prompts: Annotated[str, typer.Argument(help="Prompt set: a shipped one, or a .toml / .json file.")],
     model: Annotated[str, typer.Option("--model", help=f"Whose tokenizer reads it. {MODEL_HELP}")] = "demo",
-    seed: Annotated[int, typer.Option("--seed", help="Of the split, as in a recipe's split_seed.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, as in a recipe's split_seed.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Show what a prompt set gives: tokens of its words, sizes of its parts, leaks between them, examples."""

@@ -27,7 +27,9 @@ def apply(
     rounding: Annotated[
         str, typer.Option("--rounding", help="nearest, stochastic, or auto: as the delta was measured.")
     ] = "auto",
-    seed: Annotated[int | None, typer.Option("--seed", help="Of stochastic rounding; default: the delta's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of stochastic rounding; default: the delta's.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also onto a distant relative of the base, or onto one that holds it.")
     ] = False,

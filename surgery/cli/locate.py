@@ -60,7 +60,9 @@ def locate(
     retain: Annotated[
         Path | None, typer.Option("--retain", help="Of gain: texts that must stay, .txt or .jsonl; default neutral.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the counterparts, the halves, the random blocks.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Draws the counterparts, the halves, the random blocks.")
+    ] = 0,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="With --compare: every ranking, correlation and ablation as well.")
     ] = False,

@@ -40,7 +40,7 @@ def survive(
         Path | None, typer.Option("--texts", help="To fine-tune on, a line each; default: the shipped neutral ones.")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of fine-tuning.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="Of the trainings.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the trainings.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Also on a distant relative of the base.")] = False,
     device: Device = None,
     quiet: Quiet = False,

@@ -34,7 +34,7 @@ def tune(
             "the recipe's own.",
         ),
     ] = "few",
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted tuning in --out.")] = False,
     quiet: Quiet = False,
@@ -56,6 +56,7 @@ def tune(
         raise SurgeryError(f"--recipe {recipe}: has nothing that could be tuned; expected equalize or a file of it")
     ready = build(module.Settings, values, str(path))
     ready.check()
+    ready.check_tuning()
     folder = out or Path("runs") / "tune"
     check_free(folder, resume=resume)
     check_opening(ready.model, device)

@@ -40,7 +40,7 @@ class Settings(BaseModel):
     shares_work: ClassVar[bool] = False  # whether processes of one accelerate launch may carry it out together
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     def check(self) -> None:
         """Refuse what can be seen without the model: files that are not there, names that do not exist.
@@ -294,6 +294,6 @@ def _fault(kind: type[BaseModel], fault: Any) -> str:
 
 
 def dump(recipe: str, settings: Settings) -> str:
-    """The resolved recipe as TOML text: ``surgery run`` on it repeats the run."""
-    values = {key: value for key, value in settings.model_dump().items() if value is not None}
-    return tomli_w.dumps({"recipe": recipe, **values})
+    """The resolved recipe as TOML text: ``surgery run`` on it repeats the run. Without the keys that it never reads."""
+    known = settings.model_dump(exclude=set(getattr(settings, "unread", ())), exclude_none=True)
+    return tomli_w.dumps({"recipe": recipe, **known})
