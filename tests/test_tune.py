@@ -26,6 +26,7 @@ from surgery.runs.report import why
 from surgery.runs.settings import build, read_toml
 from surgery.runs.tuning import FINAL, OBJECTION, Tried
 
+FEW = dict(tuning.FEW)
 SMALL: dict[str, Any] = {"own": 24, "each": 0, "hints": 24, "settled": 24, "hints_each": 0, "settled_each": 0}
 SMALL |= {"lr": 1e-2, "epochs": 1, "batch_size": 32, "shapes": 20, "hold_texts": 0.0, "controls": [], "block": [3]}
 SMALL |= {"split": "profession"}
@@ -110,6 +111,11 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
     monkeypatch.setattr(tuning.Work, "train", lambda *args: (done.append(args[1].name), train(*args))[1])
     assert tune(tiny, checkpoint, tmp_path / "u", resume=True)["tried"] == whole[1]["tried"]
     assert count > 3 and all(name.startswith(FINAL) for name in done[count:])
+
+
+def test_few_texts_are_those_of_the_demo() -> None:
+    demo = read_toml(Path(equalize.__file__).parents[1] / "demo.toml")
+    assert {key: demo[key] for key in FEW} == FEW and demo["own_each"] == tuning.SUITED_TO_FEW["own_each"]
 
 
 def test_fewer_blocks_take_a_larger_rate_and_the_best_places_finer_ones() -> None:

@@ -37,10 +37,10 @@ from surgery.runs.paired import differences, without_samples
 from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
 from surgery.training import steps_of
 
-FEW = {"own": 400, "shapes": 1200, "each": 2, "hints": 400, "settled": 1000, "hints_each": 1, "settled_each": 3}
+FEW = {"own": 400, "shapes": 1200, "each": 1, "hints": 600, "settled": 1700, "hints_each": 6, "settled_each": 4}
 """Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
 SUITED = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "hold_hints": 3.0, "matmul": "medium"}
-SUITED_TO_FEW = {"own_each": 1, "hold_settled": 3.75, "hold_texts": 4.5}
+SUITED_TO_FEW = {"own_each": 1, "hold_settled": 3.0, "hold_texts": 4.5}
 SUITED_TO_ALL = {"hold_settled": 6.0, "hold_texts": 2.0}
 """What did best on development parts (docs/tune.md); each instead of the recipe's default, not of a value that somebody
 chose."""
