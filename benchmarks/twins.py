@@ -20,7 +20,15 @@ import numpy as np
 import torch
 
 import surgery
-from hooks.gradient_influence import Influence, Moments, Probe, influence, influence_probe
+from hooks.gradient_influence import (
+    Influence,
+    Masked,
+    Moments,
+    Probe,
+    content_tokens,
+    influence,
+    influence_probe,
+)
 from recipes.bias_diff.dataset import Material, encoded, of_folder
 from surgery.attribution.scoring import InfluenceConfig, opened
 from surgery.attribution.select import coverage, select, twin_auc
@@ -50,6 +58,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--content", action="store_true", help="the loss of content words alone (hooks.content_tokens)")
     parser.add_argument(
         "--places", nargs="*", default=[":".join(place) for place in PLACES], help="where and optimizer"
     )
@@ -67,18 +76,30 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
         def coded(texts: Sequence[str], length: int = 2**20) -> list[Row]:
             return encoded(tokenizer, texts, max_length=length, what="text")[0]
 
+        def looked_at(texts: Sequence[str], length: int = 2**20) -> Sequence[Any]:
+            if not asked.content:
+                return coded(texts, length)
+            masked = content_tokens(tokenizer, texts)
+            return [Masked(row.ids[:length], tuple(at for at in row.counted if at < length)) for row in masked]
+
         rows = coded(material.texts, asked.max_length)
         lora = Lora(16, 32.0, usual_targets(model), 0.05)
         plan = Plan(asked.lr, asked.epochs, 16, "adamw", 0.001, True, "linear", 0.2)
         trained = warm_up(model, rows, plan, lora, seed=asked.seed, folder=Path(scratch) / "warm")
         print(f"warmed up: loss {trained.losses[0]:.3f} to {np.mean(trained.losses[-10:]):.3f}", file=sys.stderr)
         epochs = [read_epoch(Path(scratch) / "warm", number) for number in range(1, asked.epochs + 1)]
-        texts = [*rows, *coded([p.text for p in material.test]), *coded([p.anti for p in material.test])]
+        texts = [
+            *looked_at(material.texts, asked.max_length),
+            *looked_at([pair.text for pair in material.test]),
+            *looked_at([pair.anti for pair in material.test]),
+        ]
         sides = {
             part: [(pair.text, pair.anti) for pair in material.probe if pair.direction == part]
             for part in ("stereo", "antistereo")
         }
-        probes = {part: tuple(coded(list(side)) for side in zip(*pairs, strict=True)) for part, pairs in sides.items()}
+        probes = {
+            part: tuple(looked_at(list(side)) for side in zip(*pairs, strict=True)) for part, pairs in sides.items()
+        }
         found = list(_controls(material))
         for at, _, optimizer in (place.partition(":") for place in asked.places):
             way = InfluenceConfig(at, (), optimizer, batch_tokens=asked.batch_tokens)
@@ -107,7 +128,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
 def _pass(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[Row],
+    texts: Sequence[Any],
     probes: dict[str, Any],
     lora: Lora,
     epoch: Epoch | None,
