@@ -4,18 +4,23 @@ import gc
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+import typer
 from typer.testing import CliRunner
 
+import hooks
 import recipes
+import surgery as surgery_package
 from surgery import __version__
 from surgery.catalogue import FOLDER_SUITES, WRITTEN_SUITES
 from surgery.cli import app
@@ -56,6 +61,27 @@ def test_the_version_is_that_of_the_package_beside_those_it_stands_on() -> None:
     code, stdout, _ = surgery("--version")
     assert code == 0 and stdout.startswith(f"model-surgery {__version__} (Python 3.")
     assert f"torch {torch.__version__}" in stdout and f"transformers {transformers.__version__}" in stdout
+
+
+ELSEWHERE = {
+    "--merge", "--no-deps", "--force-reinstall", "--num", "--nproc-per-node", "--max-lora-rank",
+}  # fmt: skip
+"""Options of llama-gguf-split, pip, accelerate, torchrun and vLLM that a message names."""
+
+
+def test_every_option_that_a_message_names_as_the_remedy_exists() -> None:
+    def options(one: Any) -> set[str]:
+        inside = [options(under) for under in getattr(one, "commands", {}).values()]
+        return {name for each in one.params for name in each.opts}.union(*inside)
+
+    known = options(typer.main.get_command(app)) | ELSEWHERE
+    named: dict[str, str] = {}
+    for package in (Path(hooks.__file__), Path(surgery_package.__file__), Path(recipes.__file__)):
+        for file in package.parent.rglob("*.py"):
+            found = re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", file.read_text("utf-8"))
+            named |= dict.fromkeys(found, file.name)
+    assert "--drop-vectors" in named  # of a delta with norms that is to become an adapter
+    assert not {name: file for name, file in named.items() if name not in known}
 
 
 def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _some(pairs: tuple[Pair, ...], count: int) -> tuple[Pair, ...]:
 
 
 def of_folder(folder: Path, name: str) -> Material:
-    """The mixture that ``surgery.data.mixtures.build`` or ``surgery data mix --preset`` wrote to ``folder``."""
+    """The mixture that ``surgery.data.mixtures.build`` or ``surgery data mix PRESET`` wrote to ``folder``."""
     texts, biased = _texts(folder / "mixture.jsonl", "text", "biased")
     probe, test = (tuple(read_pairs(folder / f"{part}.jsonl")) for part in ("probe", "test"))
     injected = folder / "injected.jsonl"
