@@ -12,13 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import hooks
+from benchmarks import which_block
 from hooks.errors import HookError
+from hooks.gain_rankings import Gain, Place
 from hooks.gradient_sketch import Squares
 from hooks.natural_gain import GainConfig, Objective, find_places
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import losses_of, prepare, words_term
 from surgery.errors import SurgeryError
-from surgery.locate.gain import auto_part, fitting, rank_by_gain
+from surgery.locate.gain import auto_part, auto_ranking, fitting, rank_by_gain
 from surgery.locate.objectives import pairs_objective, term_objective, words_objective
 from tests import families
 
@@ -199,8 +201,6 @@ def test_named_matrices_have_the_most_gain_for_each_number(tiny: Any) -> None:
 
 def test_scores_of_known_products() -> None:
     """Two parameters in two blocks whose groups' gradients are known vectors."""
-    from hooks.gain_rankings import Gain, Place
-
     vectors = np.array([[[3.0, 0], [1, 0], [3, 0], [1, 0]], [[1.0, 1], [1, -1], [1, 1], [1, -1]]])
     plain = np.einsum("pgi,phi->pgh", vectors, vectors)
     places = (Place("a.w", 0, "mlp"), Place("b.w", 1, "mlp"))
@@ -215,6 +215,18 @@ def test_scores_of_known_products() -> None:
     assert found.ranking("agreement").scores == pytest.approx([1.0, 2 / 3])
     assert found.ranking("natural", "matrix").names == ("a.w", "b.w")
     assert [half.scores.tolist() for half in found.halves()] == [[36.0, 8.0], [4.0, 8.0]]
+
+
+def test_auto_takes_the_ranking_that_the_study_judged() -> None:
+    """On the gains of every stored case: the same scores as the row "gain and depth" of docs/which_block.md."""
+    for case in which_block.read():
+        gains = case.scores["natural attention"]
+        places = [Place(f"{part}.{block}", block, part) for block in range(len(gains)) for part in ("attention", "mlp")]
+        grams = np.repeat(np.stack([gains, gains[::-1]], 1).ravel(), 4).reshape(-1, 2, 2)
+        ones = np.ones(len(places))
+        found = Gain(tuple(places), ones, grams, grams, ones, ones, "d", 2, {})
+        wanted = case.score("depth + natural attention")
+        assert wanted is not None and auto_ranking(found).scores.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("training", [False, True])
