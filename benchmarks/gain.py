@@ -22,7 +22,7 @@ from surgery.locate.objectives import words_objective
 
 
 def main(arguments: Sequence[str] = ("demo",)) -> None:
-    """128 prompts and 64 neutral sentences."""
+    """As many prompts and neutral sentences as ``surgery locate --by gain`` takes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gain")
     parser.add_argument("model", help="a checkpoint; with --shape only its tokenizer is taken")
     parser.add_argument("--shape", choices=SHAPES)
