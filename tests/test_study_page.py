@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hooks.plots import new_figure
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.study import Method, Study
 from surgery.study.agreement import lean_of_prompts, over_methods, over_professions
 from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep
+from surgery.study.pictures import _label
 from surgery.study.report import write_report
 from surgery.study.verdict import rows, unbeaten
 
@@ -119,3 +121,14 @@ def test_rank_agreement_over_methods_and_professions(judged: list[Judged]) -> No
     assert correlation.low <= correlation.value <= correlation.high
     assert lean_of_prompts(one)["pilot"] == pytest.approx(1.0) and lean_of_prompts(one)["nurse"] == pytest.approx(-1.0)
     assert over_professions({}) is None and over_professions(one | {"words": ["he", "she", "they"]}) is None
+
+
+def test_names_of_points_at_one_place_do_not_cover_each_other() -> None:
+    plot = new_figure(7, 4.2).subplots()
+    names = [(0.5, 0.5, f"method {number}") for number in range(6)]
+    plot.plot([0, 0.5, 1], [0, 0.5, 1])
+    _label(plot, [(0.0, 0.0, "low"), *names, (1.0, 1.0, "high")])
+    places = {
+        (text.get_horizontalalignment(), text.xyann) for text in plot.texts if text.get_text().startswith("method")
+    }
+    assert len(plot.texts) == 8 and len(places) == len(names)

@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.files.atomic import write_json
-from surgery.runs.compare import front, loss
 from surgery.runs.report import Table, cell, page, save
 from surgery.study.agreement import TEMPLATES, over_methods, over_professions
 from surgery.study.cells import Judged
 from surgery.study.judging import details_of
+from surgery.study.pictures import drawn
 from surgery.study.recommendation import answer, broken, recommend
 from surgery.study.settings import KINDS, Study
 from surgery.study.showing import shown
@@ -29,9 +26,6 @@ from surgery.study.verdict import (
     unbeaten,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Mapping[str, str]) -> Path:
     """Write ``study.json`` and ``study.html`` into ``out``; the page's path. ``missing``: judges without their data."""
@@ -39,7 +33,7 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Map
     lines = recommend(found, study, _commands(found, judged, study))
     if missing:
         lines.append(f"Not measured, for want of data: {', '.join(missing)}.")
-    pictures = _pictures(found, study)
+    pictures = drawn(found, study)
     agreement = _agreement(found, judged)
     tables = [
         answer(found, study),
@@ -185,41 +179,6 @@ def _ledgers(found: Sequence[Row]) -> list[Table]:
         head = ["number", "verdict", "change", "difference", "rows", "scorer"]
         tables.append(Table(f"What {row.name} changed on {row.model}", head, cells, note, folded=True))
     return tables
-
-
-def _pictures(found: Sequence[Row], study: Study) -> dict[str, "Figure"]:
-    """Bias against cost for each pair of axes; methods that another one beats on both are grey."""
-    figures: dict[str, Figure] = {}
-    for model in dict.fromkeys(row.model for row in found):
-        own = [row for row in found if row.model == model]
-        bias, cost = axes(study, own[0].scores)
-        for x, y in product(cost, bias):
-            shown = [row for row in own if x in row.scores and y in row.scores]
-            if len(shown) > 1:
-                figures[f"{Path(model).name}_{y}_{x}".replace(".", "_")] = _picture(model, shown, x, y)
-    return figures
-
-
-def _picture(model: str, shown: Sequence[Row], x: str, y: str) -> "Figure":
-    figure = new_figure(7, 4.2)
-    plot = figure.subplots()
-    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(row.scores[x], row.scores[y]) for row in shown]
-    best = front([(loss(a), loss(b)) for a, b in pairs])
-    for number, (row, (a, b)) in enumerate(zip(shown, pairs, strict=True)):
-        colour = ORANGE if row.method is None else BLUE if number in best else GREY
-        error: Any = [[abs(b["value"] - b["low"])], [abs(b["high"] - b["value"])]]
-        plot.errorbar(
-            a["value"], b["value"], yerr=error, color=colour, marker="s" if row.method is None else "o", lw=0.8
-        )
-        plot.annotate(row.name, (a["value"], b["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    for name, place, metric in (("x", x, pairs[0][0]), ("y", y, pairs[0][1])):
-        ways = {"nearer": f"ideal {metric['ideal']:g}", "same": f"as before: {metric['ideal']:.3g}"}
-        way = ways.get(metric["direction"], f"{metric['direction']} is better")
-        getattr(plot, f"set_{name}label")(f"{plain_words(place)} ({way})")
-    figure.set_label(f"{plain_words(y)} against {plain_words(x)}, {model}")
-    plot.set_title(f"{model}. Orange: untouched; grey: another method is better on both axes.", fontsize=9)
-    plot.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> dict[str, str]:
