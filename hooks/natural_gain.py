@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs
@@ -205,8 +204,10 @@ def _fisher(
                     "weights, or load the model in float32"
                 )
             draw = torch.Generator(logits.device).manual_seed(config.seed * 1_000_003 + start)
-            labels = _sampled(logits.detach().softmax(-1), draw)
-            functional.cross_entropy(logits, labels, reduction="sum").backward()
+            gradient = logits.detach().softmax(-1)
+            labels = _sampled(gradient, draw)
+            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1  # of -log p(label): p - onehot
+            logits.backward(gradient)
             tokens += len(labels)
             advance(len(part))
     traces = np.array([square.divide(tokens) for square in squares])
