@@ -21,7 +21,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     },
     # Ours, labelled: all in the scorers' unit, bias types alike, steered by every term of the source; chosen on terms
-    # left out of SmolLM2-135M. Gemma 3 270M takes 3e-4. Offsets are of the data's bias types, so that they are to be named.
+    # left out of SmolLM2-135M. Gemma 3 270M takes 3e-4. Offsets are of the data's bias types, so they are to be named.
     ("variant", "ours"): {
         "unit": "mean",
         "weight_forget": 0.0,

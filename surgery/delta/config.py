@@ -1,8 +1,9 @@
 """What a checkpoint's config.json means once its family's class has filled in what it leaves unsaid (transformers)."""
 
-import copy
+import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from surgery.errors import SurgeryError
@@ -81,11 +82,19 @@ def refuse_other_config(left: CheckpointFiles, right: CheckpointFiles) -> None:
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config with its family's defaults, or None where transformers does not know the family or refuses it."""
+    """The config with its family's defaults, or None where transformers does not know the family or refuses it.
+
+    Nobody may change it: each is asked for some thirty times a delta, and is made once.
+    """
+    return _made(json.dumps(dict(config), sort_keys=True))
+
+
+@lru_cache(maxsize=256)
+def _made(config: str) -> dict[str, Any] | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
-    values = copy.deepcopy(dict(config))
+    values = json.loads(config)
     kind = values.pop("model_type", None)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a family's advice on its settings, once for each of them
