@@ -60,7 +60,7 @@ Part = Annotated[str, typer.Option("--part", help="test, dev, train or all.")]
 Scorer = Annotated[
     str, typer.Option("--scorer", help="Of stereoset and crows_pairs: bias-bench, bos, sum or legacy-biasedit.")
 ]
-Rows = Annotated[int, typer.Option("--limit", min=0, help="So many rows of each data file; 0 for all.")]
+Rows = Annotated[int, typer.Option("--limit", min=0, help="So many rows of each suite's prompts or files; 0 for all.")]
 
 
 def group(name: str, text: str) -> typer.Typer:

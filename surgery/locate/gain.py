@@ -26,8 +26,8 @@ from surgery.progress import Advance
 GAIN_LIMIT = 128
 """How many prompts by default when nothing else is ranked."""
 RETAIN = 32
-"""How many texts stand for what must not change. By twice as many the demo model's attentions rank alike to +.996, no less
-than when the labels of the same texts are drawn anew."""
+"""How many texts stand for what must not change. By twice as many the demo model's attentions rank alike to +.996, no
+less than when the labels of the same texts are drawn anew."""
 PER_DRAW = 8
 """Retain texts in one backward pass; labels are drawn for each token, so that the Fisher information is as it was."""
 

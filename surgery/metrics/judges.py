@@ -38,9 +38,9 @@ class Judges:
     scorer: str = "bias-bench"
     """Of stereoset and crows_pairs."""
     limit: int = 0
-    """So many rows of each file of the data folder, drawn by ``seed``; 0 for all."""
+    """So many rows of each suite and each file of the data folder, drawn by ``seed``; 0 for all."""
     rows: Mapping[str, int] = field(default_factory=dict)
-    """The same by suite, instead of ``limit``, and of the suites that need no folder."""
+    """The same by suite, instead of ``limit``."""
     seed: int = 0
     tasks: tuple[str, ...] = ()
     """Of lm-eval."""
@@ -54,6 +54,10 @@ class Judges:
     def others(self) -> tuple[str, ...]:
         """The suites that read the data folder, or have the model write."""
         return tuple(name for name in self.suites if name not in SUITES)
+
+    @property
+    def _of_shipped(self) -> dict[str, int]:
+        return dict.fromkeys(self.shipped, self.limit) | dict(self.rows)
 
     def check(self, where: str) -> None:
         """Name what would be missing later. ``where`` the folder is said, such as "--data". Raises ``SurgeryError``."""
@@ -85,7 +89,7 @@ class Judges:
         from surgery.metrics.suite import fewer, material, measure
 
         given = material(model, tokenizer, load_prompt_set(self.prompts), suites=("locality",))
-        given = fewer(given, self.rows, self.seed)
+        given = fewer(given, self._of_shipped, self.seed)
         return measure(model, given, progress=progress, label="measure the untouched model").reference
 
     def judge(
@@ -123,7 +127,7 @@ class Judges:
                 preamble=preamble,
                 words_as=self.words_as,
             )
-            given = fewer(given, self.rows, self.seed)
+            given = fewer(given, self._of_shipped, self.seed)
             found = measure(model, given, keep=keep, prefixes=prefixes, reference=reference, progress=progress)
             if details is not None and keep:
                 details["streams"] = found.prefixes

@@ -61,7 +61,7 @@ class Study(BaseModel):
     """The data folder, for suites that need one."""
     scorer: str = "bias-bench"
     limit: int = Field(0, ge=0)
-    """So many rows of each file of the data folder; 0 for all (of the ledger: its quick form)."""
+    """So many rows of each suite and file; 0 for all (of the ledger: its quick form)."""
     rows: dict[str, Annotated[int, Field(ge=0)]] = {}
     """The same by suite, of those without a folder, too."""
     bias: list[str] = []
