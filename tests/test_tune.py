@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import surgery
 from recipes import equalize
 from recipes.equalize import tuning
-from recipes.equalize.candidates import OWN, Candidate, at_other_places, nearby
+from recipes.equalize.candidates import OWN, Candidate, at_other_places, last_quarter, nearby
 from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
 from surgery.errors import Diverged, SurgeryError
@@ -79,7 +79,7 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     chosen = build(equalize.Settings, {key: one for key, one in values.items() if key != "recipe"}, "tuned.toml")
     assert {key: getattr(chosen, key) for key in best["changes"]} == best["changes"]
     assert chosen.model == str(checkpoint) and chosen.own == 24
-    assert chosen.emphasis == tuning.SUITED["emphasis"] and chosen.hold_texts == 0  # a default was, a choice was not
+    assert chosen.hold_hints == tuning.SUITED_TO_FEW["hold_hints"] and chosen.hold_texts == 0  # a default, a choice
     assert why({"blocks": [2]}, text) == chosen.reason and chosen.reason.startswith("chosen by surgery tune from ")
     page = (out / "report.html").read_text()
     assert "(chosen)" in page and "development parts" in page
@@ -115,7 +115,9 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
 
 def test_few_texts_are_those_of_the_demo() -> None:
     demo = read_toml(Path(equalize.__file__).parents[1] / "demo.toml")
-    assert {key: demo[key] for key in FEW} == FEW and demo["own_each"] == tuning.SUITED_TO_FEW["own_each"]
+    known = FEW | tuning.SUITED_TO_FEW | {"block": list(last_quarter(30))}
+    assert {key: demo[key] for key in known} == known
+    assert set(demo) - set(known) == {"recipe", "model", "test_rows", "controls"}  # and nothing else was chosen there
 
 
 def test_fewer_blocks_take_a_larger_rate_and_the_best_places_finer_ones() -> None:
@@ -160,12 +162,18 @@ def test_rates_go_down_until_one_is_no_better() -> None:
     assert asked[4:] == [(own, pytest.approx(3**0.5 / 3)), (own, pytest.approx(1 / 3 / 3**0.5))]
 
 
-@pytest.mark.parametrize("own, next_best, second", [(0.24, 0.22, OWN), (0.26, 0.24, "a"), (0.26, 0.26, None)])
-def test_beside_the_best_stands_the_recipe_as_it_is_or_the_next_where_it_is_near(
-    own: float, next_best: float, second: str | None
+@pytest.mark.parametrize(
+    "own, perplexity, next_best, second",
+    [(0.5, 50.4, 0.22, OWN), (0.3, 51.0, 0.24, "a"), (0.3, 51.0, 0.26, None), (0.18, 50.0, 0.22, "b")],
+)
+def test_beside_the_best_stands_the_recipe_as_it_is_unless_text_pays_or_the_next_where_it_is_near(
+    own: float, perplexity: float, next_best: float, second: str | None
 ) -> None:
     places = [Candidate(OWN, None), Candidate("a", (1,)), Candidate("b", (2,))]
-    tried = dict(zip(places, map(result, (own, next_best, 0.2)), strict=True))
+    tried = dict(zip(places, (result(own, perplexity), result(next_best), result(0.2)), strict=True))
+    if own < 0.2:
+        assert [one.place for one in tuning._finalists(tried)] == [OWN, "b"]
+        return
     assert [one.place for one in tuning._finalists(tried)] == ["b", *([second] if second else [])]
 
 

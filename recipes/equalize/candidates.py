@@ -56,12 +56,17 @@ def nearby(best: Candidate) -> list[Candidate]:
     return [replace(best, rate=rate) for rate in (best.rate * FINER, best.rate / FINER)]
 
 
+def last_quarter(count: int) -> tuple[int, ...]:
+    """The last of ``count`` blocks, a quarter of them and one."""
+    return tuple(range(count - max(1, count // 4 + 1), count))
+
+
 def places_of(settings: Settings, count: int, order: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Places to try, by their name: the recipe's own, upper ones, the best by gain (``order``)."""
     quarter = max(1, count // 4)
     named = {
         "upper third": blocks_of("upper", count, settings.seed),
-        "last quarter": tuple(range(count - max(1, count // 4 + 1), count)),
+        "last quarter": last_quarter(count),
         "upper half": tuple(range(count // 2, max(count // 2 + 1, count - max(1, count // 15)))),
         f"best {quarter} by gain": tuple(sorted(order[:quarter])),
         "best block by gain": (order[0],),

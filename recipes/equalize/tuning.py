@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from recipes.equalize import pairs
-from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, nearby, places_of
+from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, last_quarter, nearby, places_of
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
 from recipes.equalize.settings import Settings
@@ -34,16 +34,17 @@ from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Tracking, Where, operation
 from surgery.runs.paired import differences, without_samples
-from surgery.runs.tuning import OBJECTION, Tried, Tuned, finish
+from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish
 from surgery.training import steps_of
 
 FEW = {"own": 400, "shapes": 1200, "each": 1, "hints": 600, "settled": 1700, "hints_each": 6, "settled_each": 4}
 """Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
-SUITED = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "hold_hints": 3.0, "matmul": "medium"}
-SUITED_TO_FEW = {"own_each": 1, "hold_settled": 3.0, "hold_texts": 4.5}
-SUITED_TO_ALL = {"hold_settled": 6.0, "hold_texts": 2.0}
-"""What did best on development parts (docs/tune.md); each instead of the recipe's default, not of a value that somebody
-chose."""
+SUITED_TO_FEW = {"lr": 7e-4, "batch_size": 64, "emphasis": 2.0, "own_each": 1, "matmul": "medium"}
+SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
+"""And what was chosen with them there, at the last quarter of the blocks."""
+SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
+SUITED_TO_ALL |= {"hold_hints": 3.0, "hold_settled": 6.0, "hold_texts": 2.0}
+"""What did well on all texts (docs/tune.md). Each instead of the recipe's default, not of what somebody chose."""
 SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 120, "settled_each": 1}
 SCREEN |= {"batch_size": 32}
 """Of the screening, in one epoch: 17 steps."""
@@ -151,10 +152,10 @@ def tune(
         ranking = op.once("ranking", partial(_ranking, op, tokenizer, prompts, settings))
         if settings.block == "auto":
             settings = settings.model_copy(update={"block": [ranking["order"][0]]})
-        amounts = _fewer(settings, FEW) if few else {}
-        settings = settings.model_copy(update=amounts | _suited(settings, few))
+        count = len(anatomy.find(model).blocks)
+        settings = settings.model_copy(update=_suited(settings, count) if few else _defaults(settings, SUITED_TO_ALL))
         screen = settings.model_copy(update=_fewer(settings, SCREEN) | {"epochs": 1})
-        places = places_of(settings, len(anatomy.find(model).blocks), ranking["order"])
+        places = places_of(settings, count, ranking["order"])
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
 
         def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any], keep: list[int]) -> _Round:
@@ -199,10 +200,15 @@ def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
 
 
 def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
-    """The best, and one that is not worse by more than an objection: the recipe as it is, or else the next."""
+    """The best, and the recipe as it is unless text pays for it; then the next, behind by an objection at most.
+
+    A few steps say little of a setting but what text pays, and what was chosen by hand is not to be lost by them.
+    """
     best, *others = _best(tried)
-    near = [one for one in others if tried[one].price <= tried[best].price + OBJECTION]
-    return [best, *sorted(near, key=lambda one: one != Candidate(OWN, None))[:1]]
+    own = Candidate(OWN, None)
+    if own in others and tried[own].perplexity <= TOLERANCE:
+        return [best, own]
+    return [best, *(one for one in others[:1] if tried[one].price <= tried[best].price + OBJECTION)]
 
 
 def _ranking(
@@ -220,9 +226,14 @@ def _fewer(settings: Settings, sizes: Mapping[str, int]) -> dict[str, int]:
     return {key: size for key, size in sizes.items() if size < now[key]}
 
 
-def _suited(settings: Settings, few: bool) -> dict[str, Any]:
-    """Those of ``SUITED`` where the settings have the recipe's default."""
-    suited = SUITED | (SUITED_TO_FEW if few else SUITED_TO_ALL)
+def _suited(settings: Settings, count: int) -> dict[str, Any]:
+    """The amounts of few texts, and what suits them, the place among it, in a model of ``count`` blocks."""
+    place = {"block": list(last_quarter(count))}
+    return _fewer(settings, FEW) | _defaults(settings, SUITED_TO_FEW | place)
+
+
+def _defaults(settings: Settings, suited: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``suited`` where the settings have the recipe's default."""
     fields = type(settings).model_fields
     return {key: value for key, value in suited.items() if getattr(settings, key) == fields[key].get_default()}
 
