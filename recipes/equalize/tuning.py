@@ -37,7 +37,7 @@ from surgery.runs.paired import differences, without_samples
 from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish
 from surgery.training import steps_of
 
-FEW = {"own": 400, "shapes": 1200, "each": 1, "hints": 600, "settled": 1700, "hints_each": 6, "settled_each": 4}
+FEW = {"own": 300, "shapes": 1200, "each": 2, "hints": 500, "settled": 1500, "hints_each": 2, "settled_each": 5}
 """Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
 SUITED_TO_FEW = {"lr": 7e-4, "batch_size": 64, "emphasis": 2.0, "own_each": 1, "matmul": "medium"}
 SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
