@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
+from pathlib import Path
 from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,13 +35,15 @@ from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Tracking, Where, operation
 from surgery.runs.paired import differences, without_samples
+from surgery.runs.settings import read_toml
 from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish
 from surgery.training import steps_of
 
-FEW = {"own": 300, "shapes": 1200, "each": 2, "hints": 500, "settled": 1500, "hints_each": 2, "settled_each": 5}
-"""Of the finalists, where a run is to take a few minutes on a CPU: the amounts of ``recipes/demo.toml``."""
-SUITED_TO_FEW = {"lr": 7e-4, "batch_size": 64, "emphasis": 2.0, "own_each": 1, "matmul": "medium"}
-SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
+DEMO = read_toml(Path(__file__).parents[1] / "demo.toml")
+FEW = {key: DEMO[key] for key in ("own", "shapes", "each", "hints", "settled", "hints_each", "settled_each")}
+"""Of the finalists, where a run is to take a few minutes on a CPU: the demo's amounts."""
+HELD = ("hold_hints", "hold_settled", "hold_texts")
+SUITED_TO_FEW = {key: DEMO[key] for key in ("lr", "batch_size", "emphasis", "own_each", "matmul", *HELD)}
 """And what was chosen with them there, at the last quarter of the blocks."""
 SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
 SUITED_TO_ALL |= {"hold_hints": 3.0, "hold_settled": 6.0, "hold_texts": 2.0}

@@ -116,10 +116,7 @@ def shortcut(
             try:
                 found = (call or model)(**batch.inputs(), use_cache=False)
                 if not hasattr(found, "logits"):
-                    raise SurgeryError(
-                        f"{type(model).__name__} has no language-model head, so it gives no next word; expected a "
-                        "causal language model"
-                    )
+                    raise headless(model)
                 logits: Tensor = found.logits
                 logits = batch.at_last(logits) if last and not cut else logits
                 return logits.to(batch.ids.device)  # from another one where a model is spread over several
@@ -130,14 +127,26 @@ def shortcut(
         yield run
 
 
+def headless(model: nn.Module) -> SurgeryError:
+    """What is said of a model that gives no next word."""
+    said = f"{type(model).__name__} has no language-model head, so it gives no next word"
+    return SurgeryError(f"{said}; expected a causal language model")
+
+
+def head_of(model: PreTrainedModel) -> str:
+    """The name of the module that gives the logits. Raises ``SurgeryError`` where there is none."""
+    head = anatomy.find(model).head
+    if head is None:
+        raise headless(model)
+    return head
+
+
 def _cut_to_last(model: PreTrainedModel, running: list[Batch], stack: ExitStack) -> None:
     """Until ``stack`` closes, the last block's writers and the head see each prompt's last position only."""
-    parts = anatomy.find(model)
-    if parts.head is None:
-        raise SurgeryError(f"{type(model).__name__} has no language-model head; expected a causal language model")
+    parts, head_name = anatomy.find(model), head_of(model)
     # A contiguous 2-D input to the head: a 3-D slice takes a slow matrix product, 8 x slower on a CPU.
-    stack.callback(_cut(model, parts.head, lambda stream: running[-1].at_last(stream)).remove)
-    head = model.get_submodule(parts.head)
+    stack.callback(_cut(model, head_name, lambda stream: running[-1].at_last(stream)).remove)
+    head = model.get_submodule(head_name)
     if type(head) is nn.Linear and head.weight.device.type == "cpu":
         stack.enter_context(_forward(head, partial(_few_rows, head), as_tuple=False))
     for name in _last_only(parts):

@@ -13,11 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooks import anatomy
 from surgery.edits.equalize.terms import Ids, Target, Term
-from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, pad
-from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.forward.residual_cache import ResidualCache, head_of, shortcut
 from surgery.forward.trees import Pack, as_batch, trees_for, why_no_trees
 
 LONGER = 4.0
@@ -96,7 +94,7 @@ def logits_of(
         def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (args[0].flatten(0, 1)[flat.to(args[0].device)][None], *args[1:])
 
-        handle = model.get_submodule(_head(model)).register_forward_pre_hook(cut)
+        handle = model.get_submodule(head_of(model)).register_forward_pre_hook(cut)
         try:
             return run(batch)[0]
         finally:
@@ -124,13 +122,6 @@ def _in_trees(
         return found[0]
     back = sorted(range(len(order)), key=lambda place: order[place])
     return torch.cat(found)[torch.tensor(back, device=found[0].device)]
-
-
-def _head(model: PreTrainedModel) -> str:
-    head = anatomy.find(model).head
-    if head is None:
-        raise SurgeryError(f"{type(model).__name__} has no language-model head; open a causal language model")
-    return head
 
 
 def losses_of(
