@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import surgery
 from recipes import equalize
 from recipes.equalize import tuning
+from recipes.equalize.rounds import Work
 from recipes.equalize.candidates import OWN, Candidate, at_other_places, last_quarter, nearby
 from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
@@ -66,8 +67,9 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     out, found = whole
     finals = [row for row in found["tried"] if row["round"] == FINAL]
     assert any(row["name"] == "the recipe's own" for row in found["tried"])
-    as_learnt, enlarged = finals[:2]  # one training, measured twice
+    as_learnt, enlarged, further = finals[:3]  # one training, measured three times
     assert enlarged["name"] == as_learnt["name"] + ", delta times 1.1" and enlarged["changes"]["scales"] == [1.1]
+    assert further["changes"]["scales"] == [1.2 if enlarged["price"] < as_learnt["price"] else 0.9]
     assert enlarged["edit"] == as_learnt["edit"] | {"scale": 1.1} and enlarged["left"] != as_learnt["left"]
     assert "moved" not in as_learnt["edit"]  # the objective is not asked here, which would take longer than the steps
     assert all(row["perplexity"] == 0 for row in finals)  # not measured here
@@ -96,7 +98,7 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train, done = tuning.Work.train, []
+    train, done = Work.train, []
 
     def stops(self: Any, variant: Any, *rest: Any) -> Any:
         if variant.name.startswith(FINAL):
@@ -104,11 +106,11 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
         done.append(variant.name)
         return train(self, variant, *rest)
 
-    monkeypatch.setattr(tuning.Work, "train", stops)
+    monkeypatch.setattr(Work, "train", stops)
     with pytest.raises(SurgeryError, match=r"the power failed; what was finished is kept: go on with surgery again "):
         tune(tiny, checkpoint, tmp_path / "u", again="surgery again {recipe}")
     count = len(done)
-    monkeypatch.setattr(tuning.Work, "train", lambda *args: (done.append(args[1].name), train(*args))[1])
+    monkeypatch.setattr(Work, "train", lambda *args: (done.append(args[1].name), train(*args))[1])
     assert tune(tiny, checkpoint, tmp_path / "u", resume=True)["tried"] == whole[1]["tried"]
     assert count > 3 and all(name.startswith(FINAL) for name in done[count:])
 
@@ -130,7 +132,8 @@ def test_fewer_blocks_take_a_larger_rate_and_the_best_places_finer_ones() -> Non
     places = {"the recipe's own": (4, 5, 6, 7), "one": (2,), "half": tuple(range(16))}
     one, half = at_other_places(replace(own, rate=0.2), places, 20)
     assert (one.rate, half.rate) == pytest.approx((0.4, 0.1))
-    assert sorted(each.rate for each in nearby(one)) == pytest.approx([0.4 / 3**0.5, 0.4 * 3**0.5])
+    assert [each.rate for each in nearby(one, pays=False)] == pytest.approx([0.4 * 3**0.5, 1.2, 1.2 * 3**0.5])
+    assert [each.rate for each in nearby(one, pays=True)] == pytest.approx([0.4 / 3**0.5, 0.4 / 3, 0.4 / 3**1.5])
 
 
 def result(left: float, perplexity: float = 50.0) -> Tried:
@@ -147,19 +150,37 @@ def test_each_percent_of_perplexity_is_priced_and_no_number_never_wins() -> None
     assert result(float("nan")).price == result(0.2, float("nan")).price == float("inf")
 
 
-def test_rates_go_down_until_one_is_no_better() -> None:
+UP, DOWN = 3**0.5, 3**-0.5
+
+
+@pytest.mark.parametrize(
+    "highest, place, rates, finer",
+    [
+        (0.5, OWN, [1, 1 / 3], [UP / 3]),  # .58 is too much
+        (2, OWN, [1], [UP, 3]),
+        (0.5, "upper half", [1, 1 / 3], [UP / 3 / 2**0.5, 1 / 2**0.5]),
+        (0, OWN, [1, 1 / 3, 1 / 9, 1 / 27], [DOWN]),  # text pays for all: down from the best of them
+    ],
+)
+def test_the_highest_rate_is_taken_for_which_text_does_not_pay(
+    highest: float, place: str, rates: list[float], finer: list[float]
+) -> None:
     class Round:
         op = SimpleNamespace(model=families.build("llama"))
 
         def try_all(self, candidates: Any) -> dict[Candidate, Tried]:
             asked.extend((one.place, one.rate) for one in candidates)
-            return {one: result(abs(one.rate - 1 / 3) + 0.1 * (one.blocks is not None)) for one in candidates}
+            return {one: paid(one) for one in candidates}
+
+    def paid(one: Candidate) -> Tried:  # more of the rate leaves less; past the highest text pays for it
+        return result(0.5 - 0.01 * one.rate - 0.1 * (one.place == place), 50.0 if one.rate <= highest else 51.0)
 
     asked: list[tuple[str, float]] = []
-    own, other = "the recipe's own", "upper half"
-    tuning._screen(Round(), {own: (1,), other: (1, 2)})  # type: ignore[arg-type]
-    assert asked[:4] == [(own, 1.0), (own, 1 / 3), (own, 1 / 9), (other, pytest.approx(1 / 3 / 2**0.5))]
-    assert asked[4:] == [(own, pytest.approx(3**0.5 / 3)), (own, pytest.approx(1 / 3 / 3**0.5))]
+    tuning._screen(Round(), {OWN: (1,), "upper half": (1, 2)})  # type: ignore[arg-type]
+    there = [("upper half", (rates[-1] if highest else rates[0]) / 2**0.5)]  # as many blocks again
+    wanted = [*((OWN, rate) for rate in rates), *there, *((place, rate) for rate in finer)]
+    assert [one[0] for one in asked] == [one[0] for one in wanted]
+    assert [one[1] for one in asked] == pytest.approx([one[1] for one in wanted])
 
 
 @pytest.mark.parametrize(
@@ -180,14 +201,14 @@ def test_beside_the_best_stands_the_recipe_as_it_is_unless_text_pays_or_the_next
 def test_a_rate_that_leaves_the_finite_numbers_is_left_out(
     tiny: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = tuning.Work.train
+    train = Work.train
 
     def breaks(self: Any, variant: Any, *rest: Any) -> Any:
         if self.plan(variant).lr > 5e-3:
             raise Diverged("training: the loss is nan at step 3")
         return train(self, variant, *rest)
 
-    monkeypatch.setattr(tuning.Work, "train", breaks)
+    monkeypatch.setattr(Work, "train", breaks)
     found = tune(tiny, checkpoint, tmp_path / "d")
     assert found["tried"] and all(row["changes"].get("lr", 1e-2) <= 5e-3 for row in found["tried"])
 

@@ -10,7 +10,9 @@ from recipes.equalize.work import blocks_of
 RATES = (1.0, 1 / 3, 1 / 9, 1 / 27)
 """Of the recipe's own, tried at its own place first; one that suits SmolLM2 destroys Gemma 3 at the same blocks."""
 FINER = 3**0.5
-"""Then, at the best place, so many times more and less: half of the way to the next of ``RATES``."""
+"""Then, at the best place, so many times more (or less): half of the way to the next of ``RATES``."""
+STEPS = 3
+"""So often at most."""
 OWN = "the recipe's own"
 
 
@@ -51,9 +53,10 @@ def at_other_places(best: Candidate, places: Mapping[str, tuple[int, ...]], coun
     ]
 
 
-def nearby(best: Candidate) -> list[Candidate]:
-    """The same place at a finer step of the rate up and down."""
-    return [replace(best, rate=rate) for rate in (best.rate * FINER, best.rate / FINER)]
+def nearby(best: Candidate, *, pays: bool) -> list[Candidate]:
+    """The same place at finer steps of the rate: down where text ``pays`` for it, else up."""
+    factor = 1 / FINER if pays else FINER
+    return [replace(best, rate=best.rate * factor**step) for step in range(1, STEPS + 1)]
 
 
 def last_quarter(count: int) -> tuple[int, ...]:
@@ -69,7 +72,6 @@ def places_of(settings: Settings, count: int, order: Sequence[int]) -> dict[str,
         "last quarter": last_quarter(count),
         "upper half": tuple(range(count // 2, max(count // 2 + 1, count - max(1, count // 15)))),
         f"best {quarter} by gain": tuple(sorted(order[:quarter])),
-        "best block by gain": (order[0],),
     }
     own = blocks_of(settings.block, count, settings.seed)
     found: dict[str, tuple[int, ...]] = {OWN: own} if own else {}

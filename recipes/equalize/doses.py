@@ -24,7 +24,6 @@ from surgery.edits.equalize.dose import Choice, Dose, between, choose
 from surgery.edits.equalize.terms import Term
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import DEFINITIONS
-from surgery.training import steps_of
 
 Build = Callable[[Sequence[Pair], Mapping[str, Dose]], Sequence[Term]]
 Judge = Callable[[Sequence[Pair]], tuple[Float[np.ndarray, "pairs scorers"], float]]
@@ -224,10 +223,8 @@ def _scored(
     """Train on ``terms``, and judge with that in memory at each scale, rounded as the checkpoint would be."""
     if not prepared:
         prepared.append(work.prepare(variant, terms))
-    given = replace(prepared[0], terms=tuple(terms))
-    with work.op.tracking(name, steps_of(sum(term.count for term in terms), work.plan(variant))) as track:
-        made = work.train(variant, given, track)
-    found, delta = [], work.op.delta(made)
+    _, delta = work.learnt(name, variant, replace(prepared[0], terms=tuple(terms)))
+    found = []
     for scale in scales:
         with work.op.edited(delta, scale):
             found.append(_plain(judge()))

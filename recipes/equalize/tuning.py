@@ -1,14 +1,14 @@
 """Choosing the place and the rate of an equalising on development parts, so that nobody has to guess.
 
-Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: rates where
-the recipe trains, places at the best of them, finer rates at the best place. The best setting, and a second one unless
-all are far behind, are then trained on the texts that a run would take, and judged on all that a report warns of, as
-learnt and a little enlarged. Those of a round share one measurement of the untouched model, the targets and, by first
-block, the stream.
+Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: the highest
+rate that it does not pay for where the recipe trains, places at that, finer rates at the best place. The best setting,
+and a second one unless all are far behind, are then trained on the texts that a run would take, and judged on all that
+a report warns of, as learnt, a little enlarged, and once more. Those of a round share one measurement of the untouched
+model, the targets and, by first block, the stream.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,23 +21,17 @@ from recipes.equalize import pairs
 from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, last_quarter, nearby, places_of
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
+from recipes.equalize.rounds import Round
 from recipes.equalize.settings import Settings
-from recipes.equalize.work import Variant, Work, blocks_of, word_terms
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
-from surgery.data.shares import check_shares, read_shares
-from surgery.delta import check_edit
-from surgery.edits.equalize import Prepared, prepare_each
-from surgery.errors import Diverged, SurgeryError
-from surgery.forward.precision import matrix_products
+from surgery.errors import SurgeryError
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
-from surgery.operation import Operation, Tracking, Where, operation
-from surgery.runs.paired import differences, without_samples
+from surgery.operation import Operation, Where, operation
 from surgery.runs.settings import read_toml
 from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish
-from surgery.training import steps_of
 
 DEMO = read_toml(Path(__file__).parents[1] / "demo.toml")
 FEW = {key: DEMO[key] for key in ("own", "shapes", "each", "hints", "settled", "hints_each", "settled_each")}
@@ -54,85 +48,8 @@ SCREEN |= {"batch_size": 32}
 ALL_BY_0 = ("own", "hints", "settled")
 ROWS = 80
 """Of each development set of prompts in the screening; perplexity is that of the report."""
-SCALES = (1.0, 1.1)
-"""By which what a finalist learnt is multiplied when it is measured; a measurement each, and no training."""
 SCREENED = ("genbias", "perplexity")
 """What the screening looks at. Holds have hardly a say in so few steps, so that it would warn of nearly everything."""
-
-
-@dataclass
-class _Round:
-    """Candidates trained on the same texts and judged on the same rows; targets and streams are made when needed."""
-
-    op: Operation
-    name: str
-    settings: Settings
-    prompts: PromptSet
-    ids: Mapping[str, Any]
-    words: Sequence[int]
-    measuring: Measuring
-    before: Mapping[str, Any]
-    """Scores of the untouched model with their bootstrap samples, so that those of an edit can be paired with them."""
-    starts: Sequence[int]
-    """First blocks whose streams are wanted."""
-    scales: Sequence[float] = (1.0,)
-    """By how much what each learnt is multiplied when it is measured."""
-    given: dict[int, Prepared] = field(default_factory=dict)
-
-    def try_all(self, candidates: Sequence[Candidate]) -> dict[Candidate, Tried]:
-        """Train and judge those that were not done before; the results of all whose training stayed finite."""
-        found = {}
-        for one in candidates:
-            work, variant = self._work(one)
-            try:
-                tried = self.op.once(f"tried-{variant.name.replace(':', '')}", partial(self._try, work, variant))
-            except Diverged as error:
-                self.op.note(f"{variant.name}: left out: {error}")
-                continue
-            before = without_samples(self.before)
-            for scale, measured in zip(self.scales, tried["measured"], strict=True):
-                scaled = replace(one, scale=scale)
-                edit = tried["edit"] | ({"scale": scale * work.scale} if scale * work.scale != 1 else {})
-                changes = scaled.changes(self.settings)
-                found[scaled] = Tried(scaled.name, self.name, changes, edit, before, **measured)
-                self.op.progress.say(f"{self.name}: {scaled.name}: {found[scaled].said}")
-        return found
-
-    def _try(self, work: Work, variant: Variant) -> dict[str, Any]:
-        """Train once, and measure that at each scale, in memory, rounded as the checkpoint would be."""
-        check_edit(self.op.model, work.trains(variant), self.op.directory, out=self.op.folder.path)
-        steps = steps_of(sum(term.count for term in work.terms), work.plan(variant))
-        with self.op.tracking(variant.name, steps) as track:
-            made = self._train(work, variant, track)
-        measured, delta = [], self.op.delta(made)
-        for scale in self.scales:
-            with self.op.edited(delta, scale):
-                scores = self.measuring.scores(f"measure {variant.name}", variant.start)
-            pairs = differences({"before": self.before, "after": scores, "controls": {}}).get("before", {})
-            measured.append({"after": without_samples(scores), "pairs": pairs})
-        return {"edit": made.edit.to_dict(), "measured": measured}
-
-    def _work(self, one: Candidate) -> tuple[Work, Variant]:
-        settings = self.settings.model_copy(update=one.changes(self.settings))
-        words = self.prompts.words.words
-        shares = check_shares(words, read_shares(settings.shares, words))
-        terms = word_terms(settings, self.ids, self.words, shares)
-        count = len(anatomy.find(self.op.model).blocks)
-        variant = Variant(
-            f"{self.name}: {one.name}", blocks_of(settings.block, count, settings.seed), settings.block_part
-        )
-        about: Any = {"words": self.words, "scale": settings.scales[0], "asked": 0}
-        return Work(self.op, settings, terms, self.measuring.scores, **about), variant
-
-    def _train(self, work: Work, variant: Variant, track: Tracking) -> Any:
-        if variant.start not in self.given:
-            missing = sorted({variant.start, *self.starts} - self.given.keys())
-            total = sum(len(term.ids) for term in work.terms)
-            rounded = matrix_products(self.settings.matmul)
-            with self.op.progress.work(f"targets of {self.name}", total) as step, rounded:
-                self.given |= prepare_each(self.op.model, work.terms, missing, step=step)
-        # Other weights of the same terms: their targets and streams are the same.
-        return work.train(variant, replace(self.given[variant.start], terms=tuple(work.terms)), track)
 
 
 def tune(
@@ -161,39 +78,44 @@ def tune(
         places = places_of(settings, count, ranking["order"])
         starts = sorted({blocks[0] for blocks in places.values() if blocks[0]})
 
-        def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any], keep: list[int]) -> _Round:
+        def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any], keep: list[int]) -> Round:
             texts = texts_of(prompts, own, "pairs" if own.split == "pairs" else "profession")
             ids = {kind: encode(tokenizer, lines) for kind, lines in texts.items() if lines}
             measuring = Measuring(model, judged, dict(others), words, op.progress, keep=keep)
             before = op.once(f"before-{name}", measuring.before)
             measuring.take_up(before)
-            return _Round(op, name, own, prompts, ids, words, measuring, before["scores"], keep)
+            return Round(op, name, own, prompts, ids, words, measuring, before["scores"], keep)
 
         near = {kind: _head(*rows) for kind, rows in far.items() if kind == "unseen templates"}
         tried = _screen(a_round("screening", screen, _some(asked, ROWS), near, starts), places)
         chosen = _finalists(tried)
         begin = sorted({one.blocks[0] if one.blocks else places.get(OWN, (0,))[0] for one in chosen} - {0})
         last = a_round("final", settings, asked, far, begin)
-        finals = (replace(last, scales=SCALES) if settings.scales == [1.0] else last).try_all(chosen)
+        finals = replace(last, scaled=settings.scales == [1.0]).try_all(chosen)
         if not finals:
             raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
         return finish(op.folder.path, op.out, "equalize", settings, [*tried.values(), *finals.values()], ranking)
 
 
-def _screen(first: _Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
-    """Rates where the recipe trains, down to the first that is no better; places at the best; a finer one there."""
+def _screen(first: Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candidate, Tried]:
+    """The highest rate for which text pays nothing where the recipe trains; places at that; finer ones at the best.
+
+    What a few steps leave of the bias says little of what many would; whether text pays, they say. So of rates at the
+    same place the highest is taken: trained to the end it left less on both models that were tried (docs/tune.md).
+    """
     count = len(anatomy.find(first.op.model).blocks)
     tried: dict[Candidate, Tried] = {}
     for rate in RATES:
         tried |= first.try_all([one := Candidate(OWN, None, rate)])
-        if one in tried and _best(tried)[0] != one:
+        if one in tried and tried[one].perplexity <= TOLERANCE:
             break
     if not tried:
         raise SurgeryError("tune: no training stayed finite at any rate; lower lr (--set lr=...), or use float32")
     tried |= first.try_all(at_other_places(_best(tried)[0], places, count))
-    for one in nearby(best := _best(tried)[0]):
+    best = _best(tried)[0]
+    for one in nearby(best, pays=tried[best].perplexity > TOLERANCE):
         tried |= first.try_all([one])
-        if _best(tried)[0] != best:
+        if _best(tried)[0] != one:
             break
     return tried
 

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hooks import anatomy
+from surgery.delta import Delta
 from surgery.edits.block import fine_tune, names_of
 from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words_term
 from surgery.edits.equalize.terms import Term
@@ -199,6 +200,12 @@ class Work:
             for name, value in trained.differences.items()
         }
         return Made(differences, edit, "lora" if lora else "dense")
+
+    def learnt(self, name: str, variant: Variant, given: Prepared) -> tuple[Edit, Delta]:
+        """Train a variant on the terms of ``given``; what was done, and the delta, to be judged in memory."""
+        with self.op.tracking(name, steps_of(sum(term.count for term in given.terms), self.plan(variant))) as track:
+            made = self.train(variant, given, track)
+        return made.edit, self.op.delta(made)
 
     def _train_lftf(self, variant: Variant, track: Tracking) -> Made:
         model, ids = self.op.model, self.own
