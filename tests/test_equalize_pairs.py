@@ -14,19 +14,23 @@ from families import state
 
 import surgery
 from hooks import anatomy
+from hooks.tokens import ids_of
 from recipes import equalize
 from recipes.equalize import doses as dosing
-from recipes.equalize.pairs_terms import repeated
-from surgery.data import shapes
+from recipes.equalize import pairs
+from recipes.equalize.pairs_terms import repeated, terms_of
+from surgery.data import facts_of_gender, shapes
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
 from surgery.edits.equalize.dose import read_doses
 from surgery.edits.equalize.passes import passes
 from surgery.errors import SurgeryError
+from surgery.forward.tokens import start_token
 from surgery.runs.folder import Folder
 from surgery.runs.settings import build, parse_set
 
 QUICK: dict[str, Any] = {"lr": 5e-3, "epochs": 6, "batch_size": 32, "dose": [0.0], "hold_texts": 0.0, "samples": 0}
+QUICK |= {"hold_settled": 0.0}
 NAMES = ("nurse", "plumber", "teacher", "doctor", "farmer", "lawyer", "engineer", "secretary", "chef", "pilot", "guard")
 NAMES += ("writer", "dancer", "singer", "artist")
 ENDS = (("smiled", "laughed"), ("waited", "slept"), ("called a friend", "took a long break"))
@@ -270,6 +274,25 @@ def test_a_form_that_prefers_more_gets_a_larger_dose(monkeypatch: pytest.MonkeyP
     assert chosen.scales[-1]["margin_gone"] > 0.9
 
 
+def test_settled_pronouns_are_held_where_they_would_stand(checkpoint: Path, rows: list[dict[str, str]]) -> None:
+    """Subjects of a settled gender, none of the texts that judge, in both forms, at their last token."""
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    file = {"pairs": "own.jsonl", "samples": 0, "settled": 0, "shapes": 100, "settled_each": 1}
+    usual = build(equalize.Settings, {"pairs": "own.jsonl"}, "--set")
+    assert (usual.hold_settled, usual.settled) == (4.0, 400)
+    ready = usual.model_copy(update=file | {"hold_emphasis": 0.5})
+    lines = pairs._settled(ready)
+    assert any("nun" in line or "king" in line for line in lines) and len(pairs._settled(usual)) == 400
+    judged = {row.text for part in ("dev", "test") for row in facts_of_gender.records(part)}
+    assert not judged & set(lines)
+    given = [Pair(row["more"], row["less"], "gender", row["group"], "here") for row in rows]
+    term = terms_of(model, tokenizer, ready, {"texts": [], "settled": lines}, given, {"gender": 0.0})[-1]
+    plain_rows = set(map(tuple, ids_of(tokenizer, lines)))
+    assert term.name == "settled" and term.only_last and term.weight == 4.0
+    assert set(term.ids) == plain_rows | {(start_token(tokenizer), *row) for row in plain_rows}
+    assert pairs._settled(ready.model_copy(update={"hold_settled": 0.0})) == []
+
+
 def test_a_type_of_fewer_pairs_is_gone_through_more_often() -> None:
     counts = {"race": 9, "gender": 5, "profession": 2, "religion": 1}
     pairs = [Pair(f"a {n}", f"b {n}", kind, kind, "x") for kind, count in counts.items() for n in range(count)]
@@ -320,5 +343,9 @@ def test_elsewhere_texts_of_like_length_go_through_the_model_together(tiny: Any)
     given = replace(prepare(model, [hold_term("texts", texts, positions="all")]), trees=False)
     groups = passes(given, [(0, number) for number in range(6)])
     assert [[len(texts[number]) for number in group] for group in groups] == [[4, 5, 6, 7], [28, 30]]
+    accelerated = replace(given, accelerated=True)
+    assert len(passes(accelerated, [(0, number) for number in range(6)])) == 1
+    many = [(0, number % 6) for number in range(6 * 46)]  # of 30 tokens each with padding: 8,280
+    assert len(passes(accelerated, many)) == 2
     given = replace(prepare(model, [hold_term("held", texts)]), trees=False)
     assert len(passes(given, [(0, number) for number in range(6)])) == 1

@@ -74,8 +74,8 @@ class Given:
     suites: tuple[str, ...]
     wanted: Mapping[str, Dose | None]
     """The dose of each bias type; None is to be chosen."""
-    texts: tuple[str, ...]
-    """Texts to hold beside the unrelated sentences."""
+    texts: Mapping[str, Sequence[str]]
+    """Texts to hold beside the unrelated sentences: ordinary ones, and those that end where the pronoun is settled."""
     notes: tuple[str, ...]
 
 
@@ -176,7 +176,7 @@ def read(settings: "Settings") -> Given:
     wanted = read_doses(settings.dose, found.types)
     check_doses(train, wanted, settings.doses, settings.folds, settings.split_seed)
     check_scales(settings.scales, wanted)
-    texts = dataset.texts(settings.hold_file) if settings.hold_texts else []
+    texts = {"texts": dataset.texts(settings.hold_file) if settings.hold_texts else [], "settled": _settled(settings)}
     mine = set(neutral.sentences(settings.hold_file)) if settings.hold_file else set()
     both = next((pair for pair in train if {pair.more, pair.less} & mine), None)
     if both is not None:
@@ -184,7 +184,15 @@ def read(settings: "Settings") -> Given:
     notes = (
         [f"{found.name}: {len(found.skipped)} rows skipped; {'; '.join(found.skipped[:3])}"] if found.skipped else []
     )
-    return Given(train, test, found.name, suites, wanted, tuple(texts), (*notes, *_leaks(train, suites, folder)))
+    return Given(train, test, found.name, suites, wanted, texts, (*notes, *_leaks(train, suites, folder)))
+
+
+def _settled(settings: "Settings") -> list[str]:
+    if not settings.hold_settled:
+        return []
+    at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
+    lines = dataset.settled(load_prompt_set(), each=settings.settled_each, **at)
+    return dataset.some(lines, settings.settled, settings.seed)
 
 
 def _split(rows: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:

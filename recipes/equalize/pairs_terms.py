@@ -2,19 +2,20 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
 from hooks.tokens import ids_of
 from surgery.data.pairs import Pair
+from surgery.data.prompts import load_prompt_set
 from surgery.edits.equalize.dose import Dose
 from surgery.edits.equalize.pairs import STARTS, pairs_term
 from surgery.edits.equalize.terms import Term, hold_term
 from surgery.errors import SurgeryError
 from surgery.forward.generation import own_texts
-from surgery.forward.tokens import start_token
+from surgery.forward.tokens import start_token, word_ids
 from surgery.operation import Operation
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ def terms_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: "Settings",
-    texts: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
     pairs: Sequence[Pair],
     doses: Mapping[str, Dose],
     own: Sequence[Sequence[int]] = (),
 ) -> list[Term]:
     """The pairs' term, and what is held: unrelated sentences and texts, with a start token and without one.
 
-    (On Gemma 3 270M a hold with the start token only left the other form to drift.) ``own`` are token ids of texts that
-    the model wrote, of which every other one has its start token. A held sentence that is also a side of a pair is
-    left out.
+    (On Gemma 3 270M a hold with the start token only left the other form to drift.) ``texts`` are ordinary ones and
+    those that end where the pronoun is ``settled``, which are held there. ``own`` are token ids of texts that the model
+    wrote, of which every other one has its start token. A held sentence that is also a side of a pair is left out.
     """
     begin, longest = start_token(tokenizer), context_limit(model)
     starts = STARTS if begin is not None else (False,)
@@ -44,7 +45,8 @@ def terms_of(
     taken = set(map(tuple, found[0].ids))
     held = {
         "unrelated": ([pair.unrelated for pair in pairs if pair.unrelated], settings.hold_unrelated),
-        "texts": (texts, settings.hold_texts),
+        "texts": (texts["texts"], settings.hold_texts),
+        "settled": (texts["settled"], settings.hold_settled),
     }
     for name, (lines, weight) in held.items():
         plain_rows = ids_of(tokenizer, list(lines))
@@ -57,8 +59,11 @@ def terms_of(
         if longest and long > longest:
             raise SurgeryError(f"hold of {name}: a text has {long} tokens, the model takes {longest}; shorten it")
         if kept:
-            at, top = settings.hold_positions, settings.kept_tokens
-            found.append(hold_term(name, kept, positions=at, weight=weight, top=top))
+            at: dict[str, Any] = {"positions": settings.hold_positions}
+            if name == "settled":
+                words = word_ids(tokenizer, load_prompt_set().words.words) if settings.hold_emphasis else ()
+                at = {"positions": "last", "words": words, "emphasis": settings.hold_emphasis}
+            found.append(hold_term(name, kept, weight=weight, top=settings.kept_tokens, **at))
     return found
 
 

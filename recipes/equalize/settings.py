@@ -17,8 +17,8 @@ CONTROLS = ("lftf", "random", "no_hold")
 OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", "hold_unrelated", "samples")
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
-    *("words", "shares", "prompt_set", "emphasis", "shapes", "each", "own", "own_each", "hints", "settled", "split"),
-    *("hold_hints", "hold_settled", "hints_each", "settled_each"),
+    *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
+    *("hold_hints", "hints_each"),
 )
 
 
@@ -90,7 +90,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     own_each: int = Field(0, ge=0)
     """In how many of the prompt set's own templates each person beyond the set stands, too."""
     hints: int = Field(0, ge=0)
-    """Only so many hint prompts and settled subjects are held, drawn by the seed; 0 holds all."""
+    """Only so many hint prompts and settled subjects are held, drawn by the seed; 0 holds all. Of pairs 400."""
     settled: int = Field(0, ge=0)
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
@@ -141,7 +141,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
         changed: dict[str, Any] = {"block": "blocks", "lr": 2e-4, "epochs": 2, "batch_size": 64, "controls": []}
-        changed |= {"samples": 800, "hold_texts": 3.0}
+        changed |= {"samples": 800, "hold_texts": 3.0, "settled": 400}
         if values.get("pairs"):
             return changed
         return {"lr": 1e-3} if values.get("block_part") == "auto" else {}

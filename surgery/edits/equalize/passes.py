@@ -1,8 +1,9 @@
 """The logits and losses of some examples: which sequences go through the model together, and how.
 
 On a processor every pass reads the trained weights once more, and padding costs as much as other tokens: there all
-sequences of a step stand in one pass, as token trees (``surgery.forward.trees``). Elsewhere, and for a model that does
-not take trees, prompts that are read at their last token go apart from sentences, which stand by length.
+sequences of a step stand in one pass, as token trees (``surgery.forward.trees``). An accelerator takes about as long
+for a few thousand tokens as for one: there the sequences of a small step stand in one padded pass. Otherwise, and for
+a model that does not take trees, prompts that are read at their last token go apart from sentences, by length.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from surgery.forward.trees import Pack, as_batch, trees_for, why_no_trees
 
 LONGER = 4.0
 """The longest sentence of a pass is at most so many times as long as its shortest."""
+FEW = 8192
+"""Tokens, padding included, up to which an accelerator takes a step in one pass: it costs what a smaller one does."""
 
 Example = tuple[int, int]  # term, its example
 Sequences = Sequence[tuple[int, int]]  # term, its sequence
@@ -39,6 +42,8 @@ class Prepared:
     """Why the prefix is not used, where it could have been."""
     trees: bool = False
     """Whether the sequences of a step run as token trees."""
+    accelerated: bool = False
+    """Whether they run on an accelerator, where a small pass costs its launches and not its tokens."""
 
     def examples(self) -> list[Example]:
         """(term, example) of every example."""
@@ -52,7 +57,7 @@ def takes_trees(model: PreTrainedModel, ids: Ids) -> bool:
 
 def passes(given: Prepared, chosen: Sequence[Example]) -> list[dict[int, Example]]:
     """The examples by place in ``chosen``, those of each pass together."""
-    if given.trees:
+    if given.trees or _few(given, chosen):
         return [dict(enumerate(chosen))]
     last: dict[int, int] = {}
     whole: dict[int, int] = {}
@@ -69,6 +74,16 @@ def passes(given: Prepared, chosen: Sequence[Example]) -> list[dict[int, Example
             shortest = whole[place]
         groups[-1].append(place)
     return [{place: chosen[place] for place in group} for group in groups if group]
+
+
+def _few(given: Prepared, chosen: Sequence[Example]) -> bool:
+    """Whether an accelerator hardly notices the padding of all these examples in one pass."""
+    rows = [
+        len(given.terms[term].ids[row])
+        for term, example in chosen
+        for row in range(example * given.terms[term].size, (example + 1) * given.terms[term].size)
+    ]
+    return given.accelerated and len(rows) * max(rows) <= FEW
 
 
 def logits_of(

@@ -71,7 +71,8 @@ def prepare_each(
             if step:
                 step(len(chosen))
         trees = takes_trees(model, ids)
-    whole = replace(plain, targets=_of_all(targets, len(ids), model.device), trees=trees)
+    accelerated = model.device.type != "cpu"
+    whole = replace(plain, targets=_of_all(targets, len(ids), model.device), trees=trees, accelerated=accelerated)
     streams = kept.prefixes()
     return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
 
