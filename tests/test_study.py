@@ -251,9 +251,10 @@ def test_judgements_are_taken_again_only_for_the_same_judges(tmp_path: Path) -> 
     assert "stereoset" in missing and "no data folder" in missing["stereoset"]
     assert "free_text" in judges.suites and "stereoset" not in judges.suites
     cell = Cell("m", Method(name="a", recipe="lftf", settings={"lr": 1e-3}, by_model={"n": {"lr": 1e-4}}), 0, tmp_path)
-    keep(cell, Study(), judges, scores, {"texts": []})
-    found = kept(cell, Study(), judges)
-    assert found == scores and found is not None
+    keep(Judged(cell, scores), Study(), judges, {"texts": []})
+    again = kept(cell, Study(), judges)
+    assert again is not None and again.scores == scores and again.differences is None
+    found = again.scores
     assert found["a"].samples is not None and (found["a"].samples == scores["a"].samples).all()
     limited = Study(limit=3)
     assert kept(cell, limited, check(limited)[0]) is None

@@ -60,8 +60,8 @@ def judged(tmp_path: Path) -> list[Judged]:
     for name, (measured, lean) in given.items():
         method = Method(name=name, recipe="lftf", about="x & y") if name else None
         cell = Cell("demo", method, 0, tmp_path / (name or "untouched"))
-        keep(cell, study, check(study)[0], measured, details(lean))
         found.append(Judged(cell, measured))
+        keep(found[-1], study, check(study)[0], details(lean))
     method = Method(name="gone", absent="needs what is not here")
     return [*found, Judged(Cell("demo", method, 0, tmp_path / "gone"), {}, "needs what is not here")]
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         "surgery study studies/quick.toml",
         "surgery study studies/full.toml --folder ./data --out runs/full --device cuda",
         "surgery study studies/full.toml --folder ./data --model demo --model ./gemma-3-270m",
+        "surgery study studies/full.toml --folder ./data --take ../other-machine/runs/full",
     )
 )
 def study(
@@ -35,6 +36,10 @@ def study(
     share: Annotated[
         bool, typer.Option("--share", help="Let several processes work on it, each on its cells.")
     ] = False,
+    take: Annotated[
+        list[Path] | None,
+        typer.Option("--take", help="Another folder of this study, whose judged cells are copied; several times."),
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -73,16 +78,17 @@ def study(
     if missing:
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
 
-    for where in asked.models:
+    place = out or Path("runs") / file.stem
+    known = _taken(asked, methods, take, place, progress) if take else set()
+    for where in (where for where in asked.models if where not in known):
         check_opening(where, device)
-    for settings in ready.values():
+    for settings in (one for (_, _, where), one in ready.items() if where not in known):
         with suppress(PlaceError):  # what cannot be on one model is a row that says so
             settings.check()
     import_libraries()
     from surgery.study.carry_out import carry_out, refuse_other_settings
     from surgery.study.cells import cells
 
-    place = out or Path("runs") / file.stem
     for cell in cells(asked, methods, place):
         if cell.method and cell.method.recipe and (cell.folder / "run").exists():
             refuse_other_settings(cell.folder / "run", ready[cell.name, cell.seed, cell.model])
@@ -97,3 +103,15 @@ def study(
         modules[cell.method.name].run(model, tokenizer, settings, **where)
 
     print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))
+
+
+def _taken(asked: Any, methods: Any, sources: list[Path], out: Path, progress: Any) -> set[str]:
+    """The models of which nothing is left to measure once the cells of ``sources`` are copied into ``out``."""
+    import_libraries()
+    from surgery.study.judging import check
+    from surgery.study.taking import take, whole
+
+    judges, _ = check(asked)
+    for source in sources:
+        take(asked, methods, judges, source, out, progress=progress)
+    return whole(asked, methods, judges, out)

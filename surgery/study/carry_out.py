@@ -1,7 +1,5 @@
 """Carry out a study: run every cell that is not finished, judge each on the same rows, and write the page."""
 
-import fcntl
-import os
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from surgery.runs.settings import Settings, dump
 from surgery.runs.sharing import Shared
 from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
+from surgery.study.locks import BlockedError, held
 from surgery.study.report import write_report
 from surgery.study.settings import Method, Study
 from surgery.study.streams import Streams, first_edited
@@ -65,7 +64,7 @@ def carry_out(
     out.mkdir(parents=True, exist_ok=True)
     every = cells(study, methods, out)
     judged: dict[Path, Judged] = {}
-    with _held(out / "study.lock", shared=share):
+    with held(out / "study.lock", shared=share):
         opened: dict[str, tuple[Opened, Streams]] = {}
         again = list(enumerate(every, 1))
         for _ in range(2):
@@ -73,7 +72,7 @@ def carry_out(
             for number, cell in todo:
                 label = f"{number}/{len(every)} {cell.model}, {cell.name}, seed {cell.seed}"
                 try:
-                    with _held(cell.folder / "cell.lock", shared=False):
+                    with held(cell.folder / "cell.lock", shared=False):
                         judged[cell.folder] = _one(cell, study, judges, run, opened, device, progress, label)
                 except BlockedError:
                     elsewhere.append(label)
@@ -105,7 +104,7 @@ def _one(
     known = kept(cell, study, judges)
     if known is not None:
         progress.say(f"{label}: judged before")
-        return Judged(cell, known)
+        return known
     progress.say(label)
     try:
         if cell.model not in opened:
@@ -121,8 +120,9 @@ def _one(
     except (SurgeryError, HookError) as error:
         return _refused(cell, error, progress, label)
     (cell.folder / "refused.json").unlink(missing_ok=True)
-    keep(cell, study, judges, scores, details)
-    return Judged(cell, scores)
+    found = Judged(cell, scores)
+    keep(found, study, judges, details)
+    return found
 
 
 def _refused(cell: Cell, error: Exception, progress: Progress, label: str) -> Judged:
@@ -163,25 +163,3 @@ def refuse_other_settings(folder: Path, settings: Settings) -> None:
     written = (folder / "recipe.toml").read_text("utf-8")
     if written != dump(tomllib.loads(written)["recipe"], settings):
         raise SurgeryError(f"{folder}: was made with other settings; remove it, or choose another --out")
-
-
-class BlockedError(SurgeryError):
-    """Another process holds the lock."""
-
-
-@contextmanager
-def _held(path: Path, *, shared: bool) -> Iterator[None]:
-    """Inside, this process has the lock at ``path``; the kernel lets it go when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockedError(
-                f"{path.parent}: another study is at work in this folder; wait for it, choose another --out, or start "
-                "both with --share"
-            ) from None
-        yield
-    finally:
-        os.close(file)

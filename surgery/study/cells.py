@@ -1,15 +1,18 @@
 """The cells of a study: one method on one model with one seed, and what was measured there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.metrics.metric import Metric
+from surgery.metrics.metric import Difference, Metric
 from surgery.runs.sweep import folder_name
 from surgery.study.settings import Method, Study, seeds_of
 
 Flat = dict[str, Metric]
 """Numbers by place, such as "genbias.afgb.all"."""
+
+TAKEN = "taken"
+"""In the folder of a cell that another folder had: the recipe of its run, and its delta where it was there."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Judged:
     cell: Cell
     scores: Flat
     refused: str = ""
+    differences: Mapping[str, Difference] | None = None
+    """From the untouched model as it was measured beside it, of a cell of another folder; None: those of the draws."""
 
 
 def cells(study: Study, methods: Sequence[Method], out: Path) -> list[Cell]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data.prompts import load_prompt_set
 from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges, ledger
-from surgery.metrics.metric import flat, from_dict
+from surgery.metrics.metric import Difference, flat, from_dict
 from surgery.metrics.suite import plain
 from surgery.progress import Progress
-from surgery.study.cells import Cell, Flat
+from surgery.study.cells import Cell, Flat, Judged
 from surgery.study.settings import PROMPT_SUITES, WRITING_SUITES, Method, Study, settings_for
 from surgery.study.streams import Streams, blocks_to_keep
 
@@ -63,31 +63,42 @@ def judge(
     return found
 
 
-def kept(cell: Cell, study: Study, judges: Judges) -> Flat | None:
+def kept(cell: Cell, study: Study, judges: Judges) -> Judged | None:
     """What ``keep`` wrote for the same judges, model and method, or None."""
+    known = written(cell.folder)
+    if known is None or known["judges"] != identity(cell, study, judges):
+        return None
+    pairs = known.get("differences")
+    with np.load(cell.folder / "judged.npz") as draws:
+        return Judged(
+            cell,
+            {place: replace(from_dict(fields), samples=draws.get(place)) for place, fields in known["scores"].items()},
+            differences=None if pairs is None else {place: Difference(**one) for place, one in pairs.items()},
+        )
+
+
+def written(folder: Path) -> dict[str, Any] | None:
+    """What ``keep`` wrote into ``folder`` as plain JSON values, or None."""
     try:
-        known = json.loads((cell.folder / "judged.json").read_text("utf-8"))
+        found: dict[str, Any] = json.loads((folder / "judged.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    if known["judges"] != json.loads(json.dumps(_identity(cell, study, judges))):
-        return None
-    with np.load(cell.folder / "judged.npz") as draws:
-        return {
-            place: replace(from_dict(fields), samples=draws.get(place)) for place, fields in known["scores"].items()
-        }
+    return found
 
 
-def keep(cell: Cell, study: Study, judges: Judges, scores: Flat, details: Mapping[str, Any]) -> None:
+def keep(one: Judged, study: Study, judges: Judges, details: Mapping[str, Any]) -> None:
     """Write the numbers, beside them the bootstrap's draws, by which two cells are paired, and what the page shows."""
-    folder = cell.folder
+    folder = one.cell.folder
     folder.mkdir(parents=True, exist_ok=True)
-    draws = {place: metric.samples for place, metric in scores.items() if metric.samples is not None}
+    draws = {place: metric.samples for place, metric in one.scores.items() if metric.samples is not None}
     part = folder / "judged.npz.part"
     with part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **draws)
     part.rename(folder / "judged.npz")
     write_json(folder / "details.json", dict(details))
-    write_json(folder / "judged.json", {"judges": _identity(cell, study, judges), "scores": plain(scores)})
+    pairs = None if one.differences is None else {place: asdict(pair) for place, pair in one.differences.items()}
+    found = {"judges": identity(one.cell, study, judges), "scores": plain(one.scores)}
+    write_json(folder / "judged.json", found if pairs is None else found | {"differences": pairs})
 
 
 def details_of(folder: Path) -> dict[str, Any]:
@@ -99,8 +110,8 @@ def details_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
-    """All that a number depends on: the judges, the model, and how it was edited."""
+def identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
+    """All that a number depends on, as plain JSON values: the judges, the model, and how it was edited."""
     method = cell.method
     edit: dict[str, Any] = (
         method.model_dump(exclude={"name", "about", "seeds", "deterministic", "by_model"}) if method else {}
@@ -109,7 +120,7 @@ def _identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
         edit["settings"] = settings_for(method, cell.model)
     if method and method.delta:
         edit["sha256"] = hashlib.sha256(Path(method.delta).read_bytes()).hexdigest()
-    return {
+    found = {
         "model": cell.model,
         "edit": edit,
         "suites": list(judges.suites),
@@ -120,3 +131,5 @@ def _identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:
         "rows": dict(judges.rows),
         "dtype": study.dtype,
     }
+    plainly: dict[str, Any] = json.loads(json.dumps(found))
+    return plainly

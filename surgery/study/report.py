@@ -7,7 +7,7 @@ from pathlib import Path
 from surgery.files.atomic import write_json
 from surgery.runs.report import Table, cell, page, save
 from surgery.study.agreement import TEMPLATES, over_methods, over_professions
-from surgery.study.cells import Judged
+from surgery.study.cells import TAKEN, Judged
 from surgery.study.judging import details_of
 from surgery.study.pictures import drawn
 from surgery.study.recommendation import answer, broken, recommend
@@ -26,6 +26,8 @@ from surgery.study.verdict import (
     unbeaten,
 )
 
+DELTA = "delta.safetensors"
+
 
 def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Mapping[str, str]) -> Path:
     """Write ``study.json`` and ``study.html`` into ``out``; the page's path. ``missing``: judges without their data."""
@@ -33,6 +35,11 @@ def write_report(out: Path, study: Study, judged: Sequence[Judged], missing: Map
     lines = recommend(found, study, _commands(found, judged, study))
     if missing:
         lines.append(f"Not measured, for want of data: {', '.join(missing)}.")
+    if taken := sum(one.differences is not None for one in judged):
+        lines.append(
+            f"Taken from other folders: {taken} of {len(judged)} cells, each paired with the untouched model as it was "
+            "measured beside it."
+        )
     pictures = drawn(found, study)
     agreement = _agreement(found, judged)
     tables = [
@@ -193,7 +200,14 @@ def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> d
             said[row.model] = f"To ship it: decode by {row.method.decoding} (surgery.edits.{row.method.decoding})."
             continue
         first = next(one.cell for one in judged if one.cell.model == row.model and one.cell.name == row.name)
-        file = row.method.delta or str(first.folder / "run" / "delta.safetensors")
         scale = f" --scale {row.method.scale:g}" if row.method.scale != 1 else ""
-        said[row.model] = f"To ship it: surgery apply {file} {row.model} --out EDITED{scale}"
+        brought = first.folder / TAKEN
+        file = row.method.delta or str(first.folder / "run" / DELTA)
+        if (brought / DELTA).is_file():
+            file = str(brought / DELTA)
+        apply = f"surgery apply {file} {row.model} --out EDITED{scale}"
+        if not Path(file).is_file() and (brought / "recipe.toml").is_file():  # taken without its delta
+            apply = f"surgery run {brought / 'recipe.toml'} --model {row.model} --out RUN"
+            apply += f" && surgery apply RUN/{DELTA} {row.model} --out EDITED{scale}"
+        said[row.model] = f"To ship it: {apply}"
     return said

@@ -118,7 +118,12 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
 
 
 def paired_with(one: Judged, judged: Sequence[Judged]) -> dict[str, Difference]:
-    """By place the paired difference from the untouched model, widened so that all hold together; {} for itself."""
+    """By place the paired difference from the untouched model, widened so that all hold together; {} for itself.
+
+    Those that a cell of another folder brought with it, from the untouched model as it was measured there.
+    """
+    if one.differences is not None:
+        return dict(one.differences)
     before = next(other for other in judged if other.cell.method is None and other.cell.model == one.cell.model).scores
     after = {} if one.cell.method is None else one.scores
     shared = [place for place in after if place in before]

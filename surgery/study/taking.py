@@ -1,0 +1,119 @@
+"""Finished cells of the same study out of another folder, perhaps of another machine, so that nothing is done twice."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import SurgeryError
+from surgery.metrics.judges import Judges
+from surgery.metrics.metric import difference, points
+from surgery.progress import Progress
+from surgery.study.cells import TAKEN, Cell, Judged, cells
+from surgery.study.judging import details_of, identity, keep, kept, written
+from surgery.study.locks import BlockedError, held
+from surgery.study.settings import Method, Study
+from surgery.study.verdict import paired_with
+
+SAME = 1.0  # points by which two measurements of one model may differ beyond noise
+
+
+def take(
+    asked: Study, methods: Sequence[Method], judges: Judges, source: Path, out: Path, *, progress: Progress
+) -> None:
+    """Copy what is judged in ``source`` by the same judges, and not in ``out``; what is left there is said.
+
+    Models and data may lie elsewhere there: a model is known by the last part of its path. Every cell is paired with
+    the untouched model as it was measured in ``source``, and keeps these differences; its details come along, and its
+    run's recipe and delta.
+
+    Raises ``SurgeryError`` for a folder without a cell of this study, and where its untouched model is another one
+    than that of ``out``: a number differs beyond noise and by more than a point.
+    """
+    count, known, left = 0, 0, []
+    before: dict[str, Judged] = {}
+    for there, here in zip(cells(asked, methods, source), cells(asked, methods, out), strict=True):
+        found, differs = _there(there, asked, judges)
+        if found is None:
+            left += [differs] if differs else []
+            continue
+        known += 1
+        if there.method is None:
+            before[there.model] = found
+        try:
+            with held(here.folder / "cell.lock", shared=False):
+                if (ours := kept(here, asked, judges)) is not None:
+                    if there.method is None:
+                        _same(ours, found, source)
+                    continue
+                if found.differences is None and there.method is not None:
+                    if there.model not in before:
+                        left.append(f"{there.folder}: no untouched model beside it to pair it with")
+                        continue
+                    found = replace(found, differences=paired_with(found, [before[there.model], found]))
+                keep(replace(found, cell=here), asked, judges, details_of(there.folder))
+                _bring(there.folder, here.folder)
+                count += 1
+        except BlockedError:
+            continue  # another process is at it
+    if not known:
+        raise SurgeryError(
+            f"--take {source}: has no cell of this study{f' ({left[0]})' if left else ''}; expected the folder of a "
+            "study of the same methods, settings and judges"
+        )
+    progress.say(f"{count} cells taken from {source}" + (f", {len(left)} not: {left[0]}" if left else ""))
+
+
+def whole(asked: Study, methods: Sequence[Method], judges: Judges, out: Path) -> set[str]:
+    """The models of which every cell that can be measured is judged in ``out``, so that they need not be opened."""
+    every = [cell for cell in cells(asked, methods, out) if not (cell.method and cell.method.absent)]
+    left = {cell.model for cell in every if _judges(cell.folder) != identity(cell, asked, judges)}
+    return set(asked.models) - left
+
+
+def _judges(folder: Path) -> dict[str, Any] | None:
+    found = written(folder)
+    return None if found is None else found["judges"]
+
+
+def _there(cell: Cell, asked: Study, judges: Judges) -> tuple[Judged | None, str]:
+    """The cell as it is judged there, or None and what differs."""
+    there = _judges(cell.folder)
+    if there is None:
+        return None, ""
+    expected = identity(cell, asked, judges)
+    for key, value in expected.items():
+        got = there.get(key)
+        if key == "folder" or (key == "model" and Path(str(got)).name == Path(cell.model).name):
+            continue
+        if got != value:
+            return None, f"{cell.folder}: {key} is {str(got)[:200]}, expected {str(value)[:200]}"
+    found = kept(replace(cell, model=there["model"]), asked.model_copy(update={"folder": there["folder"]}), judges)
+    return found and replace(found, cell=cell), ""
+
+
+def _same(ours: Judged, theirs: Judged, source: Path) -> None:
+    """Raises ``SurgeryError`` where two measurements of the untouched model are not of one model on one data."""
+    for place, metric in theirs.scores.items():
+        found = place in ours.scores and difference(ours.scores[place], metric, axes=len(theirs.scores))
+        if found and found.verdict != "within noise" and abs(points(metric.to_dict(), found.value)) > SAME:
+            raise SurgeryError(
+                f"--take {source}: {ours.cell.model} as it is has {place} {metric.value:.4g} there, and "
+                f"{ours.scores[place].value:.4g} here; expected the same weights and data"
+            )
+
+
+def _bring(there: Path, here: Path) -> None:
+    """The recipe and the delta of a run, linked where one disk holds both, else copied."""
+    for name in ("recipe.toml", "delta.safetensors"):
+        file = next((path for kind in ("run", TAKEN) if (path := there / kind / name).is_file()), None)
+        target = here / TAKEN / name
+        if file is None or target.exists():
+            continue
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy2(file, target)

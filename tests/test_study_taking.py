@@ -1,0 +1,107 @@
+"""Cells that another folder, perhaps of another machine, has judged: taken along with their pairing, or named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import surgery
+
+from surgery.errors import SurgeryError
+from surgery.metrics.metric import Metric, mean_metric
+from surgery.progress import Progress
+from surgery.study import Method, Study
+from surgery.study.cells import Judged, cells
+from surgery.study.judging import check, details_of, keep, kept
+from surgery.study.report import write_report
+from surgery.study.taking import take, whole
+from surgery.study.verdict import paired_with
+
+ROWS = np.random.default_rng(0).uniform(0.2, 0.4, 40)
+THERE, HERE = Study(models=["/their/m"], seeds=[0, 1]), Study(models=["m"], seeds=[0, 1])
+METHODS = [Method(name="edit", recipe="lftf", settings={"lr": 1e-3})]
+JUDGES = check(HERE)[0]
+
+
+def metric(factor: float) -> Metric:
+    return mean_metric(ROWS * factor, scorer="s", data="d", ideal=0.0, direction="lower")
+
+
+def judge(out: Path, factor: float = 1.0, study: Study = THERE, methods: list[Method] = METHODS) -> list[Judged]:
+    """A study in ``out`` whose untouched model has numbers ``factor`` times those of another one."""
+    found = []
+    for cell in cells(study, methods, out):
+        value = metric(factor if cell.method is None else factor / (2 + cell.seed))
+        found.append(Judged(cell, {"genbias.afgb.all": value, "perplexity": replace(value, ideal=1.0)}))
+        keep(found[-1], study, JUDGES, {"words": [cell.seed]})
+        run = cell.folder / "run"
+        run.mkdir()
+        (run / "recipe.toml").write_text('recipe = "lftf"\n')
+    return found
+
+
+def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "there", tmp_path / "out"
+    theirs = judge(source)
+    take(HERE, METHODS, JUDGES, source, out, progress=Progress())
+    assert f"3 cells taken from {source}\n" in capsys.readouterr().err
+    every = cells(HERE, METHODS, out)
+    ours = [kept(cell, HERE, JUDGES) for cell in every]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one is not None and one.scores == other.scores and one.differences == (
+            None if one.cell.method is None else paired_with(other, theirs)
+        )
+    assert details_of(every[2].folder) == {"words": [1]} and whole(HERE, METHODS, JUDGES, out) == {"m"}
+    assert whole(HERE, [*METHODS, Method(name="new", preamble="x")], JUDGES, out) == set()
+    # The numbers of one machine are not paired with those of another: here the model as it is measured a little more.
+    keep(Judged(every[0], judge(tmp_path / "own", 1.005)[0].scores), HERE, JUDGES, {})
+    take(HERE, METHODS, JUDGES, source, out, progress=Progress(quiet=True))
+    again = [one for cell in every if (one := kept(cell, HERE, JUDGES)) is not None]
+    assert paired_with(again[1], again)["perplexity"].value == pytest.approx(-float(ROWS.mean()) / 2)
+    page = write_report(out, HERE, again, {}).read_text()
+    assert "2 of 3 cells, each paired with the untouched model as it was measured beside it" in page
+    assert "lftf" in page and "taken/recipe.toml --model m --out RUN" in page.replace("&#x2F;", "/")
+    (out / "model=m/edit/seed=0/taken/delta.safetensors").write_bytes(b"")
+    assert "apply RUN" not in write_report(out, HERE, again, {}).read_text()
+    # What was taken can be taken on.
+    take(HERE, METHODS, JUDGES, out, tmp_path / "third", progress=Progress(quiet=True))
+    third = kept(cells(HERE, METHODS, tmp_path / "third")[1], HERE, JUDGES)
+    assert third is not None and third.differences == again[1].differences
+
+
+def test_what_is_not_of_this_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out, quiet = tmp_path / "there", tmp_path / "out", Progress(quiet=True)
+    judge(source)
+    other = [METHODS[0].model_copy(update={"settings": {"lr": 1e-2}})]
+    take(HERE, other, JUDGES, source, out, progress=Progress())
+    assert "1 cells taken" in (said := capsys.readouterr().err) and "2 not: " in said and "edit is" in said
+    fewer = Study(models=["m"], seeds=[0, 1], limit=3)
+    with pytest.raises(SurgeryError, match="no cell of this study.*limit is 0, expected 3"):
+        take(fewer, METHODS, check(fewer)[0], source, tmp_path / "limited", progress=quiet)
+    with pytest.raises(SurgeryError, match="no cell of this study; expected"):
+        take(HERE, METHODS, JUDGES, tmp_path / "nowhere", out, progress=quiet)
+    judge(tmp_path / "other", 1.5)
+    with pytest.raises(SurgeryError, match="has genbias.afgb.all 0.4.* there, and 0.3.* here; expected the same"):
+        take(HERE, METHODS, JUDGES, tmp_path / "other", out, progress=quiet)
+    (source / "model=m/untouched/judged.json").unlink()
+    take(HERE, METHODS, JUDGES, source, tmp_path / "half", progress=Progress())
+    assert "0 cells taken" in (said := capsys.readouterr().err) and "no untouched model beside it" in said
+
+
+def test_the_command_takes_what_another_folder_has(checkpoint: Path, tmp_path: Path) -> None:
+    text = 'suites = ["perplexity"]\nrows = { perplexity = 9 }\nmodels = [MODEL]\n[[methods]]\nname = "p"\n'
+    file = tmp_path / "s.toml"
+    file.write_text(text.replace("MODEL", json.dumps(str(checkpoint))) + 'decoding = "cafie"\n')
+    first: Any = surgery("study", file, "--out", tmp_path / "a", "--device", "cpu")
+    assert first[0] == 0, first[2]
+    words = ["study", file, "--model", tmp_path / "gone" / checkpoint.name, "--out", tmp_path / "b"]
+    code, _, stderr = surgery(*words)
+    assert code == 1 and "gone" in stderr
+    code, _, stderr = surgery(*words, "--take", tmp_path / "a")
+    assert code == 0 and "2 cells taken" in stderr and stderr.count("judged before") == 2
+    found = [json.loads((tmp_path / name / "study.json").read_text())["cells"] for name in "ab"]
+    assert [one["differences"] for one in found[0]] == [one["differences"] for one in found[1]]
