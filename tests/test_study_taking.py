@@ -52,8 +52,10 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
     every = cells(HERE, METHODS, out)
     ours = [kept(cell, HERE, JUDGES) for cell in every]
     for one, other in zip(ours, theirs, strict=True):
-        assert one is not None and one.scores == other.scores and one.differences == (
-            None if one.cell.method is None else paired_with(other, theirs)
+        assert (
+            one is not None
+            and one.scores == other.scores
+            and one.differences == (None if one.cell.method is None else paired_with(other, theirs))
         )
     assert details_of(every[2].folder) == {"words": [1]} and whole(HERE, METHODS, JUDGES, out) == {"m"}
     assert whole(HERE, [*METHODS, Method(name="new", preamble="x")], JUDGES, out) == set()
@@ -80,12 +82,12 @@ def test_what_is_not_of_this_study_is_named(tmp_path: Path, capsys: pytest.Captu
     take(HERE, other, JUDGES, source, out, progress=Progress())
     assert "1 cells taken" in (said := capsys.readouterr().err) and "2 not: " in said and "edit is" in said
     fewer = Study(models=["m"], seeds=[0, 1], limit=3)
-    with pytest.raises(SurgeryError, match="no cell of this study.*limit is 0, expected 3"):
+    with pytest.raises(SurgeryError, match=r"no cell of this study.*limit is 0, expected 3"):
         take(fewer, METHODS, check(fewer)[0], source, tmp_path / "limited", progress=quiet)
     with pytest.raises(SurgeryError, match="no cell of this study; expected"):
         take(HERE, METHODS, JUDGES, tmp_path / "nowhere", out, progress=quiet)
     judge(tmp_path / "other", 1.5)
-    with pytest.raises(SurgeryError, match="has genbias.afgb.all 0.4.* there, and 0.3.* here; expected the same"):
+    with pytest.raises(SurgeryError, match=r"has genbias.afgb.all 0.4.* there, and 0.3.* here; expected the same"):
         take(HERE, METHODS, JUDGES, tmp_path / "other", out, progress=quiet)
     (source / "model=m/untouched/judged.json").unlink()
     take(HERE, METHODS, JUDGES, source, tmp_path / "half", progress=Progress())
