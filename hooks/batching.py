@@ -65,7 +65,7 @@ def why_alone(model: nn.Module) -> str | None:
             together = _batched(model, rows)
             if not together[0].isfinite().all():  # the longest row, unpadded: broken weights, which their reader names
                 return None
-            return errs_more(together, _alone(model, rows), lambda: _alone(model, rows), _dtype(model))
+            return errs_more(together, list(_alone(model, rows)), lambda: _alone(model, rows), _dtype(model))
         except HookError:
             raise
         except Exception as error:  # an unknown architecture may break anywhere; the reason is said
@@ -99,7 +99,7 @@ def takes_positions(model: nn.Module) -> bool:
         if probe.input_device(core).type == "meta":
             return accepted
         rows = short_rows(model)
-        alone = _alone(model, rows)
+        alone = list(_alone(model, rows))
         for positions in (True, False) if accepted else (False,):
             try:
                 quick = _batched(model, rows, left=True, positions=positions)
@@ -184,10 +184,10 @@ def short_rows(model: nn.Module, lengths: Sequence[int] = _LENGTHS) -> list[list
     return [ids[sum(lengths[:n]) : sum(lengths[: n + 1])] for n in range(len(lengths))]
 
 
-def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The states of each row from the model's own plain pass: no padding, no mask, no positions."""
-    each = [_states(model, {"input_ids": torch.tensor([row])}, [slice(0, len(row))]) for row in rows]
-    return [found[part] for part in range(len(each[0])) for found in each]  # a decoder's states before an encoder's
+def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """The states of each row from the model's own plain pass, one after the other: no padding, mask or positions."""
+    for row in rows:
+        yield from _states(model, {"input_ids": torch.tensor([row])}, [slice(0, len(row))])
 
 
 def _batched(
@@ -218,7 +218,8 @@ def _states(model: nn.Module, inputs: dict[str, Tensor], real: Sequence[slice]) 
         out = base(**given)
     if not core.config.is_encoder_decoder:
         return [out[0][row, place] for row, place in enumerate(real)]
-    return [*out[0], *(out.encoder_last_hidden_state[row, place] for row, place in enumerate(real))]
+    read = [out.encoder_last_hidden_state[row, place] for row, place in enumerate(real)]
+    return [states for row in zip(out[0], read, strict=True) for states in row]
 
 
 @contextmanager

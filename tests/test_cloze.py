@@ -63,7 +63,7 @@ def test_a_model_that_knows_one_object_is_right_where_it_is_true(tmp_path: Path)
 
     def knows_c(model: Any, tokenizer: Any, questions: Any, *, step: Any) -> Scores:
         sums = tuple(np.array([float(option == " c") for option in question.options]) for question in questions)
-        return Scores(tuple(questions), sums, 0)
+        return Scores(tuple(questions), sums, (False,) * len(questions))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cloze, "score", knows_c)

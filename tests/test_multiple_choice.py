@@ -75,7 +75,7 @@ def test_a_token_over_the_boundary_is_counted_as_in_lm_eval(share: bool) -> None
 
 def test_both_norms_choose_as_defined_and_the_mode_is_kept() -> None:
     asked = (Question("x", (" ab", " abcdefgh"), 1),)
-    scores = multiple_choice.Scores(asked, (np.array([-4.0, -8.0]),), cut=0)
+    scores = multiple_choice.Scores(asked, (np.array([-4.0, -8.0]),), cut=(False,))
     assert scores.chosen("sum").tolist() == [0] and scores.chosen("characters").tolist() == [1]
     right = multiple_choice.accuracy(scores, "characters", data="d")
     assert right.value == 1.0 and "per character" in right.scorer
@@ -89,7 +89,7 @@ def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_counted() -> No
     tail = "b" * 40
     both = [Question("a" * 60 + tail + " so", (" x", " yz"), 0), Question("c" * 70 + " so", (" x", " y"), 0)]
     found = multiple_choice.score(model, tokenizer, both)
-    assert found.cut == 2 and "2 prompts cut" in multiple_choice.accuracy(found, "sum", data="d").data
+    assert sum(found.cut) == 2 and "2 prompts cut" in multiple_choice.accuracy(found, "sum", data="d").data
     ids = tokenizer(both[0].prompt + " yz")["input_ids"][-64:]
     with torch.no_grad():
         logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from surgery import SurgeryError
 from surgery.catalogue import SCORERS
 from surgery.forward.token_logprobs import token_log_probabilities
-from surgery.forward.trees import packs
+from surgery.forward.trees import packs, sees
 from surgery.metrics.sentences import DEFINITIONS, sentence_scores
 
 SENTENCES = [
@@ -154,15 +154,16 @@ def test_every_sequence_stands_in_its_pack_as_a_path_from_a_root(
     seen = set()
     for pack in found:
         assert len(pack.ids) <= max(size, *(len(rows[row]) - 1 for row in pack.rows))
-        sees = pack.sees(len(pack.ids))
+        seen_by = sees([pack], len(pack.ids) + 2, torch.device("cpu"))[0].numpy()
+        assert np.array_equal(seen_by[-2:], np.eye(len(pack.ids) + 2, dtype=bool)[-2:])  # padding sees itself
         for node, token, row, place in pack.wanted:
             seen.add((row, place))
-            path = [other for other in range(len(pack.ids)) if sees[node, other]]
+            path = [other for other in range(len(pack.ids)) if seen_by[node, other]]
             assert [pack.ids[other] for other in path] == rows[row][: place + 1]
             assert [pack.depths[other] for other in path] == list(range(place + 1))
             assert token == rows[row][place + 1]
         if shared:
-            paths = [tuple(np.flatnonzero(line)) for line in sees]
+            paths = [tuple(np.flatnonzero(line)) for line in seen_by[: len(pack.ids)]]
             assert len({tuple(pack.ids[node] for node in path) for path in paths}) == len(paths)
     assert seen == {(row, place) for row, ids in enumerate(rows) for place in range(len(ids) - 1)}
 

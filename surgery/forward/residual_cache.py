@@ -159,9 +159,10 @@ def why_no_cut(model: PreTrainedModel) -> str | None:
     def find() -> str | None:
         ids = short_rows(model)
 
-        def plain() -> list[Tensor]:
-            each = [torch.tensor([row], device=model.device) for row in ids]
-            return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in each]
+        def plain() -> Iterator[Tensor]:
+            for row in ids:
+                own = torch.tensor([row], device=model.device)
+                yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
 
         with probe.unchanged(model), unhooked(model):
             try:
@@ -174,7 +175,7 @@ def why_no_cut(model: PreTrainedModel) -> str | None:
                     }
             except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
                 return f"{type(error).__name__}: {error}"[:200]
-            return errs_more([quick[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
+            return errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
 
     found: str | None = remembered(model, "cut", find)
     return found
@@ -237,10 +238,11 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4) -> 
         return "dropout is on, so the stream entering a block differs from step to step"
     ids = prefix.ids[:rows]
     exact = torch.get_float32_matmul_precision() == "highest"
-    alone = [torch.tensor([row], device=model.device) for row in ids]
 
-    def plain() -> list[Tensor]:
-        return [_logs(model(input_ids=row, use_cache=False).logits[:, -1]) for row in alone]
+    def plain() -> Iterator[Tensor]:
+        for row in ids:
+            own = torch.tensor([row], device=model.device)
+            yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
 
     groups = batches_for(model, ids)
     with matrix_products("highest"):  # whether it is the same computation, whatever a caller lets products round to
@@ -251,7 +253,7 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4) -> 
         except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
             return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
         quick = dict(zip([row for group in groups for row in group], torch.cat(fast), strict=True))
-        reason = errs_more([quick[row][None] for row in range(len(ids))], plain(), plain, model.dtype)
+        reason = errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
     return None if reason is None else f"log-probabilities differ from the plain forward pass: {reason}"
 
 

@@ -5,10 +5,10 @@ and its position is its depth, so that every token gets what it would get in its
 packs of equal size, hence little padding.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,7 +20,7 @@ from surgery.forward.batching import Batch, Ids, batches_for
 
 PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
 FEW = 8  # packs, which are filled alike rather than one after the other
-LENGTHS = 32  # a model is asked once for each so many tokens whether it takes trees of sequences that long
+SHORTEST = 32  # a model is asked once for this length, and each power of 2 times it, whether it takes such trees
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,21 @@ class Pack:
     wanted: list[tuple[int, int, int, int]]
     rows: list[int]
 
-    def sees(self, width: int) -> Bool[np.ndarray, "width width"]:
-        """Which node (row) sees which (column): itself and its ancestors; padding sees itself."""
-        seen = np.eye(width, dtype=bool)
-        for node, parent in enumerate(self.parents):
+    def ends(self) -> list[int]:
+        """Where the nodes below each node end: they follow it without a gap, since equal beginnings are neighbours."""
+        found = list(range(1, len(self.ids) + 1))
+        for node in range(len(self.ids) - 1, -1, -1):
+            parent = self.parents[node]
             if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+                found[parent] = max(found[parent], found[node])
+        return found
+
+
+def sees(batch: Sequence[Pack], width: int, device: torch.device) -> Bool[Tensor, "batch width width"]:
+    """Which node (row) of each pack sees which (column): itself and its ancestors; padding sees itself."""
+    at = torch.arange(width, device=device)
+    ends = [pack.ends() + list(range(len(pack.ids) + 1, width + 1)) for pack in batch]
+    return (at[:, None] >= at) & (at[:, None] < torch.tensor(ends, device=device)[:, None])
 
 
 def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
@@ -137,8 +145,8 @@ def _even(rows: Ids, starts: Sequence[int], most: int) -> list[Pack]:
 def as_batch(model: PreTrainedModel, batch: Sequence[Pack]) -> Trees:
     """Packs of ``trees_for`` as one batch."""
     width = max(len(pack.ids) for pack in batch)
-    sees = torch.from_numpy(np.stack([pack.sees(width) for pack in batch])).to(model.device)
-    closed = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
+    seen = sees(batch, width, model.device)
+    closed = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
     filled = [pack.ids + [0] * (width - len(pack.ids)) for pack in batch]
     depths = [pack.depths + [0] * (width - len(pack.ids)) for pack in batch]
     rows, paths = [], []
@@ -152,7 +160,7 @@ def as_batch(model: PreTrainedModel, batch: Sequence[Pack]) -> Trees:
     return Trees(
         tuple(rows),
         torch.tensor(filled, device=model.device),
-        closed.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None],
+        closed.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None],
         depths=torch.tensor(depths, device=model.device),
         paths=tuple(paths),
     )
@@ -165,7 +173,7 @@ def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
     windows shorter than a prompt) show when a tree of such length stands beside each of its prompts alone: at their
     last tokens, and at the first behind the stem, which of a second branch stands far from it in the row.
     """
-    length = -(-longest // LENGTHS) * LENGTHS
+    length = SHORTEST << max(0, math.ceil(math.log2(longest / SHORTEST)))
 
     def find() -> str | None:
         most = min(length, context_limit(model) or length)
@@ -173,11 +181,11 @@ def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
         ids = [[*stem, *one], [*stem, *other], apart, [*stem, *one[:1]]]
         asked = [sorted({min(len(stem), len(row) - 1), len(row) - 1}) for row in ids]
         with unhooked(model), torch.no_grad():
-            alone = [torch.tensor([row], device=model.device) for row in ids]
 
-            def plain() -> list[Tensor]:
-                every = zip(alone, asked, strict=True)
-                return [_logs(model(input_ids=row, use_cache=False).logits[0, at]) for row, at in every]
+            def plain() -> Iterator[Tensor]:
+                for row, at in zip(ids, asked, strict=True):
+                    own = torch.tensor([row], device=model.device)
+                    yield _logs(model(input_ids=own, use_cache=False).logits[0, at])
 
             try:
                 batch = as_batch(model, packs([(*row, 0) for row in ids], [len(row) for row in ids], size=4 * most))
@@ -186,7 +194,7 @@ def why_no_trees(model: PreTrainedModel, longest: int) -> str | None:
                 quick = [_logs(logits[[paths[row][place] for place in at]]) for row, at in enumerate(asked)]
             except Exception as error:  # an unknown architecture may break anywhere; each prompt is then run alone
                 return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            return errs_more(quick, plain(), plain, model.dtype)
+            return errs_more(quick, list(plain()), plain, model.dtype)
 
     if why_alone(model):
         return "rows of this model must not share a batch"

@@ -37,12 +37,14 @@ def evaluate(
     ``limit`` questions of each task, drawn with ``seed`` so that the places of the right answers keep their shares.
     HellaSwag is two-way: chance is 0.5, and the value is not that of the four-way benchmark.
     """
-    found = {}
-    for task in tasks:
-        every = load(task, folder)
-        questions = sample(every, limit, seed, lambda question: question.answer)
-        drawn = f", {len(questions)} of {len(every)} with seed {seed}" if len(questions) < len(every) else ""
-        scores = score(model, tokenizer, questions, step=step)
+    every = {task: load(task, folder) for task in tasks}
+    drawn = {task: sample(every[task], limit, seed, lambda question: question.answer) for task in tasks}
+    # All in one: batches are then full to the last task's, and several processes have as much to do each.
+    scores = score(model, tokenizer, [question for task in tasks for question in drawn[task]], step=step)
+    found, first = {}, 0
+    for task, questions in drawn.items():
+        own, first = scores.part(first, first + len(questions)), first + len(questions)
+        some = f", {len(questions)} of {len(every[task])} with seed {seed}" if len(questions) < len(every[task]) else ""
         name = "two-way HellaSwag" if task == "hellaswag" else task
-        found[task] = accuracy(scores, NORMS[task], data=f"{name}, {Path(FILES[task]).name}{drawn}, zero-shot")
+        found[task] = accuracy(own, NORMS[task], data=f"{name}, {Path(FILES[task]).name}{some}, zero-shot")
     return found

@@ -8,6 +8,7 @@ the option's number of characters, without the white space before it).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from surgery.data.capability import Question
 from surgery.errors import SurgeryError
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.processes import together
 from surgery.progress import Advance
 
 Norm = Literal["sum", "characters"]
@@ -28,11 +30,15 @@ TREE = 512  # tokens run in one row: prompts are longer than the sentences of th
 
 @dataclass(frozen=True)
 class Scores:
-    """Summed log-likelihood (nats) of each option, one array a question; how many prompts were cut to fit."""
+    """Summed log-likelihood (nats) of each option, one array a question; whether its prompt was cut to fit."""
 
     questions: tuple[Question, ...]
     sums: tuple[Float[np.ndarray, " options"], ...]
-    cut: int
+    cut: tuple[bool, ...]
+
+    def part(self, first: int, behind: int) -> "Scores":
+        """Those of the questions from ``first`` to before ``behind``."""
+        return Scores(self.questions[first:behind], self.sums[first:behind], self.cut[first:behind])
 
     def normed(self, norm: Norm) -> list[Float[np.ndarray, " options"]]:
         """The scores that are compared: ``sum``, or ``characters``: divided by the option's length as stripped."""
@@ -61,7 +67,7 @@ def accuracy(scores: Scores, norm: Norm, *, data: str) -> Metric:
     return mean_metric(
         right.astype(float),
         scorer=f"accuracy, option of the largest log-likelihood ({SCORERS[norm]})",
-        data=data + (f", {scores.cut} prompts cut on the left to fit" if scores.cut else ""),
+        data=data + (f", {sum(scores.cut)} prompts cut on the left to fit" if any(scores.cut) else ""),
         ideal=1.0,
         direction="higher",
     )
@@ -103,7 +109,7 @@ def score(
     )
     flat = iter(np.array([values.sum() for values in logs]))
     sums = tuple(np.array([next(flat) for _ in each.options]) for each in encoded)
-    return Scores(tuple(questions), sums, sum(each.cut for each in encoded))
+    return Scores(tuple(questions), sums, tuple(each.cut for each in encoded))
 
 
 def _by_question(step: Advance, options: int, questions: int) -> Advance:
@@ -133,7 +139,7 @@ def _encode(
         # Behind a chat template white space is part of the template.
         stripped = question.prompt.rstrip() if special else question.prompt
         texts += [stripped, *(question.prompt + option for option in question.options)]
-    ids = iter(text_tokens(tokenizer, texts) if special else ids_of(tokenizer, texts))
+    ids = iter(together(texts, partial(text_tokens if special else ids_of, tokenizer)))
     found = []
     for row, question in enumerate(questions):
         start = len(next(ids))
