@@ -17,7 +17,7 @@ from recipes import equalize
 from recipes.equalize import dataset, measuring, work
 from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
-from surgery.data import genbias, genhint, neutral, shapes
+from surgery.data import genbias, genhint, locality, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
@@ -227,6 +227,24 @@ def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None
     held = dataset.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
     people = shapes.people("train")
     assert all(any(f", the {name}," in text for text in held) for name in people[:20])
+
+
+def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
+    """But for plurals that judge; and a few that are held are no longer nearly all of the largest kind."""
+    named = ["potter", "nurse", "notary", "midwife", "officer of the day"]
+    assert dataset.several(named) == ["potters", "notaries", "midwives"]
+    asked = {"seed": 0, "split": "profession", "count": 200, "each": 2}
+    whole = dataset.settled(load_prompt_set(), **asked)  # type: ignore[arg-type]
+    some = dataset.settled(load_prompt_set(), **asked, limit=300, drawn=1)  # type: ignore[arg-type]
+    for name in dataset.several(shapes.people("train")[:20]):
+        assert any(name in text for text in whole)
+    assert len(some) == 300
+    assert [text for text in whole if text in set(some)] == some
+    kinds = {row.text: row.kind for row in locality.records("train")}
+    counts = Counter(kinds[text] for text in some if text in kinds)
+    assert counts["text"] == 20  # all that there are
+    drawn = dataset._alike({str(place): "many" if place % 10 else "few" for place in range(100)}, 14, 0)
+    assert sum(int(line) % 10 == 0 for line in drawn) == 7
 
 
 def test_a_set_about_other_words_has_no_shapes_about_people() -> None:

@@ -1,7 +1,7 @@
 """The texts that equalising learns from, and those that it holds: the kinds of text that must not move."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,22 +56,27 @@ def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
     return list(dict.fromkeys([row.text for row in own] + more))
 
 
-def settled(prompts: PromptSet, *, seed: int, split: str, count: int, each: int) -> list[str]:
+def settled(
+    prompts: PromptSet, *, seed: int, split: str, count: int, each: int, limit: int = 0, drawn: int = 0
+) -> list[str]:
     """Subjects whose pronoun is settled: the training parts of locality and of facts of gender, in their own prompts.
 
     Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
-    differs is the subject alone; and so does, once, everybody who is equalised, introduced as Mr. or Ms.
+    differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
+    several people. ``limit`` of them, where it is not 0, are drawn by the seed ``drawn``, from each kind alike.
     """
     if not of_people(prompts):
         return []
     rows = [*locality.records("train"), *facts_of_gender.records("train")]
     fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
     templates = shuffled(fitting, seed)
-    found = [row.text for row in rows]
+    found = {row.text: row.kind for row in rows}
     turn = 0
     own = dict.fromkeys(row.profession for row in genbias.records(split, "train", seed, prompts))
+    people = [*own, *shapes.people("train")]
     known = [(row.subject, row.kind, each) for row in rows if row.kind != "text"]
-    met = [(subject, "introduced", 1) for subject in introduced([*own, *shapes.people("train")])]
+    met = [(subject, "introduced", 1) for subject in introduced(people)]
+    met += [(subject, "plurals", 1) for subject in several(people)]
     for subject, kind, times in dict.fromkeys(known + met):
         for _ in range(times):
             # Going round, past the templates that the subject does not fit.
@@ -79,9 +84,23 @@ def settled(prompts: PromptSet, *, seed: int, split: str, count: int, each: int)
             place = next((place for place in places if _fits(templates[place], subject, kind)), None)
             if place is None:
                 break
-            found.append(_settle(templates[place], subject, kind))
+            found[_settle(templates[place], subject, kind)] = kind
             turn = place + 1
-    return list(dict.fromkeys(found))
+    return _alike(found, limit, drawn)
+
+
+def _alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:
+    """``limit`` of the lines, or all for 0, in their order: from each kind as many, but where it has fewer."""
+    if not limit or limit >= len(kinds):
+        return list(kinds)
+    lines = list(kinds)
+    turns: dict[str, int] = {}
+    order = []  # (how many of its kind were drawn before it, its place)
+    for place in np.random.default_rng(seed).permutation(len(lines)).tolist():
+        kind = kinds[lines[place]]
+        turns[kind] = turns.get(kind, -1) + 1
+        order.append((turns[kind], place))
+    return [lines[place] for place in sorted(place for _, place in sorted(order)[:limit])]
 
 
 def introduced(people: Sequence[str]) -> list[str]:
@@ -94,12 +113,35 @@ def introduced(people: Sequence[str]) -> list[str]:
     ]
 
 
-SINGULAR = (" was ", " is ", " has ", " wants ")
-"""Verbs that a plural, I, we, you and they do not take."""
+def several(people: Sequence[str]) -> list[str]:
+    """ "plumbers" and so on; not of what is among the plurals that judge, nor of "head of state", whose head is inside.
+
+    >>> several(["plumber", "notary", "head of state", "coach"])
+    ['plumbers', 'notaries', 'coaches']
+    """
+    judged = {row.subject for part in ("dev", "test") for row in locality.records(part) if row.kind == "plurals"}
+    found = [_plural(name) for name in people if not re.search(" (of|in) ", name)]
+    return [name for name in dict.fromkeys(found) if name not in judged]
+
+
+def _plural(name: str) -> str:
+    for ending, others in (
+        (r"man$", "men"),
+        (r"(?<=thie)f$|(?<=midwi)fe$", "ves"),
+        (r"(?<![aeiou])y$", "ies"),
+        (r"(?<=s|x|z|h)$", "es"),
+    ):
+        if re.search(ending, name):
+            return re.sub(ending, others, name)
+    return name + "s"
+
+
+SINGULAR = re.compile(r" (was|is|has|wants)\b|\{subject\} (\w+ )?\w+s\b")
+"""Verbs that a plural, I, we, you and they do not take: some by name, and what ends in s behind the subject."""
 
 
 def _fits(template: str, subject: str, kind: str) -> bool:
-    if kind in ("plurals", "others") and any(verb in template for verb in SINGULAR):
+    if kind in ("plurals", "others") and SINGULAR.search(template):
         return False
     return not ("{subject}'s" in template and (kind == "others" or subject.endswith(",")))
 

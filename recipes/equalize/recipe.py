@@ -92,16 +92,14 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 
 def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
-    seed, count, drawn = settings.split_seed, settings.shapes, settings.seed
-    many = {"own": settings.own, "own_each": settings.own_each, "count": count, "each": settings.each}
-    words = dataset.prompts_to_equalize(prompts, seed=seed, split=split, **many)
+    seed, drawn = settings.split_seed, settings.seed
+    where: Any = {"seed": seed, "split": split, "count": settings.shapes}
+    words = dataset.prompts_to_equalize(
+        prompts, own=settings.own, own_each=settings.own_each, each=settings.each, **where
+    )
     held = {
         "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
-        "settled": dataset.some(
-            dataset.settled(prompts, seed=seed, split=split, count=count, each=settings.settled_each),
-            settings.settled,
-            drawn,
-        ),
+        "settled": dataset.settled(prompts, each=settings.settled_each, limit=settings.settled, drawn=drawn, **where),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

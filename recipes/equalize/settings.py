@@ -90,7 +90,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     own_each: int = Field(0, ge=0)
     """In how many of the prompt set's own templates each person beyond the set stands, too."""
     hints: int = Field(0, ge=0)
-    """Only so many hint prompts and settled subjects are held, drawn by the seed; 0 holds all. Of pairs 400."""
+    """Only so many hint prompts and settled subjects (of each kind alike) are held, drawn by the seed; 0 holds all.
+    Of pairs 400."""
     settled: int = Field(0, ge=0)
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
@@ -106,7 +107,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """In how many of the grammar's hint shapes each person stands."""
     settled_each: int = Field(8, ge=0)
     """In how many of the shapes each thing, plural, gendered noun, relation and name stands; who is equalised stands
-    in one more, introduced as Mr. or Ms."""
+    in two more, introduced as Mr. or Ms. and as several people."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Products of float32 matrices while targets are computed and blocks train (torch's float32_matmul_precision):
     medium is faster on a CPU with AMX. Everything is measured with highest."""
