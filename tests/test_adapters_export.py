@@ -8,7 +8,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny_configs import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaForCausalLM,
+    MixtralForCausalLM,
+    PhimoeForCausalLM,
+)
 
 from surgery import SurgeryError
 from surgery.adapters.exporting import _refuse_high, export_peft
@@ -74,7 +84,7 @@ def test_embedding_and_head_travel_too(tmp_path):
 def test_what_lora_cannot_hold(tmp_path):
     folder = kit.save(tmp_path / "base", kit.weights())
     delta = kit.edit(folder)
-    with pytest.raises(SurgeryError, match=r"input_layernorm.weight: LoRA holds matrices only"):
+    with pytest.raises(SurgeryError, match=r"input_layernorm.weight: LoRA holds matrices of modules only"):
         export_peft(delta, tmp_path / "adapter")
     report = export_peft(delta, tmp_path / "adapter", drop_vectors=True)
     square = {name: float((array.astype(np.float64) ** 2).sum()) for name, array in delta.tensors.items()}
@@ -117,3 +127,46 @@ def test_what_servers_load(tmp_path):
         export_peft(kit.edit(folder, (kit.HEAD,)), tmp_path / "x", served=True)
     with pytest.raises(SurgeryError, match=r"rank 600; servers load at most 512"):
         _refuse_high(600, tmp_path / "x")
+
+
+def small(kind, folder):
+    torch.manual_seed(0)
+    kind(tiny(kind.config_class)).save_pretrained(folder)
+    return folder
+
+
+def test_experts_have_one_rank_and_peft_reads_them_back(tmp_path):
+    folder = small(MixtralForCausalLM, tmp_path / "base")
+    names = [name for name, value in kit.load(folder).items() if ".layers.3." in name and value.ndim == 2]
+    delta = kit.edit(folder, tuple(names))
+    with pytest.raises(SurgeryError, match="add --checkpoint"):
+        export_peft(delta, tmp_path / "adapter")
+    report = export_peft(delta, tmp_path / "adapter", checkpoint=folder)
+    assert report.errors == dict.fromkeys(names, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with delta.applied(model):
+        wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    result = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(result[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+def test_an_adapter_of_which_peft_makes_something_else_is_not_left_there(tmp_path):
+    """peft reads experts named as in Phi-3.5-MoE without a word, and drops them."""
+    folder = small(PhimoeForCausalLM, tmp_path / "base")
+    names = [name for name in kit.load(folder) if ".layers.3." in name and ".experts." in name]
+    with pytest.raises(SurgeryError, match=r"peft .*(--set block_part=attention)"):
+        export_peft(kit.edit(folder, tuple(names)), tmp_path / "adapter", checkpoint=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_positions_travel_as_embeddings_and_matrices_of_no_module_are_refused(tmp_path):
+    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    name = "transformer.wpe.weight"
+    delta = kit.edit(tmp_path / "gpt2", (name,))
+    export_peft(delta, tmp_path / "adapter", rank=None)
+    result, before = merged(tmp_path / "gpt2", tmp_path / "adapter"), kit.load(tmp_path / "gpt2")
+    assert torch.allclose(result[name], before[name] + torch.from_numpy(delta.tensors[name]), atol=1e-6)
+    mamba = kit.edit(small(MambaForCausalLM, tmp_path / "mamba"), ("backbone.layers.1.mixer.A_log",))
+    with pytest.raises(SurgeryError, match=r"A_log: LoRA holds matrices of modules only"):
+        export_peft(mamba, tmp_path / "x")

@@ -217,6 +217,12 @@ def test_adapters_that_do_not_fit(tmp_path, change, text):
         import_peft(tmp_path / "adapter", tmp_path / "base")
 
 
+def test_a_tensor_that_peft_would_leave_out_without_a_word_is_refused(tmp_path):
+    make_adapter(tmp_path, "llama", lora("q_proj", "v_proj"), {"target_modules": ["q_proj"]})
+    with pytest.raises(SurgeryError, match=r"v_proj.lora_A.weight is read by no layer .*mend target_modules"):
+        import_peft(tmp_path / "adapter", tmp_path / "base")
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_adapter_of_another_vocabulary_is_refused(tmp_path, whole):
     config = lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]) if whole else lora("embed_tokens", "lm_head")

@@ -1,19 +1,23 @@
 """What an adapter keeps of an edit, measured through peft itself: next-token distributions instead of matrix norms."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from surgery.adapters.importing import base_of
 from surgery.checkpoints import load
 from surgery.data import genbias
 from surgery.data.prompts import load_prompt_set
 from surgery.delta.format import Delta
+from surgery.delta.live import touched
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Ids
 from surgery.forward.tokens import encode, word_ids
@@ -79,6 +83,36 @@ def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts
             gap_kept = (float(part[0] / whole[0]), float(ends[0]), float(ends[1]))
     edit, missing = float(size.mean()), float(lost.mean())
     return Effect(float(kept[0]), float(low), float(high), edit, missing, len(rows), gap_kept, gaps)
+
+
+def refuse_unread(delta: Delta, adapter: Path, checkpoint: Path | str, lost: float) -> None:
+    """Raises ``SurgeryError`` where peft makes other weights of adapter and checkpoint than the delta does.
+
+    lost: the part of the delta's norm that the adapter leaves out by itself.
+    """
+    from peft import PeftModel
+
+    model: Any = base_of(Path(checkpoint))
+    before = {name: tensor.clone() for name, tensor in touched(delta, model).read().items()}
+    with delta.applied(model):
+        wanted = {name: tensor - before[name] for name, tensor in touched(delta, model).read().items()}
+    step = "make the edit without that part (--set block_part=attention), or ship the delta itself"
+    try:
+        with warnings.catch_warnings():  # of peft, about what it leaves alone
+            warnings.simplefilter("ignore")
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except Exception as error:  # peft raises all kinds about modules that it has no rule for
+        text = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise SurgeryError(f"{checkpoint}: peft takes no such adapter of this model ({text}); {step}") from error
+    made = touched(delta, merged).read()
+    far = {name: float((made[name] - before[name] - wanted[name]).norm()) for name in wanted}
+    whole = math.hypot(*(float(values.norm()) for values in wanted.values()))
+    if math.hypot(*far.values()) > (lost + 1e-3) * whole:
+        raise SurgeryError(
+            f"{checkpoint}: peft does not make the edit of the adapter: {math.hypot(*far.values()) / whole:.0%} of its "
+            f"norm is off, most in {max(far, key=lambda name: far[name])!r}, where the factors leave out {lost:.0%}; "
+            f"{step}"
+        )
 
 
 def _next(model: nn.Module, ids: Ids) -> list[Tensor]:

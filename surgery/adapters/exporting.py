@@ -1,8 +1,9 @@
-"""A delta as a PEFT LoRA adapter directory, written without torch or peft."""
+"""A delta as a PEFT LoRA adapter directory; with a checkpoint at hand peft reads it back before it is left there."""
 
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ _ROOT = "base_model.model."
 # transformers' Conv1D stores [in, out], the transpose of nn.Linear; PEFT calls that fan_in_fan_out.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 _CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt")
+# Embeddings whose rows are no tokens; peft holds each nn.Embedding alike.
+_POSITIONS = re.compile(r"(^|\.)(wpe|position_embeddings|embed_positions|token_type_embeddings)\.weight$")
+# Experts that a checkpoint stores one by one, and their router: peft makes one parameter of them, of one rank.
+_OF_EXPERTS = re.compile(r"\.experts\.\d+\.|\.gate$")
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,13 @@ def export_peft(
     on a sibling they replace its own). With `served` the adapter keeps to what vLLM, SGLang and llama.cpp load: one
     rank of at most 512, no whole modules, no embedding and no head.
 
+    With a `checkpoint`, what peft makes of the adapter there is compared with the delta before it is published; without
+    one, no torch is needed. Factors of experts, which peft joins by rules of its own, have one rank.
+
     Raises:
         SurgeryError: a tensor that LoRA cannot hold (norms and biases without a checkpoint, unless `drop_vectors`), a
-            tied vocabulary matrix, kind "module", what servers do not load, a destination that exists.
+            tied vocabulary matrix, kind "module", what servers do not load, a destination that exists; experts without
+            a checkpoint, or an adapter that peft does not take or makes something else of.
     """
     out = Path(out)
     if delta.kind == "module":
@@ -72,7 +81,7 @@ def export_peft(
         raise SurgeryError(f"rank {rank}: expected at least 1, or none for an exact adapter")
     check_destination(out)
     saved = _saved(delta, checkpoint) if checkpoint is not None and not (drop_vectors or served) else {}
-    dropped = _dropped(delta, drop_vectors, set(saved), served)
+    dropped = _dropped(delta, drop_vectors, set(saved), checkpoint is None and not served)
     facts = delta.metadata["architecture"]
     transposed = facts.get("model_type") in _CONV1D_MODELS
     arrays: dict[str, np.ndarray] = {}
@@ -90,7 +99,7 @@ def export_peft(
         module = delta.metadata["prefix"] + name.removesuffix(".weight")
         ranks[module] = right.shape[0]
         key = f"{_ROOT}{module}.lora_"
-        if is_embedding(name):  # the embedding's product is transposed in PEFT: weight + (B @ A).T
+        if is_embedding(name) or _POSITIONS.search(name):  # its product is transposed in PEFT: weight + (B @ A).T
             arrays[key + "embedding_A"], arrays[key + "embedding_B"] = left.T, right.T
         elif transposed:
             arrays[key + "A.weight"], arrays[key + "B.weight"] = left.T, right.T
@@ -101,6 +110,13 @@ def export_peft(
     highest = max(ranks.values())
     if served:
         _refuse_high(highest, out)
+    of_experts = next((module for module in ranks if _OF_EXPERTS.search(module)), None)
+    if of_experts and checkpoint is None:
+        raise SurgeryError(
+            f"{of_experts}: of experts and routers peft reads what its rules for the family allow; add --checkpoint "
+            "CHECKPOINT, so that what it reads is compared with the delta"
+        )
+    if served or of_experts:
         arrays = {name: _padded(array, name, highest) for name, array in arrays.items()}
         ranks = dict.fromkeys(ranks, highest)
     prefix = str(delta.metadata["prefix"])
@@ -118,6 +134,11 @@ def export_peft(
             file.writelines(file_parts(spec, {"format": "pt"}, data))
         size = sum(os.path.getsize(part / name) for name in (CONFIG, WEIGHTS))
         sync_tree(part, [CONFIG, WEIGHTS])
+        if checkpoint is not None:
+            from surgery.adapters.effect import refuse_unread  # which needs torch and peft
+
+            lost = math.hypot(max(errors.values()), math.sqrt(sum(dropped.values())))
+            refuse_unread(delta, part, checkpoint, lost)
         publish(part, out)
     return PeftReport(out, highest, errors, dropped, tuple(saved), size)
 
@@ -140,21 +161,26 @@ def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
     return found
 
 
-def _dropped(delta: Delta, drop_vectors: bool, saved: set[str], served: bool) -> dict[str, float]:
+def _dropped(delta: Delta, drop_vectors: bool, saved: set[str], can_keep: bool) -> dict[str, float]:
     squares = {
         name: float(np.square(delta.read(name, 0, math.prod(shape)), dtype=np.float64).sum())
         for name, shape in delta.shapes.items()
     }
     total = sum(squares.values()) or 1.0
     vectors = {
-        name: squares[name] / total for name, shape in delta.shapes.items() if len(shape) != 2 and name not in saved
+        name: squares[name] / total
+        for name, shape in delta.shapes.items()
+        if not (len(shape) == 2 and name.endswith(".weight")) and name not in saved
     }
     if vectors and not drop_vectors:
         name = next(iter(vectors))
-        whole = "" if served else ", give --checkpoint CHECKPOINT to keep norms whole,"
+        whole = ", give --checkpoint CHECKPOINT to keep norms whole," if can_keep else ""
+        step = f"make the edit with its norms frozen (--set block_part=matrices){whole}"
+        if len(delta.shapes[name]) > 1:  # experts in one tensor, convolutions, matrices that belong to no module
+            step = "make the edit without it (--set block_part=attention)"
         raise SurgeryError(
-            f"{name}: LoRA holds matrices only, this is of shape {list(delta.shapes[name])}; make the edit with its "
-            f"norms frozen (--set block_part=matrices){whole} or add --drop-vectors, and see what is lost"
+            f"{name}: LoRA holds matrices of modules only, this is of shape {list(delta.shapes[name])}; {step} or add "
+            "--drop-vectors, and see what is lost"
         )
     return vectors
 
@@ -167,7 +193,7 @@ def _refuse_high(rank: int, out: Path) -> None:
 
 
 def _padded(array: np.ndarray, name: str, rank: int) -> np.ndarray:
-    """A factor with zeros up to the rank that all share: servers read one rank and no patterns."""
+    """A factor with zeros up to the rank that all share, where no rank of its own can be told."""
     axis = 0 if ".lora_A" in name else 1
     widths = [(0, rank - size if number == axis else 0) for number, size in enumerate(array.shape)]
     return np.pad(array, widths)

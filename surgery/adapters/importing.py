@@ -190,7 +190,7 @@ def _merged(adapter: Path, config: Any, checkpoint: Path, reason: str) -> "dict[
     where = f"{adapter}: {reason}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        base = _base(checkpoint)
+        base = base_of(checkpoint)
         before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
         peft: Any = _attached(base, adapter)
         wanted = logits(peft)
@@ -204,7 +204,7 @@ def _merged(adapter: Path, config: Any, checkpoint: Path, reason: str) -> "dict[
             raise SurgeryError(f"{where}, which changes what parameters there are ({odd}); a delta cannot hold that")
         got = logits(merged)
         torch.manual_seed(1)
-        again = logits(_attached(_base(checkpoint), adapter))
+        again = logits(_attached(base_of(checkpoint), adapter))
     limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
     if not float((again - wanted).abs().max()) <= limit:
         raise SurgeryError(f"{where}, for which peft draws random numbers anew at each loading; the file lacks them")
@@ -221,7 +221,8 @@ def _merged(adapter: Path, config: Any, checkpoint: Path, reason: str) -> "dict[
     }
 
 
-def _base(checkpoint: Path) -> "PreTrainedModel":
+def base_of(checkpoint: Path) -> "PreTrainedModel":
+    """The model of a checkpoint in float32 on the CPU. Raises: SurgeryError where its weights are not whole."""
     import torch
     from transformers import AutoConfig
 
@@ -238,8 +239,10 @@ def _base(checkpoint: Path) -> "PreTrainedModel":
 
 
 def _attached(base: "PreTrainedModel", adapter: Path) -> "nn.Module":
-    """peft's own model of base and adapter. Raises: SurgeryError where peft only warns that tensors are missing."""
+    """peft's own model of base and adapter. Raises: SurgeryError where peft only warns that tensors are missing, or
+    leaves some of the file's out without a word."""
     from peft import PeftModel
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -248,6 +251,12 @@ def _attached(base: "PreTrainedModel", adapter: Path) -> "nn.Module":
         text = " ".join(str(warning.message).split())
         if "missing adapter keys" in text:
             raise SurgeryError(f"{adapter}: {text[:240]} It is incomplete, or of another peft version")
+    result: Any = set_peft_model_state_dict(peft, load_peft_weights(str(adapter), device="cpu"))
+    if result.unexpected_keys:
+        raise SurgeryError(
+            f"{adapter}: {result.unexpected_keys[0].replace('.' + NAME, '')} is read by no layer that its config names "
+            f"({len(result.unexpected_keys)} such tensors), so peft would leave it out; mend target_modules"
+        )
     return peft.eval()
 
 
