@@ -4,12 +4,14 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import state
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
@@ -21,6 +23,7 @@ from surgery.data import genbias, genhint, locality, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
+from surgery.forward.generation import own_texts
 from surgery.forward.precision import matrix_products
 from surgery.metrics.suite import material
 from surgery.progress import Progress
@@ -80,6 +83,24 @@ def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     assert any(line.startswith("Beside it, lftf") for line in printed(summary)), "the terminal says what the page says"
     assert "kl" not in summary["before"]["locality"]["things"]
     assert summary["after"]["locality"]["things"]["kl"]["value"] > 0
+
+
+def test_texts_that_the_model_writes_are_held_beside_the_shipped_ones(checkpoint: Path, tmp_path: Path) -> None:
+    """Each begins as the tokenizer begins any text; a tokenizer that begins none is refused before anything runs."""
+    model, tokenizer = surgery.load(checkpoint, device="cpu")
+    with pytest.raises(SurgeryError, match="samples: got 5, and this tokenizer has no token to begin a text"):
+        operate(checkpoint, tmp_path / "run", samples=5)
+    tokenizer.bos_token, begin = "The", tokenizer.convert_tokens_to_ids("The")
+    settings = equalize.Settings(model=str(checkpoint), samples=5, seed=3)
+    op: Any = SimpleNamespace(model=model, once=lambda name, compute: compute(), progress=Progress(quiet=True))
+    written = own_texts(model, 5, begin=begin, ends=[tokenizer.pad_token_id], seed=3)
+    lines = {"texts": shapes.texts()[:2], "settled": []}
+    assert dataset.encoded(op, tokenizer, settings, lines)["texts"][2:] == tuple(written), "no text begins with a token"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="The $A", special_tokens=[("The", begin)])
+    found = dataset.encoded(op, tokenizer, settings, lines)
+    assert set(found) == {"texts"} and found["texts"][2:] == tuple((begin, *row) for row in written)
+    off = settings.model_copy(update={"hold_texts": 0.0})
+    assert dataset.encoded(op, tokenizer, off, lines)["texts"] == found["texts"][:2]
 
 
 def test_only_streams_of_the_untouched_model_are_kept(checkpoint: Path) -> None:

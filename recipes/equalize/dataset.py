@@ -3,14 +3,25 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from hooks.batching import context_limit
+from hooks.tokens import added
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
 from surgery.data.genbias import shuffled
 from surgery.data.prompts import POSSESSIVES, PromptSet
 from surgery.errors import SurgeryError
+from surgery.forward.generation import own_texts
+from surgery.forward.tokens import Ids, encode, start_token
+from surgery.operation import Operation
 
+if TYPE_CHECKING:
+    from recipes.equalize.settings import Settings
+
+SAMPLED = 40  # tokens of a text of the model's own at most
 
 def of_people(prompts: PromptSet) -> bool:
     """Whether the words are he, she or they, so that the grammar and the settled subjects are about them."""
@@ -159,6 +170,21 @@ def texts(file: str | Path) -> list[str]:
     return list(dict.fromkeys([*shapes.texts(), *(neutral.sentences(file) if file else [])]))
 
 
+def encoded(
+    op: Operation, tokenizer: PreTrainedTokenizerBase, settings: "Settings", lines: Mapping[str, Sequence[str]]
+) -> dict[str, Ids]:
+    """Token ids of the ``lines`` of each term that has some; ``texts`` are followed by those the model writes itself.
+
+    Each of these begins with what the tokenizer puts before a text.
+    """
+    ids = {name: encode(tokenizer, each) for name, each in lines.items() if each}
+    if settings.samples and settings.hold_texts:
+        own = op.once("own-texts", lambda: written(op, tokenizer, settings))
+        begin = added(tokenizer)[0]
+        ids["texts"] = tuple(dict.fromkeys([*ids["texts"], *((*begin, *row) for row in own)]))
+    return ids
+
+
 def some(lines: Sequence[str], limit: int, seed: int) -> list[str]:
     """``limit`` of the lines drawn by the seed, in their order; all for 0."""
     if not limit or limit >= len(lines):
@@ -174,3 +200,27 @@ def refuse_both(equalized: Sequence[str], held: Sequence[str], where: str) -> No
         raise SurgeryError(
             f"{where}: {both!r} is also a training prompt, whose next word is equalised; take it out of one of them"
         )
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, samples: int) -> int:
+    """The token that begins a text; raises ``SurgeryError`` for a tokenizer that has none."""
+    begin = start_token(tokenizer)
+    if begin is None:
+        raise SurgeryError(
+            f"samples: got {samples}, and this tokenizer has no token to begin a text with; expected 0; hold texts of "
+            "your own (hold_file)"
+        )
+    return begin
+
+
+def written(op: Operation, tokenizer: PreTrainedTokenizerBase, settings: "Settings") -> list[list[int]]:
+    """Token ids of the texts that the untouched model writes itself."""
+    begin = first_token(tokenizer, settings.samples)
+    ends = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None]
+    room = context_limit(op.model)
+    with op.progress.work("texts of the model's own", settings.samples) as step:
+        longest = min(SAMPLED, room - 1) if room else SAMPLED
+        found = own_texts(
+            op.model, settings.samples, begin=begin, ends=ends, longest=longest, seed=settings.seed, step=step
+        )
+    return [list(row) for row in found]

@@ -21,7 +21,7 @@ from recipes.equalize import dataset
 from recipes.equalize.doses import check_doses, check_scales, choose_doses
 from recipes.equalize.measuring import Measuring
 from recipes.equalize.pairs_report import verdict, write_report
-from recipes.equalize.pairs_terms import first_token, terms_of, written
+from recipes.equalize.pairs_terms import terms_of
 from recipes.equalize.settings import OF_PAIRS, OF_WORDS, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of
 from surgery.catalogue import check_scorer
@@ -105,7 +105,7 @@ def run(
         if DEFINITIONS[scorer].start != "none":
             sentences.start_token(tokenizer, scorer)
     if settings.samples:
-        first_token(tokenizer, settings.samples)
+        dataset.first_token(tokenizer, settings.samples)
     controls = controls_of(settings.controls)
     if "lftf" in controls:
         raise SurgeryError("controls: got 'lftf', which learns words; expected random or no_hold beside pairs")
@@ -131,7 +131,7 @@ def run(
         measuring.take_up(first)
         before = first["scores"]
         sampled = settings.samples and settings.hold_texts
-        own = op.once("own-texts", partial(written, op, tokenizer, settings)) if sampled else []
+        own = op.once("own-texts", partial(dataset.written, op, tokenizer, settings)) if sampled else []
         build = partial(build, own=own)
         judged = partial(margins_and_perplexity, model, tokenizer, settings.scorers)
         chosen = choose_doses(work, main, given.train, given.wanted, build, judged)

@@ -14,14 +14,10 @@ from surgery.edits.equalize.dose import Dose
 from surgery.edits.equalize.pairs import STARTS, pairs_term
 from surgery.edits.equalize.terms import Term, hold_term
 from surgery.errors import SurgeryError
-from surgery.forward.generation import own_texts
 from surgery.forward.tokens import start_token, word_ids
-from surgery.operation import Operation
 
 if TYPE_CHECKING:
     from recipes.equalize import Settings
-
-SAMPLED = 40  # tokens of a text of the model's own at most
 
 
 def terms_of(
@@ -72,27 +68,3 @@ def repeated(pairs: Sequence[Pair], most: int) -> list[Pair]:
     counts = Counter(pair.bias_type for pair in pairs)
     times = {kind: min(most, round(max(counts.values()) / count)) for kind, count in counts.items()}
     return [pair for pair in pairs for _ in range(times[pair.bias_type])]
-
-
-def first_token(tokenizer: PreTrainedTokenizerBase, samples: int) -> int:
-    """The token that begins a text; raises ``SurgeryError`` for a tokenizer that has none."""
-    begin = start_token(tokenizer)
-    if begin is None:
-        raise SurgeryError(
-            f"samples: got {samples}, and this tokenizer has no token to begin a text with; expected 0; hold texts of "
-            "your own (hold_file)"
-        )
-    return begin
-
-
-def written(op: Operation, tokenizer: PreTrainedTokenizerBase, settings: "Settings") -> list[list[int]]:
-    """Token ids of the texts that the untouched model writes itself."""
-    begin = first_token(tokenizer, settings.samples)
-    ends = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None]
-    room = context_limit(op.model)
-    with op.progress.work("texts of the model's own", settings.samples) as step:
-        longest = min(SAMPLED, room - 1) if room else SAMPLED
-        found = own_texts(
-            op.model, settings.samples, begin=begin, ends=ends, longest=longest, seed=settings.seed, step=step
-        )
-    return [list(row) for row in found]

@@ -17,7 +17,7 @@ from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
-from surgery.forward.tokens import encode, word_ids
+from surgery.forward.tokens import word_ids
 from surgery.metrics.suite import material
 from surgery.operation import Run, Where, control, operation
 from surgery.runs import examples, summary
@@ -49,7 +49,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     controls = controls_of(settings.controls)
     split = "pairs" if settings.split == "pairs" else "profession"
     texts = texts_of(prompts, settings, split)
-    ids = {name: encode(tokenizer, lines) for name, lines in texts.items() if lines}
+    if settings.samples:
+        dataset.first_token(tokenizer, settings.samples)
     asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
     asked, far = fewer(asked, far, settings.test_rows, settings.seed)
@@ -57,6 +58,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
     )
     with operation("equalize", model, settings, **where) as op:
+        ids = dataset.encoded(op, tokenizer, settings, texts)
         judged = (asked, far)
         measuring = op.shared.get("measuring", judged, partial(Measuring, model, asked, far, words, op.progress))
         terms = word_terms(settings, ids, words, shares)
@@ -85,7 +87,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             controls={name: control(other, other.measured) for name, other in others.items()},
             words=list(prompts.words.words),
             shares=list(shares),
-            texts={name: len(lines) for name, lines in texts.items()},
+            texts={name: len(ids.get(name, ())) for name in texts},
         )
         return op.finish(replace(found, verdict=verdict(found.to_dict())), write_report)
 

@@ -14,7 +14,7 @@ from surgery.runs import settings as shared
 
 FOLDERS = ("stereoset", "crows_pairs")
 CONTROLS = ("lftf", "random", "no_hold")
-OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", "hold_unrelated", "samples")
+OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", "hold_unrelated")
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
@@ -50,7 +50,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     hold_unrelated: float = Field(0.25, ge=0)
     """Weight of holding the unrelated sentences of the pairs, of each example beside 1 of a pair."""
     samples: int = Field(0, ge=0)
-    """So many texts that the untouched model writes itself are held, with the weight hold_texts; 800 for pairs."""
+    """So many texts that the untouched model writes itself are held, too, with the weight hold_texts; 800 for pairs."""
     words: list[str] = []
     """Other words to share the mass among than the prompt set's; any number from two."""
     words_as: Literal["tokens", "continuations"] = "tokens"

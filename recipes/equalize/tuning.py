@@ -17,7 +17,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from recipes.equalize import pairs
+from recipes.equalize import dataset, pairs
 from recipes.equalize.candidates import OWN, RATES, Candidate, at_other_places, last_quarter, nearby, places_of
 from recipes.equalize.measuring import Measuring, distances
 from recipes.equalize.recipe import texts_of
@@ -26,7 +26,7 @@ from recipes.equalize.settings import Settings
 from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.errors import SurgeryError
-from surgery.forward.tokens import encode, word_ids
+from surgery.forward.tokens import word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.suite import Material, material
 from surgery.operation import Operation, Where, operation
@@ -80,7 +80,7 @@ def tune(
 
         def a_round(name: str, own: Settings, judged: Material, others: Mapping[str, Any], keep: list[int]) -> Round:
             texts = texts_of(prompts, own, "pairs" if own.split == "pairs" else "profession")
-            ids = {kind: encode(tokenizer, lines) for kind, lines in texts.items() if lines}
+            ids = dataset.encoded(op, tokenizer, own, texts)
             measuring = Measuring(model, judged, dict(others), words, op.progress, keep=keep)
             before = op.once(f"before-{name}", measuring.before)
             measuring.take_up(before)
