@@ -20,7 +20,7 @@ from recipes.equalize import doses as dosing
 from recipes.equalize import pairs
 from recipes.equalize.pairs_terms import repeated, terms_of
 from surgery.data import facts_of_gender, shapes
-from surgery.data.pairs import Pair
+from surgery.data.pairs import Pair, folds
 from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
 from surgery.edits.equalize.dose import read_doses
 from surgery.edits.equalize.passes import passes
@@ -98,7 +98,7 @@ def test_the_margin_falls_and_ss_follows_the_dose(
 def test_a_chosen_dose_has_its_interval_and_resumes(
     checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four trainings on groups apart, two at the chosen doses, one on all; cut inside the third, it goes on alike."""
+    """Two trainings on groups apart, two at the chosen doses, one on all; cut inside the second, it goes on alike."""
     settings: dict[str, Any] = {"pairs": written(rows, tmp_path / "own.jsonl"), "dose": ["auto"], "epochs": 1}
     settings |= {"doses": [0.0, 0.4], "folds": 2, "scales": [0.5, 1.0], "margin_gone": 0.01}
     settings |= {"samples": 5, "hold_texts": 1.0}
@@ -124,13 +124,13 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     # A fold learns of 6 of 12 groups 18 pairs and 6 unrelated sentences, each in both forms, 48 examples beside texts.
     batches = 2 * -(-(48 + whole["edit"]["terms"]["texts"]) // 32)  # twice through half: the steps of the last training
     assert {name: trained.count(name) for name in trained if name != "equalize"} == {
-        f"{dose}, fold {fold} of 2": batches for dose in ("dose 0", "dose 0.4", "own doses") for fold in (1, 2)
+        f"{said} doses, fold {fold} of 2": batches for said in ("grid", "own") for fold in (1, 2)
     }
     write = Folder.log
 
     def interrupt(folder: Any, row: dict[str, Any]) -> None:
         write(folder, row)
-        if row.get("edit") == "dose 0, fold 2 of 2" and row["step"] == 2:
+        if row.get("edit") == "grid doses, fold 2 of 2" and row["step"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -141,7 +141,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     assert rest["delta"]["sha256"] == whole["delta"]["sha256"] and rest["doses"] == whole["doses"]
     assert rest["after"] == whole["after"] and "kl" in rest["after"]["locality"]["things"]  # to the first model
     again = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").open()]
-    assert sum(row.get("edit") == "dose 0, fold 1 of 2" for row in again) == batches  # not trained a second time
+    assert sum(row.get("edit") == "grid doses, fold 1 of 2" for row in again) == batches  # not trained a second time
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
         ({"dose": ["much"]}, "dose: got 'much', expected a number"),
         ({"dose": [0.1, 0.2]}, "dose: 'of the other types' is given twice"),
         ({"dose": ["auto"], "doses": [0.1]}, "doses: got .0.1., expected at least 2"),
+        ({"dose": ["auto"], "doses": [0, 0.1, 0.2], "folds": 2}, "doses: got 3 and 2 folds, which take one each"),
         ({"scales": [1.0, 3.0]}, r"scales: got .1.0, 3.0., expected numbers above 0 up to 2"),
         ({"scales": [0.5, 1.0]}, "scales: got .* and a dose for every bias type"),
         ({"scorers": ["bos", "bos"]}, "scorers: 'bos' is named twice"),
@@ -196,53 +197,61 @@ def test_a_tokenizer_without_a_start_token_needs_another_scorer(
     assert not list(tmp_path.glob("run*"))
 
 
-def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups, margins that fall in proportion to scale and dose; untouched they are all .4."""
-    pairs = [Pair("a", "b", "t", group, "") for group in ("x", "y") for _ in range(2)]
-    found = {
-        scale: {dose: np.full((4, 1), 0.4 * (1 - scale) - scale * dose + 0.01) for dose in (0.0, 1.0)}
-        for scale in (0.2, 0.5, 1.0)
-    }
-    costs = {scale: [np.log(10 * (1 + 0.1 * scale**2))] * 2 for scale in found}
-    monkeypatch.setattr(dosing, "_cross_validated", lambda *_, **__: (found, costs))
+def chosen_by(
+    monkeypatch: pytest.MonkeyPatch, pairs: list[Pair], wanted: Any, margin: Any, before: Any, **settings: Any
+) -> Any:
+    """``choose_doses`` where a training leaves ``margin(pair, doses, scale)`` of a pair, a number for each scorer."""
+
+    def held_out(work: Any, variant: Any, judged: Any, fixed: Any, said: Any, doses: Any, scales: Any, **_: Any) -> Any:
+        fold_of = {place: number for number, part in enumerate(folds(judged, 2, seed=0)) for place in part}
+        found = {
+            scale: np.array([margin(pair, doses[fold_of[place]], scale) for place, pair in enumerate(judged)])
+            for scale in scales
+        }
+        return found, {scale: [np.log(10 * (1 + 0.1 * scale**2))] * 2 for scale in scales}
+
+    monkeypatch.setattr(dosing, "_held_out", held_out)
     monkeypatch.setattr(dosing, "check_edit", lambda *_, **__: None)
     op = SimpleNamespace(
         once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
     )
+    usual = {"scales": [1.0], "doses": [0.0, 1.0], "margin_gone": 0.3, "seed": 0, "folds": 2, "split_seed": 0}
+    usual |= {"scorers": ["bos"]}
+    work: Any = SimpleNamespace(op=op, settings=SimpleNamespace(**usual | settings), trains=lambda _: [])
+    variant: Any = None
+    return dosing.choose_doses(
+        work, variant, pairs, wanted, lambda *_: [], lambda judged: (np.array([before for _ in judged]), 10.0)
+    )
+
+
+def some_pairs(types: str) -> list[Pair]:
+    """Two pairs of each of twelve groups of each type."""
+    return [Pair("a", "b", kind, f"{kind}{group}", "") for kind in types for group in range(12) for _ in range(2)]
+
+
+def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Margins that fall in proportion to scale and dose; untouched they are all .4. Each fold has one dose alone."""
+
+    def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
+        return [0.4 * (1 - scale) - scale * doses["t"] + 0.01]
+
     for wanted, scale in ((0.3, 0.5), (0.99, 1.0)):
-        settings = SimpleNamespace(
-            scales=list(found), doses=[0.0, 1.0], margin_gone=wanted, seed=0, scorers=["bias-bench"]
-        )
-        work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
-        chosen = dosing.choose_doses(
-            work, Any, pairs, {"t": None}, lambda *_: [], lambda _: (np.full((4, 1), 0.4), 10.0)
-        )
-        assert chosen.scale == scale
-    assert [row["reached"] for row in chosen.scales] == [False, True, True]  # at .2 it would take a dose of 1.65
+        given = {"scales": [0.2, 0.5, 1.0], "margin_gone": wanted}
+        chosen = chosen_by(monkeypatch, some_pairs("t"), {"t": None}, margin, [0.4], **given)
+        assert chosen.scale == scale == chosen.scales[-1]["scale"] and chosen.scales[-1]["own"]
+    # At .2 it would take a dose of 1.65.
+    assert [row["reached"] for row in chosen.scales] == [False, True, True, True]
     assert chosen.scales[1]["perplexity"] == pytest.approx(0.025)
     assert chosen.scales[1]["margin_gone"] > 0.95 and chosen.scales[1]["doses"]["t"] == pytest.approx(0.42, abs=0.05)
 
 
 def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Margins .6 - t - u / 2 of type t, .15 - u of u: in the grid t seems to need .4, beside u at .15 it is .525."""
-    pairs = [Pair("a", "b", kind, group, "") for kind in "tu" for group in ("x", "y") for _ in range(2)]
 
-    def margins(work: Any, variant: Any, judged: Any, fixed: Any, trials: Any, scales: Any, **_: Any) -> Any:
-        found = {
-            name: np.array([[0.6 - d["t"] - d["u"] / 2 if p.bias_type == "t" else 0.15 - d["u"]] for p in pairs])
-            for name, d in trials.items()
-        }
-        return {scale: found for scale in scales}, {scale: [np.log(10.0)] for scale in scales}
+    def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
+        return [0.6 - doses["t"] - doses["u"] / 2 if pair.bias_type == "t" else 0.15 - doses["u"]]
 
-    monkeypatch.setattr(dosing, "_cross_validated", margins)
-    monkeypatch.setattr(dosing, "check_edit", lambda *_, **__: None)
-    op = SimpleNamespace(
-        once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
-    )
-    settings = SimpleNamespace(scales=[1.0], doses=[0.0, 1.0], margin_gone=0.3, seed=0, scorers=["bos"])
-    work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
-    wanted = {"t": None, "u": None}
-    chosen = dosing.choose_doses(work, Any, pairs, wanted, lambda *_: [], lambda _: (np.full((8, 1), 0.4), 10.0))
+    chosen = chosen_by(monkeypatch, some_pairs("tu"), {"t": None, "u": None}, margin, [0.4])
     grid, own = chosen.scales
     assert grid["doses"] == pytest.approx({"t": 0.4, "u": 0.15}, abs=0.03) and not grid["own"] and own["own"]
     assert own["doses"] == grid["doses"] and 0.45 < chosen.doses["t"] < 0.525
@@ -252,23 +261,13 @@ def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: 
 
 def test_a_form_that_prefers_more_gets_a_larger_dose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Margins .6 - dose with a start token and .2 - dose without: one dose, .4, would leave both where they differ."""
-    pairs = [Pair("a", "b", "t", group, "") for group in ("x", "y") for _ in range(2)]
 
-    def margins(work: Any, variant: Any, judged: Any, fixed: Any, trials: Any, scales: Any, **_: Any) -> Any:
-        each = {name: d["t"] if isinstance(d["t"], tuple) else (d["t"], d["t"]) for name, d in trials.items()}
-        found = {name: np.array([[0.2 - bare, 0.6 - begun]] * 4) for name, (begun, bare) in each.items()}
-        return {scale: found for scale in scales}, {scale: [np.log(10.0)] for scale in scales}
+    def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
+        begun, bare = doses["t"] if isinstance(doses["t"], tuple) else (doses["t"], doses["t"])
+        return [0.2 - bare, 0.6 - begun]
 
-    monkeypatch.setattr(dosing, "_cross_validated", margins)
-    monkeypatch.setattr(dosing, "check_edit", lambda *_, **__: None)
-    op = SimpleNamespace(
-        once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
-    )
-    settings = SimpleNamespace(scales=[1.0], doses=[0.0, 1.0], margin_gone=0.3, seed=0, scorers=["bias-bench", "bos"])
-    work: Any = SimpleNamespace(op=op, settings=settings, trains=lambda _: [])
-    chosen = dosing.choose_doses(
-        work, Any, pairs, {"t": None, "u": 0.1}, lambda *_: [], lambda _: (np.full((4, 2), 0.4), 10.0)
-    )
+    given = {"scorers": ["bias-bench", "bos"]}
+    chosen = chosen_by(monkeypatch, some_pairs("t"), {"t": None, "u": 0.1}, margin, [0.4, 0.4], **given)
     assert chosen.doses == {"u": 0.1, "t": pytest.approx((0.6, 0.2), abs=0.03)}
     assert set(chosen.told) == {"u", "t, with a start token", "t, without one"}
     assert chosen.scales[-1]["margin_gone"] > 0.9

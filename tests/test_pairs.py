@@ -12,7 +12,7 @@ from surgery import SurgeryError
 from surgery.data import pairs as data
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import equalize, prepare
-from surgery.edits.equalize.dose import choose, crossing
+from surgery.edits.equalize.dose import choose, crossing, moved
 from surgery.edits.equalize.pairs import pairs_term, squared_margin
 from surgery.edits.equalize.training import losses_of
 from surgery.metrics.sentences import per_token, sentence_tokens
@@ -97,6 +97,17 @@ def test_folds_share_no_group_and_few_groups_are_refused() -> None:
     few = [Pair("a", "b", "z", f"{n % 9}", "") for n in range(40)]
     with pytest.raises(SurgeryError, match="bias type 'z': 9 groups, expected at least 10"):
         data.folds(few, 4, seed=0)
+
+
+def test_a_dose_moves_margins_by_the_slope_of_their_type() -> None:
+    """After = before / 2 - b dose with b .5 of one type and 1 of the other, measured at one dose a pair."""
+    pairs = [Pair("a", "b", kind, f"{number}", "") for kind in "tu" for number in range(6)]
+    before = np.linspace(-1, 1, 12)[:, None] ** 3
+    at, slope = np.array([0.0, 0.4] * 6), np.array([0.5] * 6 + [1.0] * 6)
+    after = before / 2 - (slope * at)[:, None]
+    found = moved(pairs, before, after, at, [0.0, 0.2, 0.4])
+    for dose, margins in found.items():
+        assert np.allclose(margins, before / 2 - (slope * dose)[:, None])
 
 
 def test_the_dose_is_where_held_out_pairs_prefer_neither_side() -> None:

@@ -1,11 +1,13 @@
-"""Choosing doses and the delta's scale: each dose of a grid is trained on all but one fold of the groups.
+"""Choosing doses and the delta's scale: all folds of the groups but one are learnt at a dose of the grid, in turn.
 
-The fold left out is judged at every scale, in memory. At each scale a bias type's dose is where as many of its held-out
-pairs prefer one side as the other; the scale is the smallest at which enough of the margin goes, since what an edit
-does to other text grows about as the square of the scale, and what it does to the pairs in proportion.
+The fold left out is judged at every scale, in memory. Each fold has one dose of the grid; what a dose does is taken
+from all of them, and moves a fold's margins to the doses that it did not have. So many folds can be afforded, and
+nearly all groups are learnt from, as in the last training: what is learnt of two thirds reaches the others less.
 
-In the grid all types and forms have the same dose, and what one of them learns moves the others: where several are
-chosen, each fold is trained once more with each at its own, and the choice is made anew with that point in its curve.
+At each scale a bias type's dose is where as many of its held-out pairs prefer one side as the other; the scale is the
+smallest at which enough of the margin goes, since what an edit does to other text grows about as the square of the
+scale, and what it does to the pairs in proportion. Then each fold is trained once more with every type at the dose
+found, since what one of them learns moves the others, and the choice is made anew with that point in its curve.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +21,7 @@ from jaxtyping import Float
 from recipes.equalize.work import Variant, Work
 from surgery.data.pairs import Pair, folds
 from surgery.delta import check_edit
-from surgery.edits.equalize import Prepared
-from surgery.edits.equalize.dose import Choice, Dose, between, choose
+from surgery.edits.equalize.dose import Choice, Dose, between, choose, moved
 from surgery.edits.equalize.terms import Term
 from surgery.errors import SurgeryError
 from surgery.metrics.sentences import DEFINITIONS
@@ -60,12 +61,16 @@ def forms(scorers: Sequence[str]) -> list[Form]:
 def check_doses(
     pairs: Sequence[Pair], wanted: Mapping[str, Dose | None], grid: Sequence[float], count: int, seed: int
 ) -> None:
-    """Raises ``SurgeryError`` where a dose is to be chosen, and groups or doses are too few."""
+    """Raises ``SurgeryError`` where a dose is to be chosen, and groups, doses or folds are too few."""
     judged = [pair for pair in pairs if wanted[pair.bias_type] is None]
     if judged:
         folds(judged, count, seed=seed)
         if len(set(grid)) < max(2, len(grid)) or not np.isfinite(grid).all():
             raise SurgeryError(f"doses: got {list(grid)}, expected at least 2 numbers, each once; name others")
+        if len(grid) > count:
+            raise SurgeryError(
+                f"doses: got {len(grid)} and {count} folds, which take one each; name fewer, or more folds"
+            )
 
 
 def check_scales(scales: Sequence[float], wanted: Mapping[str, Dose | None]) -> None:
@@ -101,10 +106,17 @@ def choose_doses(
     check_edit(work.op.model, work.trains(variant), work.op.directory, out=work.op.folder.path)
     before = work.op.once("dose-untouched", lambda: _plain(judge(judged)))
     types = dict.fromkeys(pair.bias_type for pair in judged)
-    across = partial(_cross_validated, work, variant, judged, fixed, build=build, judge=judge)
-    margins, costs = across(
-        {dose: given | dict.fromkeys(types, dose) for dose in sorted(work.settings.doses)}, sorted(work.settings.scales)
+    across = partial(_held_out, work, variant, judged, fixed, build=build, judge=judge)
+    grid, parts = sorted(work.settings.doses), folds(judged, work.settings.folds, seed=work.settings.split_seed)
+    turns = [grid[number % len(grid)] for number in range(len(parts))]
+    at = np.full(len(judged), np.nan)
+    for dose, part in zip(turns, parts, strict=True):
+        at[part] = dose
+    measured, costs = across(
+        "grid", [given | dict.fromkeys(types, dose) for dose in turns], sorted(work.settings.scales)
     )
+    was = np.array(before["margins"])
+    margins = {scale: moved(judged, was, after, at, grid) for scale, after in measured.items()}
     kinds, seed = forms(work.settings.scorers), work.settings.seed
 
     def row(
@@ -127,15 +139,13 @@ def choose_doses(
         rows.append(row(scale, doses, chosen[scale], left, costs[scale]) | {"own": False})
     enough = [each["scale"] for each in rows if each["reached"] and each["margin_gone"] >= work.settings.margin_gone]
     scale = enough[0] if enough else max(margins)
-    if len(types) * len(kinds) > 1:
-        own = _by_type(chosen[scale])
-        settled, cost = across({"own": given | own}, [scale])
-        at = settled[scale]["own"]
-        chosen[scale] = [
-            _anew(judged, _of_form(margins[scale], form), at[:, form[1]], found, seed)
-            for form, found in zip(kinds, chosen[scale], strict=True)
-        ]
-        rows.append(row(scale, own, chosen[scale], np.abs(at).mean(), cost[scale]) | {"own": True})
+    own = _by_type(chosen[scale])
+    settled, cost = across("own", [given | own] * len(parts), [scale])
+    chosen[scale] = [
+        _anew(judged, _of_form(margins[scale], form), settled[scale][:, form[1]], found, seed)
+        for form, found in zip(kinds, chosen[scale], strict=True)
+    ]
+    rows.append(row(scale, own, chosen[scale], np.abs(settled[scale]).mean(), cost[scale]) | {"own": True})
     for (form, _), found in zip(kinds, chosen[scale], strict=True):
         told |= {f"{name}, {form}" if form else name: each.to_dict() for name, each in found.items()}
     return Chosen(given | _by_type(chosen[scale]), told, scale, rows)
@@ -171,19 +181,20 @@ def _anew(
     return found
 
 
-def _cross_validated(
+def _held_out(
     work: Work,
     variant: Variant,
     judged: Sequence[Pair],
     fixed: Sequence[Pair],
-    trials: Mapping[Any, Mapping[str, Dose]],
+    said: str,
+    doses: Sequence[Mapping[str, Dose]],
     scales: Sequence[float],
     *,
     build: Build,
     judge: Judge,
-) -> tuple[dict[float, dict[Any, Float[np.ndarray, "pairs scorers"]]], dict[float, list[float]]]:
-    """By scale, the margins of every held-out pair in each trial (its doses by bias type), and the log perplexity of
-    each training.
+) -> tuple[dict[float, Float[np.ndarray, "pairs scorers"]], dict[float, list[float]]]:
+    """By scale, the margins of every pair after the training on the other folds, at that fold's ``doses`` by bias type,
+    and the log perplexity of each training.
 
     A fold goes through its fewer pairs more often, so that it takes about as many steps as the last training will: what
     a dose does grows with them.
@@ -191,23 +202,17 @@ def _cross_validated(
     settings = work.settings
     epochs = round(settings.epochs * settings.folds / (settings.folds - 1))
     work = replace(work, settings=settings.model_copy(update={"epochs": epochs}))
-    shape = (len(judged), len(settings.scorers))
-    margins: dict[float, dict[Any, Any]] = {
-        scale: {trial: np.full(shape, np.nan) for trial in trials} for scale in scales
-    }
+    margins = {scale: np.full((len(judged), len(settings.scorers)), np.nan) for scale in scales}
     costs: dict[float, list[float]] = {scale: [] for scale in scales}
     for number, part in enumerate(folds(judged, settings.folds, seed=settings.split_seed)):
         left_out = set(part)
         train = [*(pair for place, pair in enumerate(judged) if place not in left_out), *fixed]
-        held = [judged[place] for place in part]
-        prepared: list[Prepared] = []  # the targets are those of every trial
-        for trial, doses in trials.items():
-            said = f"dose {trial:g}" if isinstance(trial, float) else f"{trial} doses"
-            name = f"{said}, fold {number + 1} of {settings.folds}"
-            one = partial(_scored, work, variant, name, build(train, doses), prepared, partial(judge, held), scales)
-            for scale, found in zip(scales, work.op.once(f"dose-{number}-{trial}", one), strict=True):
-                margins[scale][trial][part] = found["margins"]
-                costs[scale].append(np.log(found["perplexity"]))
+        name = f"{said} doses, fold {number + 1} of {settings.folds}"
+        terms = build(train, doses[number])
+        one = partial(_scored, work, variant, name, terms, partial(judge, [judged[at] for at in part]), scales)
+        for scale, found in zip(scales, work.op.once(f"dose-{number}-{said}", one), strict=True):
+            margins[scale][part] = found["margins"]
+            costs[scale].append(np.log(found["perplexity"]))
     return margins, costs
 
 
@@ -216,14 +221,11 @@ def _scored(
     variant: Variant,
     name: str,
     terms: Sequence[Term],
-    prepared: list[Prepared],
     judge: Callable[[], tuple[Float[np.ndarray, "pairs scorers"], float]],
     scales: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Train on ``terms``, and judge with that in memory at each scale, rounded as the checkpoint would be."""
-    if not prepared:
-        prepared.append(work.prepare(variant, terms))
-    _, delta = work.learnt(name, variant, replace(prepared[0], terms=tuple(terms)))
+    _, delta = work.learnt(name, variant, work.prepare(variant, terms))
     found = []
     for scale in scales:
         with work.op.edited(delta, scale):

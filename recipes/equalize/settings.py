@@ -31,15 +31,15 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     dose: list[str | int | float] = ["auto"]
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
     0.4/0.2 are of a sentence with a start token and of one without."""
-    doses: list[float] = [0.0, 1.2]
-    """The doses among which auto chooses, by straight lines between them; each is trained once for each fold."""
+    doses: list[float] = [0.0, 0.6]
+    """The doses among which auto chooses, by straight lines between them; the folds are trained at them in turn."""
     scales: list[float] = [1.0]
     """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
     Of words one number."""
     margin_gone: float = Field(0.3, gt=0, lt=1)
     """The share of the mean |margin| that is to go from pairs of groups that training never saw."""
-    folds: int = Field(3, ge=2)
-    """Into so many parts of its groups (terms) the training data is cut for that; each dose trains as often."""
+    folds: int = Field(5, ge=2)
+    """Into so many parts of its groups (terms) the training data is cut for that; twice as many trainings are made."""
     scorers: list[str] = ["bos", "bias-bench"]
     """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""
     test_rows: shared.Limit = 0

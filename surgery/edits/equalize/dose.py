@@ -1,7 +1,7 @@
 """How large a dose must be: read off where a score of groups that training never saw crosses its ideal.
 
 A dose changes what is learnt on the training groups at once and reaches other groups in part, by how much is measured:
-for each dose of a grid and each fold the pairs of the other folds are learnt, and the fold's own are scored.
+for each fold the pairs of the other folds are learnt at a dose of a grid, and the fold's own are scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,6 +87,30 @@ def crossing(doses: Sequence[float], scores: Sequence[float], aim: float) -> tup
             share = (before - aim) / (before - after)
             return float(doses[place - 1] + share * (doses[place] - doses[place - 1])), True
     return float(doses[-1]), False
+
+
+def moved(
+    pairs: Sequence[Pair],
+    before: Float[np.ndarray, "pairs scorers"],
+    after: Float[np.ndarray, "pairs scorers"],
+    at: Float[np.ndarray, " pairs"],
+    doses: Sequence[float],
+) -> dict[float, Float[np.ndarray, "pairs scorers"]]:
+    """The margins ``after`` a training, moved from the dose ``at`` which each was measured to each of ``doses``.
+
+    By how much is the slope of the dose in the least-squares line of the margins after on those before and the dose,
+    one for each bias type and scorer.
+    """
+    types = np.array([pair.bias_type for pair in pairs])
+    found = {dose: after.copy() for dose in doses}
+    for name in set(types.tolist()):
+        mine = types == name
+        for scorer in range(after.shape[1]):
+            known = np.stack([before[mine, scorer], np.ones(mine.sum()), at[mine]], axis=1)
+            slope = np.linalg.lstsq(known, after[mine, scorer], rcond=None)[0][2]
+            for dose, margins in found.items():
+                margins[mine, scorer] += slope * (dose - at[mine])
+    return found
 
 
 def between(
