@@ -17,6 +17,7 @@ from surgery.edits.equalize.training import inside
 from surgery.edits.places import choose
 from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import usable
 from surgery.forward.precision import matrix_products
 from surgery.forward.tokens import Ids
 from surgery.locate.gain import fitting
@@ -211,7 +212,7 @@ class Work:
         model, ids = self.op.model, self.own
         plan, blocks = self.plan(variant), variant.blocks
         with matrix_products(self.settings.matmul):
-            prefix = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
+            prefix = usable(model, next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start])
             trained = fine_tune(
                 model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
             )

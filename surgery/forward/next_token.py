@@ -16,7 +16,7 @@ from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
-from surgery.forward.residual_cache import ResidualCache, shortcut
+from surgery.forward.residual_cache import ResidualCache, shortcut, usable
 from surgery.forward.trees import as_batch, trees_for
 from surgery.processes import count, gathered, joined, mine
 
@@ -60,7 +60,8 @@ def next_words(
     """P(word | prompt) of the token ids ``words`` as the next token, softmax over the full vocabulary.
 
     ``keep`` names blocks whose entering stream is kept; ``prefix`` starts from such a stream instead of from the
-    tokens; ``watch`` is a running statistic that rides along; ``step`` is told of finished prompts.
+    tokens, where the model takes that (``residual_cache.usable``); ``watch`` is a running statistic that rides along;
+    ``step`` is told of finished prompts.
     What prompts begin alike runs once, but under ``watch`` and without ``stems``: to rounding the same.
     ``shortcuts=False`` is the plain forward pass (every position through every block and the head). The model is in
     evaluation mode inside and as it was afterwards. ``seen`` is given each batch: the numbers of its prompts, and the
@@ -71,6 +72,7 @@ def next_words(
     found = np.zeros((len(ids), len(words)))
     kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
+        prefix = usable(model, prefix)
         packed = trees_for(model, ids) if shortcuts and stems and watch is None else None
         batches: list[Any] = mine(packed or batches_for(model, ids))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
@@ -129,6 +131,7 @@ def token_losses(
     sums, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
     kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
+        prefix = usable(model, prefix)
         batches = mine(batches_for(model, ids, tokens=logit_budget(model)))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
         if batches:

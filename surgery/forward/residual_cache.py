@@ -9,6 +9,7 @@ input through, and with three inputs cut to the last position. ``why_not`` and `
 the plain pass of each prompt alone.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from hooks import anatomy
 from hooks import trace_modules as probe
 from hooks.activations import capture
 from hooks.batching import remembered, short_rows, unhooked, why_alone
+from hooks.errors import Note
 from hooks.logit_difference import forward_as
 from hooks.wider import errs_more
 from surgery.errors import SurgeryError
@@ -227,12 +229,31 @@ def _forward(module: nn.Module, replacement: Callable[..., Tensor], as_tuple: bo
         yield
 
 
+def usable(model: PreTrainedModel, prefix: ResidualCache | None) -> ResidualCache | None:
+    """``prefix``, or None where this model must not run from it (``why_not``): found out once for each block, and said.
+
+    What a block is given beside the stream (states, values of the first block, embeddings by layer) is lost on the way.
+    """
+    if prefix is None:
+        return None
+    exact = torch.get_float32_matmul_precision() == "highest"
+
+    def find() -> str | None:
+        reason = why_not(model, prefix, exact=exact)
+        if reason:
+            warnings.warn(f"{type(model).__name__}: is measured from its first block on: {reason}", Note, 2)
+        return reason
+
+    return prefix if remembered(model, f"from block {prefix.block}", find) is None else None
+
+
 @torch.no_grad()
-def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4) -> str | None:
+def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4, exact: bool | None = None) -> str | None:
     """Why the shortcut from ``prefix`` must not be used with this model, or None when it may.
 
     Compares its log-probabilities with the plain pass over a few of the prompts, each alone: they may err no more
-    than the plain pass in the model's own dtype does (``hooks.wider.errs_more``).
+    than the plain pass in the model's own dtype does (``hooks.wider.errs_more``). ``exact``: whether the stream was
+    kept with exact matrix products; by default whether they are now.
     """
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, so the stream entering a block differs from step to step"
