@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.metrics.metric import RESAMPLES, Metric, difference, differences, mean_metric
+from surgery.metrics.metric import RESAMPLES, Metric, difference, differences, from_dict, mean_metric
+from surgery.runs import paired
 
 SHAPE = {"scorer": "s", "data": "d", "ideal": 0.0, "direction": "lower"}
 
@@ -88,3 +89,15 @@ def test_so_few_rows_that_all_draws_are_alike_tell_nothing() -> None:
         )
         found = difference(right, wrong, axes=axes)
         assert found is not None and found.verdict == verdict, (rows, axes)
+
+
+def test_few_groups_tell_nothing_however_many_rows_they_have() -> None:
+    """StereoSet's religion has 78 rows of 3 terms: all three moving the same way is a coin falling alike thrice."""
+    for groups, verdict in ((1, "within noise"), (3, "within noise"), (5, "within noise"), (6, "better")):
+        of_group = np.arange(78) % groups
+        before, after = (of(np.full(78, value), groups=of_group) for value in (0.8, 0.2))
+        found = difference(before, after)
+        assert found is not None and (found.n, found.verdict) == (78, verdict), groups
+        assert from_dict(after.to_dict(samples=True)).units == groups
+    told = paired.told({"after": {"genbias": {"afgb": {"all": after.to_dict() | {"groups": 3}}}}})
+    assert "few rows: genbias afgb all on 78 of 3 groups" in told[0]

@@ -33,6 +33,8 @@ class Metric:
     ideal: float
     direction: str
     """Lower, higher, nearer (to the ideal), or same: as before the edit, whatever that was."""
+    groups: int | None = None
+    """How many groups of rows were resampled as one (professions, terms); None where each row stands for itself."""
     samples: Float[np.ndarray, " resamples"] | None = field(default=None, repr=False, compare=False)
     """The bootstrap's values, for differences (``difference``); they do not go into JSON."""
 
@@ -42,6 +44,11 @@ class Metric:
         if samples and self.samples is not None:
             found["samples"] = base64.b64encode(self.samples.astype("<f4").tobytes()).decode()
         return found
+
+    @property
+    def units(self) -> int:
+        """How many independent things were measured: the groups, or the rows where there are none."""
+        return self.n if self.groups is None else self.groups
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
@@ -100,6 +107,7 @@ def mean_metric(
         data=data,
         ideal=ideal,
         direction=direction,
+        groups=None if groups is None else int(totals.size),
         samples=samples,
     )
 
@@ -120,7 +128,7 @@ def sampled_metric(
     """
     low, high = np.quantile(samples, [0.025, 0.975])
     low, high = min(float(low), float(value)), max(float(high), float(value))
-    return Metric(float(value), low, high, n, scorer, data, ideal, direction, samples)
+    return Metric(float(value), low, high, n, scorer, data, ideal, direction, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,8 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
     The bootstrap draws the same groups for both (its generator starts anew for each metric), so that the difference of
     the samples is the bootstrap of the difference. Other rows, another scorer or data, or no samples: None.
     ``axes``: how many differences are looked at together; each interval is widened (Bonferroni) so that all hold.
-    Of very few rows the draws may all be alike; where even a sign test in which every row moved the same way would
-    leave a chance above the level (2^(1 - n), so 6 rows alone and 13 among 190 numbers), nothing is beyond noise.
+    Of very few rows or groups the draws may all be alike; where even a sign test in which all moved the same way would
+    leave a chance above the level (2^(1 - n), so 6 alone and 13 among 190 numbers), nothing is beyond noise.
     """
     told = (before.scorer, before.data, before.n) == (after.scorer, after.data, after.n)
     if not told or before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
@@ -158,7 +166,7 @@ def difference(before: Metric, after: Metric, *, axes: int = 1) -> Difference | 
         reach = NormalDist().inv_cdf(1 - 0.025 / axes) * float(drawn.std())
         low, high = min(low, value - reach), max(high, value + reach)
     better = _better(before, after)
-    few = 2.0 ** (1 - after.n) > 0.05 / axes
+    few = 2.0 ** (1 - after.units) > 0.05 / axes
     verdict = "within noise" if few or low <= 0 <= high or better == 0 else "better" if better > 0 else "worse"
     return Difference(value, low, high, after.n, after.scorer, after.data, verdict)
 

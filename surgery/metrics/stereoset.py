@@ -96,7 +96,8 @@ def _icat(
     samples = icat(each[:, picks].mean(axis=2))
     low, high = np.quantile(samples, [0.025, 0.975])
     value = float(icat(each.mean(axis=1)))
-    return Metric(value, float(low), float(high), len(terms), scorer, data, 100.0, "higher", samples)
+    shape: Any = {"ideal": 100.0, "direction": "higher", "groups": each.shape[1], "samples": samples}
+    return Metric(value, float(low), float(high), len(terms), scorer, data, **shape)
 
 
 def triple_scores(

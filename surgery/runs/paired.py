@@ -5,8 +5,8 @@ from typing import Any
 
 from surgery.metrics.metric import Metric, difference, flat, from_dict
 
-FEW = 30
-"""Fewer rows than this are said to be few."""
+FEW, FEW_GROUPS = 30, 10
+"""Fewer rows than this, or groups of rows, are said to be few."""
 Differences = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -64,9 +64,13 @@ def told(summary: Mapping[str, Any]) -> list[str]:
             f"Of {len(pairs)} numbers, paired over the same rows with the model before: {len(by.get('better', []))} "
             f"better, {len(worse)} worse{named}, {len(by.get('within noise', []))} within noise."
         )
-    few = [(path, one["n"]) for path, one in _whole(summary.get("after", {})) if one["n"] < FEW]
+    few = [
+        f"{path} on {one['n']}" + (f" of {one['groups']} groups" if one.get("groups") else "")
+        for path, one in _whole(summary.get("after", {}))
+        if one["n"] < FEW or (one.get("groups") or FEW_GROUPS) < FEW_GROUPS
+    ]
     if few:
-        names = ", ".join(f"{path} on {count}" for path, count in few[:4])
+        names = ", ".join(few[:4])
         lines.append(
             f"Warning: few rows: {names}{' and others' if len(few) > 4 else ''}. Intervals over so few are wide and "
             "too narrow at once; do not read small changes."
