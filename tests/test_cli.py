@@ -229,6 +229,22 @@ def test_wrong_usage_is_exit_code_2(words: list[str]) -> None:
     assert surgery(*words)[0] == 2
 
 
+LONG = "a" * 300  # more than a file system takes as a name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["eval", LONG], ["run", LONG], ["run", "lftf", "--model", LONG], ["compare", LONG], ["undo", LONG, "--out", "x"],
+     ["run", "lftf", "--out", LONG], ["data", "check", LONG], ["run", "equalize", "--set", f"hold_file={LONG}"]],
+)  # fmt: skip
+def test_a_path_that_cannot_be_looked_at_is_one_line(words: list[str]) -> None:
+    code, _, stderr = surgery(*words)
+    assert code == 1 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert "File name too long" in stderr and "check the path" in stderr
+    with pytest.raises(OSError, match="File name too long"):
+        surgery(*words, "--debug")
+
+
 def test_a_file_that_is_no_delta_and_a_destination_that_exists(checkpoint: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"not a safetensors file")
     code, _, stderr = surgery("apply", tmp_path / "x.safetensors", checkpoint, "--out", tmp_path / "out")

@@ -128,6 +128,15 @@ def test_a_run_inside_its_own_checkpoint_is_refused(tiny: Any, checkpoint: Path)
     assert not (checkpoint / "run.part").exists()
 
 
+def test_where_no_folder_can_be_made_is_said_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", tmp_path / "file" / "new" / "run"):
+        with pytest.raises(SurgeryError, match=r"run\.part: cannot be made in .*file \(Not a directory\); choose"):
+            check_free(out)
+    assert check_free(tmp_path / "new" / "run") == tmp_path / "new" / "run.part"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left of having tried
+
+
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     """Also with --resume; and the lock of a process that was killed is open."""
     out = tmp_path / "run"

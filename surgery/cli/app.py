@@ -105,6 +105,12 @@ def command(
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 raise typer.Exit(1) from None
+            except OSError as error:  # of a path that was given: too long, not to be looked into, on a disk that fails
+                if options.get("debug") or not error.filename:
+                    raise
+                said = f"{error.filename}: {error.strerror}; check the path and its permissions, or see --debug"
+                print(f"error: {' '.join([said, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+                raise typer.Exit(1) from None
             except Exception as error:
                 if options.get("debug") or type(error).__name__ != "OutOfMemoryError":  # torch's, not imported here
                     raise

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +139,10 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False, again: str = AGA
 
 
 def check_free(out: Path, *, resume: bool = False) -> Path:
-    """The ``.part`` folder of a run that goes to ``out``; raises ``SurgeryError`` when something stands in the way."""
+    """The ``.part`` folder of a run that goes to ``out``.
+
+    Raises ``SurgeryError`` when something stands in the way, or no folder can be made there.
+    """
     part = out.with_name(out.name + ".part")
     if out.exists():
         raise SurgeryError(f"{out}: exists; a run never overwrites one; choose another --out, or remove it")
@@ -149,6 +153,11 @@ def check_free(out: Path, *, resume: bool = False) -> Path:
         raise SurgeryError(f"{part}: an interrupted run is here; continue it with --resume, or remove it")
     if resume and not (part / "recipe.toml").is_file():
         raise SurgeryError(f"{part}: nothing to resume; expected an interrupted run's folder; run without --resume")
+    standing = next(folder for folder in part.absolute().parents if folder.exists())
+    try:  # what may be written is seen by writing: permissions, read-only and special file systems
+        tempfile.TemporaryDirectory(prefix=".surgery-", dir=standing).cleanup()
+    except OSError as error:
+        raise SurgeryError(f"{part}: cannot be made in {standing} ({error.strerror}); choose another --out") from None
     return part
 
 
