@@ -1,7 +1,10 @@
 """Where a model goes: the device and the dtype of a name, and whether the weights have room there."""
 
+import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,3 +98,14 @@ def peak_memory(place: torch.device) -> int | None:
 def free_memory(place: torch.device) -> int | None:
     """The bytes that are free on an accelerator; None for the CPU, and where a backend does not say."""
     return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what comes next (blocks below half a gigabyte); elsewhere nothing changes.
+
+    Else every step of a training gives 0.6 GB back and is given it anew, page by page: a tenth of its time on a CPU.
+    """
+    libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "mallopt"):
+        for option, size in ((-3, 1 << 29), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(option, size)

@@ -183,6 +183,7 @@ def import_libraries() -> None:
     finally:
         gc.enable()
     gc.freeze()
+    surgery.devices.keep_freed_memory()
 
 
 def open_model(spec: str, quiet: bool, **options: Any) -> Any:
