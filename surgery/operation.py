@@ -39,11 +39,11 @@ from surgery import delta as deltas
 from surgery import processes
 from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
-from surgery.delta import Delta
 from surgery.delta.module import NewPart, module_delta
 from surgery.devices import peak_memory
 from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
+from surgery.files.checkpoint_files import open_checkpoint
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
 from surgery.runs.folder import AGAIN, Folder, Run, run_folder
@@ -160,7 +160,7 @@ class Operation:
                 "step_done": step,
             }
 
-    def delta(self, made: Made, *, directory: Path | None = None, base: str = "") -> Delta:
+    def delta(self, made: Made, *, directory: Path | None = None, base: str = "") -> deltas.Delta:
         """What was made as a delta of the checkpoint (or of the one in ``directory``, called ``base``)."""
         where, seed = directory or self.directory, self.settings.seed
         about: Any = {"base": base or self.settings.model, "recipe": self.recipe, "seed": seed}
@@ -224,7 +224,7 @@ class Operation:
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
         saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)
         if delta.kind == "module":  # which no plain checkpoint holds
-            return self._in_memory(Delta.load(file), measure)
+            return self._in_memory(deltas.Delta.load(file), measure)
         with self.folder.stage("apply"):
             applied = self.apply(file, saved, undo=undo)
         with self.folder.stage("after"), tensors_of(self.model, delta, saved):
@@ -234,11 +234,11 @@ class Operation:
             shutil.rmtree(saved)
         return {"measured": measured, "applied": applied.to_dict()}
 
-    def _in_memory(self, delta: Delta, measure: Callable[[], Any]) -> dict[str, Any]:
+    def _in_memory(self, delta: deltas.Delta, measure: Callable[[], Any]) -> dict[str, Any]:
         with self.folder.stage("after"), self.edited(delta):
             return {"measured": measure(), "applied": {"rounding": self.rounding}}
 
-    def edited(self, delta: Delta, scale: float = 1.0) -> AbstractContextManager[Any]:
+    def edited(self, delta: deltas.Delta, scale: float = 1.0) -> AbstractContextManager[Any]:
         """Inside, the model holds ``delta`` times ``scale``, rounded as the checkpoint would be."""
         rounding: Any = {"rounding": self.rounding, "seed": self.settings.seed, "as_stored": True}
         return delta.applied(self.model, scale=scale, **rounding)
@@ -281,10 +281,10 @@ def operation(
 ) -> Iterator[Operation]:
     """Inside, the recipe ``name`` works in the folder of its run, which gets its name ``out`` at the end.
 
-    The keyword arguments are those of ``Where``. Raises ``SurgeryError`` for a checkpoint that is not there, a folder
-    that stands in the way or lies inside the checkpoint; see ``surgery.runs.folder.run_folder`` for failures.
+    The keyword arguments are those of ``Where``. Raises ``SurgeryError`` for a checkpoint that no delta can be made of,
+    a folder that stands in the way or lies inside the checkpoint; see ``surgery.runs.folder.run_folder`` for failures.
     """
-    out, directory = Path(out), checkpoint_dir(checkpoint or settings.model)
+    out, directory = Path(out), open_checkpoint(checkpoint_dir(checkpoint or settings.model)).path
     if out.resolve().is_relative_to(directory.resolve()):
         raise SurgeryError(f"{out}: lies inside the checkpoint {directory}; choose another --out")
     text = dump(name, settings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import state
+from safetensors.torch import load_file
 
 import surgery.apply
 from surgery.errors import SurgeryError
@@ -135,6 +137,19 @@ def test_where_no_folder_can_be_made_is_said_before_anything_is_opened(tmp_path:
             check_free(out)
     assert check_free(tmp_path / "new" / "run") == tmp_path / "new" / "run.part"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left of having tried
+
+
+def test_weights_that_no_delta_can_be_made_of_are_refused_before_anything(
+    tiny: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    """transformers opens .bin files, so that a run could measure for an hour before it fails to write its delta."""
+    shutil.copytree(checkpoint, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    torch.save(tensors, tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(SurgeryError, match=r"found pytorch_model.bin"):
+        carry_out(tiny, tmp_path / "base", tmp_path / "run", adds(0.3, tiny[0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
