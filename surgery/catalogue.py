@@ -15,7 +15,7 @@ PAIR_OBJECTIVES = ("npo", "dpo")
 OBJECTIVES = ("equalize", "log", *PAIR_OBJECTIVES)
 """Whose gain is measured (``surgery.locate.objectives``): of words, of words or pairs, of pairs of sentences alone."""
 SUITES = ("genbias", "genhint", "locality", "facts_of_gender", "perplexity")
-"""Judges that need no data folder (``surgery.metrics.suite``)."""
+"""Judges that need no data folder (``surgery.metrics.material``)."""
 FOLDER_SUITES = {
     "stereoset": "StereoSet: stereotype score, language modelling score, ICAT",
     "crows_pairs": "CrowS-Pairs: metric, stereotype and anti-stereotype score",

@@ -23,7 +23,7 @@ from surgery.data.stereoset import Triples
 from surgery.delta import Delta
 from surgery.edits import self_debias
 from surgery.errors import SurgeryError
-from surgery.metrics import suite
+from surgery.metrics.material import fewer, material
 from surgery.metrics.sentences import sentence_tokens
 from surgery.metrics.stereoset import evaluate_triples, triple_scores
 from surgery.progress import Progress
@@ -454,9 +454,8 @@ def test_the_demo_model_unlearns_the_stereotypes_of_its_training_terms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The quick profile in a smaller form still, on rows of the training source alone, with perplexity of few texts."""
-    whole = suite.material
-    few = {"perplexity": 8}
-    monkeypatch.setattr(suite, "material", lambda *given, **asked: suite.fewer(whole(*given, **asked), few))
+    few, place = {"perplexity": 8}, "recipes.bias_unlearn.measuring.material"
+    monkeypatch.setattr(place, lambda *given, **asked: fewer(material(*given, **asked), few))
     source = Path(os.environ["SURGERY_DATA"]) / recipe.TRAIN
     gender = [line for line in source.read_text("utf-8").splitlines() if json.loads(line)["bias_type"] == "gender"]
     for name, lines in (("train", gender[:24]), ("test", gender[100:120])):

@@ -15,7 +15,8 @@ import surgery
 from recipes import crawd
 from recipes.crawd.settings import WEIGHTS
 from surgery.data.texts import Example
-from surgery.edits.debiased_tuning import METHODS, Method, tune
+from surgery.edits.debiased_methods import METHODS, Method
+from surgery.edits.debiased_tuning import tune
 from surgery.edits.supervised import Lora, encode_rows, evaluate
 from surgery.errors import SurgeryError
 from surgery.metrics import gas

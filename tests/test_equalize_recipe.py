@@ -25,7 +25,7 @@ from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
 from surgery.forward.generation import own_texts
 from surgery.forward.precision import matrix_products
-from surgery.metrics.suite import material
+from surgery.metrics.material import material
 from surgery.progress import Progress
 from surgery.runs.words_report import verdict as printed
 

@@ -17,7 +17,8 @@ from surgery.edits.erasure.closed_form import dama, inlp, leace, random, sentenc
 from surgery.edits.erasure.dama_values import Search, Subjects, subjects, values
 from surgery.edits.erasure.folding import written
 from surgery.errors import SurgeryError
-from surgery.metrics.suite import fewer, material, measure
+from surgery.metrics.material import fewer, material
+from surgery.metrics.suite import measure
 from surgery.modules import projection as modules
 
 

@@ -19,8 +19,9 @@ from surgery.data.arithmetic import questions
 from surgery.data.prompts import load_prompt_set
 from surgery.edits import block
 from surgery.errors import SurgeryError
+from surgery.metrics.material import fewer, material
 from surgery.metrics.metric import from_dict
-from surgery.metrics.suite import fewer, material, measure, plain
+from surgery.metrics.suite import measure, plain
 from surgery.runs.folder import Folder
 
 QUICK = {"lr": 1e-2, "epochs": 1, "batch_size": 128, "controls": [], "test_rows": 90}

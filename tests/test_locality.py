@@ -17,7 +17,8 @@ from surgery.forward.tokens import continuation_ids, word_ids
 from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import locality as metric
 from surgery.metrics.locality import Distributions, Reference
-from surgery.metrics.suite import material, measure
+from surgery.metrics.material import material
+from surgery.metrics.suite import measure
 from surgery.runs.caveats import caveats
 
 

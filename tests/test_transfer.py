@@ -13,7 +13,8 @@ from surgery.apply import apply
 from surgery.data import neutral
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
-from surgery.metrics.suite import material, measure
+from surgery.metrics.material import material
+from surgery.metrics.suite import measure
 
 
 @pytest.fixture(scope="module")

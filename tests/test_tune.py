@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import surgery
 from recipes import equalize
 from recipes.equalize import tuning
-from recipes.equalize.rounds import Work
 from recipes.equalize.candidates import OWN, Candidate, at_other_places, last_quarter, nearby
+from recipes.equalize.rounds import Work
 from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
 from surgery.errors import Diverged, SurgeryError

@@ -15,6 +15,7 @@ from surgery.edits.unlearning.watching import Scores
 from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
 from surgery.metrics import perplexity, suite
+from surgery.metrics.material import material
 from surgery.metrics.stereoset import evaluate_triples
 from surgery.metrics.suite import evaluate_suites, plain
 from surgery.progress import Progress
@@ -52,7 +53,7 @@ def measure(
     for line in skipped_rows(found):
         progress.say(line)
     if not debiased:  # which changes what is said, not what a text's perplexity is of
-        asked = suite.material(model, tokenizer, load_prompt_set(), suites=("perplexity",))
+        asked = material(model, tokenizer, load_prompt_set(), suites=("perplexity",))
         texts = suite.measure(model, asked, progress=progress, label=f"measure {when}").scores
         found["test"] |= plain(texts, samples=True)
     if suites:

@@ -15,7 +15,8 @@ from surgery.data.rows import sample
 from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
 from surgery.metrics import gas, perplexity
-from surgery.metrics.suite import evaluate_suites, material, measure, plain
+from surgery.metrics.material import material
+from surgery.metrics.suite import evaluate_suites, measure, plain
 from surgery.modules.cross_attention import switched_off
 from surgery.progress import Progress
 

@@ -11,16 +11,8 @@ from recipes.crawd.measuring import Judge
 from recipes.crawd.report import cases, verdict, write_report
 from recipes.crawd.settings import OFF, OWN_CONTROLS, WEIGHTS, Settings
 from recipes.crawd.texts import read
-from surgery.edits.debiased_tuning import (
-    OBJECTIVES,
-    Method,
-    Tuned,
-    check,
-    factors_of,
-    trained_names,
-    tune,
-    with_projection,
-)
+from surgery.edits.debiased_methods import OBJECTIVES, Method, factors_of
+from surgery.edits.debiased_tuning import Tuned, check, trained_names, tune, with_projection
 from surgery.edits.four_bit import four_bit
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError

@@ -61,10 +61,10 @@ class Settings(
     """Inner width of the module's feed-forward network; 0 takes four times the model's width."""
     renormalise: bool = False
     form: Literal["printed", "cross_off", "module_off", "projection", "projected", "wide_head"] = "printed"
-    """printed: the paper's. The others are ours (``surgery.edits.debiased_tuning.Method``): trained with the module and
-    stored without its cross part, or without it; the decay as a projection of H_x off the reference words' rows in the
-    head, trained with, or (projected) stored with what was trained without; a map from [H_x, H_cross] that starts at
-    random."""
+    """printed: the paper's. The others are ours (``surgery.edits.debiased_methods.Method``): trained with the module
+    and stored without its cross part, or without it; the decay as a projection of H_x off the reference words' rows in
+    the head, trained with, or (projected) stored with what was trained without; a map from [H_x, H_cross] that starts
+    at random."""
     decay_stored: float | None = Field(None, ge=0, le=1)
     """Lambda of the module as it is stored; the paper trains and generates with the same one."""
     weight: float = Field(0.0, ge=0)

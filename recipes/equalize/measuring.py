@@ -20,10 +20,11 @@ from surgery.forward.residual_cache import ResidualCache
 from surgery.forward.tokens import Ids, encode
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
-from surgery.metrics import suite
+from surgery.metrics import material
 from surgery.metrics.locality import Reference
+from surgery.metrics.material import Material
 from surgery.metrics.metric import Metric
-from surgery.metrics.suite import Material, measure, plain
+from surgery.metrics.suite import measure, plain
 from surgery.progress import Progress
 
 UNSEEN = 60  # templates of the test part
@@ -119,7 +120,7 @@ def fewer(asked: Material, far: Far, limit: int, seed: int) -> tuple[Material, F
     def drawn(rows: Sequence[Any]) -> list[int]:
         return sample(range(len(rows)), limit, seed, lambda place: rows[place].template)
 
-    asked = suite.fewer(asked, {"genbias": limit, "genhint": limit}, seed)
+    asked = material.fewer(asked, {"genbias": limit, "genhint": limit}, seed)
     return asked, {
         kind: ([rows[at] for at in drawn(rows)], tuple(ids[at] for at in drawn(rows)))
         for kind, (rows, ids) in far.items()

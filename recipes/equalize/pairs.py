@@ -36,8 +36,9 @@ from surgery.forward.next_token import token_losses
 from surgery.forward.tokens import encode
 from surgery.metrics import pairs as pairs_metric
 from surgery.metrics import sentences
+from surgery.metrics.material import material
 from surgery.metrics.sentences import DEFINITIONS
-from surgery.metrics.suite import evaluate_suites, material, plain
+from surgery.metrics.suite import evaluate_suites, plain
 from surgery.operation import Run, Where, control, operation
 from surgery.runs import summary
 

@@ -18,7 +18,7 @@ from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
 from surgery.forward.tokens import word_ids
-from surgery.metrics.suite import material
+from surgery.metrics.material import material
 from surgery.operation import Run, Where, control, operation
 from surgery.runs import examples, summary
 

@@ -28,7 +28,7 @@ from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import word_ids
 from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
-from surgery.metrics.suite import Material, material
+from surgery.metrics.material import Material, material
 from surgery.operation import Operation, Where, operation
 from surgery.runs.settings import read_toml
 from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish

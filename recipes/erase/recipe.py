@@ -24,7 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.residual_cache import why_not
 from surgery.forward.tokens import Ids, encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import fewer, material
+from surgery.metrics.material import fewer, material
 from surgery.modules.projection import Projection
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, control, operation
 from surgery.runs import summary

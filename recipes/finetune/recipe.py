@@ -20,8 +20,9 @@ from surgery.data.texts import Columns, examples
 from surgery.edits.supervised import Encoded, Lora, Row, encode_rows, evaluate, fine_tune, target_names
 from surgery.errors import SurgeryError
 from surgery.files.checkpoint_files import open_checkpoint
+from surgery.metrics.material import Material, material
 from surgery.metrics.metric import mean_metric
-from surgery.metrics.suite import Material, material, measure, plain
+from surgery.metrics.suite import measure, plain
 from surgery.operation import Edit, Made, Operation, Run, Tracking, Where, operation
 from surgery.progress import Progress
 from surgery.runs import summary

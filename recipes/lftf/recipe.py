@@ -21,7 +21,8 @@ from surgery.forward.residual_cache import why_not
 from surgery.forward.shown import shown
 from surgery.forward.tokens import encode, word_ids
 from surgery.locate.objectives import words_objective
-from surgery.metrics.suite import fewer, material, measure, plain
+from surgery.metrics.material import fewer, material
+from surgery.metrics.suite import measure, plain
 from surgery.operation import Edit, Made, Operation, Outcome, OwnPart, Run, Tracking, Where, control, operation
 from surgery.runs import examples, summary
 from surgery.training import Plan, steps_of

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.edits import debiasing
+from surgery.edits.debiased_methods import FORMS, METHODS, Method, factors_of
 from surgery.edits.four_bit import check_four_bit
 from surgery.edits.reference_projection import about_mean, reference_rows
-from surgery.edits.supervised import Lora, Row, adapters, factors, target_batch, target_names, token_losses
+from surgery.edits.supervised import Row, adapters, factors, target_batch, target_names, token_losses
 from surgery.edits.warmup import merged
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
@@ -24,50 +25,11 @@ from surgery.moved import Moved
 from surgery.progress import Advance
 from surgery.training import Log, Plan, train, trainable
 
-METHODS = ("crawd", "vanilla", "debias_tuning", "ibm", "deep_soft_debias")
-FORMS = ("printed", "cross_off", "module_off", "projection", "projected", "wide_head")
-"""Of CrAWD: the paper's, and ours (see ``Method.form``)."""
-OBJECTIVES = {
-    "crawd": "token cross-entropy with the cross-attention module",
-    "vanilla": "token cross-entropy",
-    "debias_tuning": "token cross-entropy + weight * -log(1 - P(any reference word))",
-    "ibm": "token cross-entropy + weight * attention to tokens similar to the reference words",
-    "deep_soft_debias": "token cross-entropy; afterwards the embeddings through a network that flattens the bias",
-}
-
 # What a method adds to the cross-entropy of each row of a batch, of which the marked tokens are targets.
 Term = Callable[
     [Float[Tensor, "batch pos vocab"], Batch, Bool[Tensor, "batch pos"]],
     Float[Tensor, " batch"],
 ]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained, and against which words."""
-
-    name: str = "crawd"
-    reference: tuple[str, ...] = ("he", "she")
-    """The sensitive words: keys of the cross-attention, and what the baselines' terms look for."""
-    weight: float = 0.0
-    """Of the method's own term. CrAWD's own is none; above 0 it gets Debias Tuning's beside the module."""
-    penalised: tuple[str, ...] = ()
-    """Words of Debias Tuning's term, where they are not the reference words (CrAWD Table 3)."""
-    lora: Lora | None = field(default_factory=Lora)
-    """None trains CrAWD's module alone."""
-    form: str = "printed"
-    """Of CrAWD's module. printed: the paper's, from a map [I, 0], with which training starts from the model.
-
-    Ours: cross_off is trained so and stored without what the cross-attention adds (the map of H_x stays), module_off is
-    stored as the identity, so that the factors alone remain. projection: the decay acts on H_x, of which 1 - decay of
-    the part along the reference words' rows in the head goes; this map is fixed, and the factors train below it.
-    projected: the factors train alone and are stored with such a projection about the
-    mean state of the training texts.
-    wide_head: the map from [H_x, H_cross] starts at random, as a new head of width 2d does."""
-    module: dict[str, Any] = field(default_factory=dict)
-    """Settings of ``cross_attention.attached``: top_percent, decay, scope, heads, ffn, renormalise, dropout."""
-    module_rate: float = 1.0
-    """The module's learning rate over the plan's: what is right for LoRA factors is too fast for whole matrices."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +98,6 @@ def tune(
             found = factors(layers)
         tuned = Tuned(found, "lora" if weights is None else "module", weights, done, count, far)
     return _softened(model, tuned, pairs, method, seed) if pairs else tuned
-
-
-def factors_of(method: Method) -> Method:
-    """What trains the factors of the form projected: plain fine-tuning, or Debias Tuning where there is a weight."""
-    return replace(method, name="debias_tuning" if method.weight else "vanilla", form="printed")
 
 
 def with_projection(

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import ResidualCache
 from surgery.metrics.locality import Reference
-from surgery.metrics.suite import Material, Measured, measure, plain
+from surgery.metrics.material import Material
+from surgery.metrics.suite import Measured, measure, plain
 from surgery.progress import Progress
 
 

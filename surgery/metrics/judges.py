@@ -86,7 +86,8 @@ class Judges:
         """The distributions of ``model`` to which a later measurement has its KL; None where locality is not asked."""
         if "locality" not in self.suites:
             return None
-        from surgery.metrics.suite import fewer, material, measure
+        from surgery.metrics.material import fewer, material
+        from surgery.metrics.suite import measure
 
         given = material(model, tokenizer, load_prompt_set(self.prompts), suites=("locality",))
         given = fewer(given, self._of_shipped, self.seed)
@@ -112,7 +113,8 @@ class Judges:
         suites). ``prefixes`` are such streams, from which the model is measured. Raises ``SurgeryError``.
         """
         from surgery.metrics import lm_eval
-        from surgery.metrics.suite import evaluate_suites, fewer, material, measure
+        from surgery.metrics.material import fewer, material
+        from surgery.metrics.suite import evaluate_suites, measure
 
         scores: dict[str, Any] = {}
         if self.shipped:
