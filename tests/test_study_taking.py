@@ -9,20 +9,37 @@ import numpy as np
 import pytest
 from test_cli import surgery
 
+from surgery.cli.models import chosen_recipe
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Progress
+from surgery.runs.settings import Settings, build, dump
 from surgery.study import Method, Study
 from surgery.study.cells import Judged, cells
 from surgery.study.judging import check, details_of, keep, kept
+from surgery.study.made_with import refuse_other_settings
 from surgery.study.report import write_report
 from surgery.study.taking import take, whole
 from surgery.study.verdict import paired_with
 
 ROWS = np.random.default_rng(0).uniform(0.2, 0.4, 40)
 THERE, HERE = Study(models=["/their/m"], seeds=[0, 1]), Study(models=["m"], seeds=[0, 1])
-METHODS = [Method(name="edit", recipe="lftf", settings={"lr": 1e-3})]
+METHODS = [Method(name="edit", recipe="lftf", settings={"epochs": 2})]
 JUDGES = check(HERE)[0]
+
+
+def ready(**changed: Any) -> dict[tuple[str, int, str], Settings]:
+    """What the command builds of ``METHODS``, its defaults ``changed``."""
+    module, values, _ = chosen_recipe("lftf", None, [], None)
+    own = values | {"epochs": 2} | changed
+    return {
+        ("edit", seed, model): build(module.Settings, own | {"model": model, "seed": seed}, "")
+        for seed in (0, 1)
+        for model in ("m", "/their/m")
+    }
+
+
+READY = ready()
 
 
 def metric(factor: float) -> Metric:
@@ -36,9 +53,10 @@ def judge(out: Path, factor: float = 1.0, study: Study = THERE, methods: list[Me
         value = metric(factor if cell.method is None else factor / (2 + cell.seed))
         found.append(Judged(cell, {"genbias.afgb.all": value, "perplexity": replace(value, ideal=1.0)}))
         keep(found[-1], study, JUDGES, {"words": [cell.seed]})
-        run = cell.folder / "run"
-        run.mkdir()
-        (run / "recipe.toml").write_text('recipe = "lftf"\n')
+        if cell.method:
+            run = cell.folder / "run"
+            run.mkdir()
+            (run / "recipe.toml").write_text(dump("lftf", READY[cell.name, cell.seed, cell.model]))
     return found
 
 
@@ -47,7 +65,7 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
 ) -> None:
     source, out = tmp_path / "there", tmp_path / "out"
     theirs = judge(source)
-    take(HERE, METHODS, JUDGES, source, out, progress=Progress())
+    take(HERE, METHODS, READY, JUDGES, source, out, Progress())
     assert f"3 cells taken from {source}\n" in capsys.readouterr().err
     every = cells(HERE, METHODS, out)
     ours = [kept(cell, HERE, JUDGES) for cell in every]
@@ -61,7 +79,7 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
     assert whole(HERE, [*METHODS, Method(name="new", preamble="x")], JUDGES, out) == set()
     # The numbers of one machine are not paired with those of another: here the model as it is measured a little more.
     keep(Judged(every[0], judge(tmp_path / "own", 1.005)[0].scores), HERE, JUDGES, {})
-    take(HERE, METHODS, JUDGES, source, out, progress=Progress(quiet=True))
+    take(HERE, METHODS, READY, JUDGES, source, out, Progress(quiet=True))
     again = [one for cell in every if (one := kept(cell, HERE, JUDGES)) is not None]
     assert paired_with(again[1], again)["perplexity"].value == pytest.approx(-float(ROWS.mean()) / 2)
     page = write_report(out, HERE, again, {}).read_text()
@@ -69,8 +87,12 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
     assert "lftf" in page and "taken/recipe.toml --model m --out RUN" in page.replace("&#x2F;", "/")
     (out / "model=m/edit/seed=0/taken/delta.safetensors").write_bytes(b"")
     assert "apply RUN" not in write_report(out, HERE, again, {}).read_text()
+    for cell in every[1:]:
+        refuse_other_settings(cell, READY["edit", cell.seed, "m"])
+        with pytest.raises(SurgeryError, match=r"taken: was made with other settings \(lr is"):
+            refuse_other_settings(cell, ready(lr=0.5)["edit", cell.seed, "m"])
     # What was taken can be taken on.
-    take(HERE, METHODS, JUDGES, out, tmp_path / "third", progress=Progress(quiet=True))
+    take(HERE, METHODS, READY, JUDGES, out, tmp_path / "third", Progress(quiet=True))
     third = kept(cells(HERE, METHODS, tmp_path / "third")[1], HERE, JUDGES)
     assert third is not None and third.differences == again[1].differences
 
@@ -78,19 +100,22 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
 def test_what_is_not_of_this_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out, quiet = tmp_path / "there", tmp_path / "out", Progress(quiet=True)
     judge(source)
-    other = [METHODS[0].model_copy(update={"settings": {"lr": 1e-2}})]
-    take(HERE, other, JUDGES, source, out, progress=Progress())
+    other = [METHODS[0].model_copy(update={"settings": {"epochs": 3}})]
+    take(HERE, other, READY, JUDGES, source, out, Progress())
     assert "1 cells taken" in (said := capsys.readouterr().err) and "2 not: " in said and "edit is" in said
+    # The study says the same, but the recipe's default was another one when the run was made.
+    take(HERE, METHODS, ready(lr=0.5), JUDGES, source, tmp_path / "default", Progress())
+    assert "1 cells taken" in (said := capsys.readouterr().err) and "recipe.toml: lr is 1e-05, expected 0.5" in said
     fewer = Study(models=["m"], seeds=[0, 1], limit=3)
     with pytest.raises(SurgeryError, match=r"no cell of this study.*limit is 0, expected 3"):
-        take(fewer, METHODS, check(fewer)[0], source, tmp_path / "limited", progress=quiet)
+        take(fewer, METHODS, READY, check(fewer)[0], source, tmp_path / "limited", quiet)
     with pytest.raises(SurgeryError, match="no cell of this study; expected"):
-        take(HERE, METHODS, JUDGES, tmp_path / "nowhere", out, progress=quiet)
+        take(HERE, METHODS, READY, JUDGES, tmp_path / "nowhere", out, quiet)
     judge(tmp_path / "other", 1.5)
     with pytest.raises(SurgeryError, match=r"has genbias.afgb.all 0.4.* there, and 0.3.* here; expected the same"):
-        take(HERE, METHODS, JUDGES, tmp_path / "other", out, progress=quiet)
+        take(HERE, METHODS, READY, JUDGES, tmp_path / "other", out, quiet)
     (source / "model=m/untouched/judged.json").unlink()
-    take(HERE, METHODS, JUDGES, source, tmp_path / "half", progress=Progress())
+    take(HERE, METHODS, READY, JUDGES, source, tmp_path / "half", Progress())
     assert "0 cells taken" in (said := capsys.readouterr().err) and "no untouched model beside it" in said
 
 

@@ -79,19 +79,20 @@ def study(
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
 
     place = out or Path("runs") / file.stem
-    known = _taken(asked, methods, take, place, progress) if take else set()
+    known = _taken(asked, methods, ready, take, place, progress) if take else set()
     for where in (where for where in asked.models if where not in known):
         check_opening(where, device)
     for settings in (one for (_, _, where), one in ready.items() if where not in known):
         with suppress(PlaceError):  # what cannot be on one model is a row that says so
             settings.check()
     import_libraries()
-    from surgery.study.carry_out import carry_out, refuse_other_settings
+    from surgery.study.carry_out import carry_out
     from surgery.study.cells import cells
+    from surgery.study.made_with import refuse_other_settings
 
     for cell in cells(asked, methods, place):
-        if cell.method and cell.method.recipe and (cell.folder / "run").exists():
-            refuse_other_settings(cell.folder / "run", ready[cell.name, cell.seed, cell.model])
+        if cell.method and cell.method.recipe:
+            refuse_other_settings(cell, ready[cell.name, cell.seed, cell.model])
 
     def run(cell: "Cell", opened: Any, resume: bool) -> None:
         assert cell.method is not None
@@ -105,7 +106,7 @@ def study(
     print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))
 
 
-def _taken(asked: Any, methods: Any, sources: list[Path], out: Path, progress: Any) -> set[str]:
+def _taken(asked: Any, methods: Any, ready: Any, sources: list[Path], out: Path, progress: Any) -> set[str]:
     """The models of which nothing is left to measure once the cells of ``sources`` are copied into ``out``."""
     import_libraries()
     from surgery.study.judging import check
@@ -113,5 +114,5 @@ def _taken(asked: Any, methods: Any, sources: list[Path], out: Path, progress: A
 
     judges, _ = check(asked)
     for source in sources:
-        take(asked, methods, judges, source, out, progress=progress)
+        take(asked, methods, ready, judges, source, out, progress)
     return whole(asked, methods, judges, out)

@@ -1,6 +1,5 @@
 """Carry out a study: run every cell that is not finished, judge each on the same rows, and write the page."""
 
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from surgery.errors import NoRoom, SurgeryError
 from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges
 from surgery.progress import Progress
-from surgery.runs.settings import Settings, dump
 from surgery.runs.sharing import Shared
 from surgery.study.cells import Cell, Judged, cells
 from surgery.study.judging import check, judge, keep, kept
@@ -105,6 +103,8 @@ def _one(
     if known is not None:
         progress.say(f"{label}: judged before")
         return known
+    if cell.method is not None and cell.method.absent:
+        return Judged(cell, {}, cell.method.absent)
     progress.say(label)
     try:
         if cell.model not in opened:
@@ -143,8 +143,6 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[int]:
     if method is None or method.preamble:
         yield 0
         return
-    if method.absent:
-        raise SurgeryError(method.absent)
     if method.decoding:
         with counterfactual(*opened[:2]):
             yield 0
@@ -156,10 +154,3 @@ def _edited(cell: Cell, opened: Opened, run: RunRecipe) -> Iterator[int]:
     delta = Delta.load(file)
     with delta.applied(opened[0], scale=method.scale, as_stored=True):
         yield first_edited(opened[0], delta)
-
-
-def refuse_other_settings(folder: Path, settings: Settings) -> None:
-    """Raises ``SurgeryError`` where the run in ``folder`` was made with other settings than these."""
-    written = (folder / "recipe.toml").read_text("utf-8")
-    if written != dump(tomllib.loads(written)["recipe"], settings):
-        raise SurgeryError(f"{folder}: was made with other settings; remove it, or choose another --out")

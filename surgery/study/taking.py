@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,28 @@ from surgery.errors import SurgeryError
 from surgery.metrics.judges import Judges
 from surgery.metrics.metric import difference, points
 from surgery.progress import Progress
+from surgery.runs.settings import Settings
 from surgery.study.cells import TAKEN, Cell, Judged, cells
 from surgery.study.judging import details_of, identity, keep, kept, written
 from surgery.study.locks import BlockedError, held
+from surgery.study.made_with import other
 from surgery.study.settings import Method, Study
 from surgery.study.verdict import paired_with
 
 SAME = 1.0  # points by which two measurements of one model may differ beyond noise
+Ready = Mapping[tuple[str, int, str], Settings]
+"""The settings of every recipe's run, by method, seed and model."""
 
 
 def take(
-    asked: Study, methods: Sequence[Method], judges: Judges, source: Path, out: Path, *, progress: Progress
+    asked: Study, methods: Sequence[Method], ready: Ready, judges: Judges, source: Path, out: Path, progress: Progress
 ) -> None:
     """Copy what is judged in ``source`` by the same judges, and not in ``out``; what is left there is said.
 
-    Models and data may lie elsewhere there: a model is known by the last part of its path. Every cell is paired with
-    the untouched model as it was measured in ``source``, and keeps these differences; its details come along, and its
-    run's recipe and delta.
+    Runs are taken that were made with the settings ``ready``, whatever a recipe's defaults were then. Models and data
+    may lie elsewhere there: a model is known by the last part of its path. Every cell is paired with the untouched
+    model as it was measured in ``source``, and keeps these differences; its details come along, and its run's recipe
+    and delta.
 
     Raises ``SurgeryError`` for a folder without a cell of this study, and where its untouched model is another one
     than that of ``out``: a number differs beyond noise and by more than a point.
@@ -35,7 +40,7 @@ def take(
     count, known, left = 0, 0, []
     before: dict[str, Judged] = {}
     for there, here in zip(cells(asked, methods, source), cells(asked, methods, out), strict=True):
-        found, differs = _there(there, asked, judges)
+        found, differs = _there(there, asked, ready, judges)
         if found is None:
             left += [differs] if differs else []
             continue
@@ -78,7 +83,7 @@ def _judges(folder: Path) -> dict[str, Any] | None:
     return None if found is None else found["judges"]
 
 
-def _there(cell: Cell, asked: Study, judges: Judges) -> tuple[Judged | None, str]:
+def _there(cell: Cell, asked: Study, ready: Ready, judges: Judges) -> tuple[Judged | None, str]:
     """The cell as it is judged there, or None and what differs."""
     there = _judges(cell.folder)
     if there is None:
@@ -90,6 +95,12 @@ def _there(cell: Cell, asked: Study, judges: Judges) -> tuple[Judged | None, str
             continue
         if got != value:
             return None, f"{cell.folder}: {key} is {str(got)[:200]}, expected {str(value)[:200]}"
+    if cell.method and cell.method.recipe:
+        file = _brought(cell.folder, "recipe.toml")
+        if file is None:
+            return None, f"{cell.folder}: without its run's recipe.toml, by which its settings are known"
+        if differs := other(file, ready[cell.name, cell.seed, cell.model]):
+            return None, f"{file}: {differs}"
     found = kept(replace(cell, model=there["model"]), asked.model_copy(update={"folder": there["folder"]}), judges)
     return found and replace(found, cell=cell), ""
 
@@ -108,7 +119,7 @@ def _same(ours: Judged, theirs: Judged, source: Path) -> None:
 def _bring(there: Path, here: Path) -> None:
     """The recipe and the delta of a run, linked where one disk holds both, else copied."""
     for name in ("recipe.toml", "delta.safetensors"):
-        file = next((path for kind in ("run", TAKEN) if (path := there / kind / name).is_file()), None)
+        file = _brought(there, name)
         target = here / TAKEN / name
         if file is None or target.exists():
             continue
@@ -117,3 +128,7 @@ def _bring(there: Path, here: Path) -> None:
             os.link(file, target)
         except OSError:
             shutil.copy2(file, target)
+
+
+def _brought(folder: Path, name: str) -> Path | None:
+    return next((path for kind in ("run", TAKEN) if (path := folder / kind / name).is_file()), None)

@@ -1,0 +1,29 @@
+"""Whether a run that is there was made with the settings that a study asks for."""
+
+import tomllib
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+from surgery.runs.settings import Settings, dump
+from surgery.study.cells import TAKEN, Cell
+
+PLACES = ("model", "data")  # settings that say where something lies, which is elsewhere on another machine
+
+
+def refuse_other_settings(cell: Cell, settings: Settings) -> None:
+    """Raises ``SurgeryError`` where the cell's run, made here or taken, was made with other settings than these."""
+    for kind, places in (("run", ()), (TAKEN, PLACES)):
+        if (cell.folder / kind).exists() and (key := other(cell.folder / kind / "recipe.toml", settings, places)):
+            raise SurgeryError(
+                f"{cell.folder / kind}: was made with other settings ({key}); remove it, or choose another --out"
+            )
+
+
+def other(file: Path, settings: Settings, places: tuple[str, ...] = PLACES) -> str:
+    """The first setting, apart from ``places``, in which a written recipe is another one, with both values; or ""."""
+    there = tomllib.loads(file.read_text("utf-8"))
+    asked = tomllib.loads(dump(there["recipe"], settings))
+    for key in dict.fromkeys((*asked, *there)):
+        if key not in places and there.get(key) != asked.get(key):
+            return f"{key} is {there.get(key)}, expected {asked.get(key)}"
+    return ""
