@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaForCausalLM,
+    Mistral3ForConditionalGeneration,
     MixtralForCausalLM,
     PhimoeForCausalLM,
 )
@@ -170,3 +171,10 @@ def test_positions_travel_as_embeddings_and_matrices_of_no_module_are_refused(tm
     mamba = kit.edit(small(MambaForCausalLM, tmp_path / "mamba"), ("backbone.layers.1.mixer.A_log",))
     with pytest.raises(SurgeryError, match=r"A_log: LoRA holds matrices of modules only"):
         export_peft(mamba, tmp_path / "x")
+
+
+def test_a_text_model_inside_another_is_called_as_peft_sees_it(tmp_path):
+    folder = small(Mistral3ForConditionalGeneration, tmp_path / "base")
+    (name,) = (name for name in kit.load(folder) if name.endswith("language_model.model.layers.1.mlp.up_proj.weight"))
+    report = export_peft(kit.edit(folder, (name,)), tmp_path / "adapter", checkpoint=folder)  # read back by peft
+    assert report.errors == {name: 0.0}

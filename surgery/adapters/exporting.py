@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def export_peft(
     check_destination(out)
     saved = _saved(delta, checkpoint) if checkpoint is not None and not (drop_vectors or served) else {}
     dropped = _dropped(delta, drop_vectors, set(saved), checkpoint is None and not served)
-    facts = delta.metadata["architecture"]
+    called, facts = _called(delta, checkpoint), delta.metadata["architecture"]
     transposed = facts.get("model_type") in _CONV1D_MODELS
     arrays: dict[str, np.ndarray] = {}
     errors, ranks = {}, {}
@@ -96,7 +96,7 @@ def export_peft(
                 f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta stays dense"
             )
         left, right, errors[name] = _factors(delta.read(name, 0, math.prod(shape)).reshape(shape), rank)
-        module = delta.metadata["prefix"] + name.removesuffix(".weight")
+        module = called(name).removesuffix(".weight")
         ranks[module] = right.shape[0]
         key = f"{_ROOT}{module}.lora_"
         if is_embedding(name) or _POSITIONS.search(name):  # its product is transposed in PEFT: weight + (B @ A).T
@@ -119,10 +119,9 @@ def export_peft(
     if served or of_experts:
         arrays = {name: _padded(array, name, highest) for name, array in arrays.items()}
         ranks = dict.fromkeys(ranks, highest)
-    prefix = str(delta.metadata["prefix"])
-    arrays |= {_ROOT + prefix + name: array for name, array in saved.items()}
+    arrays |= {_ROOT + called(name): array for name, array in saved.items()}
     config = _config(public_name(str(delta.metadata["base"])), ranks, highest, transposed)
-    config["modules_to_save"] = sorted({prefix + name.rpartition(".")[0] for name in saved}) or None
+    config["modules_to_save"] = sorted({called(name).rpartition(".")[0] for name in saved}) or None
     spec = {name: ("F32", array.shape) for name, array in arrays.items()}
 
     def data(name: str) -> list[memoryview]:
@@ -141,6 +140,21 @@ def export_peft(
             refuse_unread(delta, part, checkpoint, lost)
         publish(part, out)
     return PeftReport(out, highest, errors, dropped, tuple(saved), size)
+
+
+def _called(delta: Delta, checkpoint: Path | str | None) -> Callable[[str], str]:
+    """What the model that peft wraps calls a tensor: without a checkpoint, its name on disk behind the base's prefix.
+
+    With one it is asked; a text model inside another is called otherwise than it is stored (Gemma 3, Mistral 3).
+    """
+    prefix = str(delta.metadata["prefix"])
+    if checkpoint is None:
+        return lambda name: prefix + name
+    from surgery.delta.naming import read_as, skeleton  # which needs transformers
+
+    stored = open_checkpoint(checkpoint)
+    held = dict(read_as(skeleton(stored), stored.places).plain)
+    return lambda name: held.get(name, prefix + name)
 
 
 def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
