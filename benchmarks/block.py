@@ -5,7 +5,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import surgery
 from hooks import anatomy
 from recipes import lftf
 from surgery.data import genbias
-from surgery.edits.block import names_of, word_loss
+from surgery.edits.block import loss_of, names_of, word_loss
 from surgery.forward.batching import Batch, pad
 from surgery.forward.next_token import next_words
 from surgery.forward.residual_cache import shortcut
@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
             batch: Batch = pad(train, rows, model.device)
             return word_loss(batch.at_last(model(**batch.inputs(), use_cache=False).logits), words)
 
-        slow = step_time(model, block, plain, batches[: PLAIN + 1])
-        with shortcut(model, start=block) as run:  # entered once a training
-            fast = step_time(model, block, lambda rows: word_loss(run(prefix.batch(rows)), words), batches)  # noqa: B023
+        with trainable(model, names_of(model, [block])) as parameters:
+            slow = step_time(model, parameters, plain, batches[: PLAIN + 1])
+            with shortcut(model, start=block, words=words) as run:  # entered once a training
+                fast = step_time(model, parameters, lambda rows: loss_of(run(prefix.batch(rows))), batches)  # noqa: B023
         print(f"{label:13} plain {slow * 1e3:8.1f} ms/step   cached {fast * 1e3:7.1f} ms/step   {slow / fast:5.1f} x")
     both = (*train, *test)
     forward = median_of(lambda: next_words(model, both, words, shortcuts=False), 2, model)
@@ -62,20 +63,22 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
 
 
 def step_time(
-    model: torch.nn.Module, block: int, loss: Callable[[list[int]], Tensor], batches: list[list[int]]
+    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
+    loss: Callable[[list[int]], Tensor],
+    batches: list[list[int]],
 ) -> float:
-    """Median seconds of an optimiser step on one block, everything else frozen; the first step is not counted."""
-    with trainable(model, names_of(model, [block])) as parameters:  # type: ignore[arg-type]
-        optimizer = torch.optim.Adam(parameters.values(), lr=1e-5, fused=True)
-        times = []
-        for rows in batches:
-            synchronize(model)
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            loss(rows).mean().backward()
-            optimizer.step()
-            synchronize(model)
-            times.append(time.perf_counter() - start)
+    """Median seconds of an optimiser step on the parameters, the only ones that train; the first is not counted."""
+    optimizer = torch.optim.Adam(parameters.values(), lr=1e-5, fused=True)
+    times = []
+    for rows in batches:
+        synchronize(model)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss(rows).mean().backward()
+        optimizer.step()
+        synchronize(model)
+        times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 

@@ -13,7 +13,7 @@ from hooks.trace_modules import unchanged
 from surgery.edits.block import fine_tune, names_of, word_loss
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
-from surgery.forward.word_logs import word_logs
+from surgery.forward.word_logs import word_logs, words_of_head
 from surgery.training import Plan, steps_of, trainable
 
 IDS = tuple(tuple(range(3 + row, 9 + row)) for row in range(8))
@@ -45,6 +45,18 @@ def test_log_probabilities_of_a_few_words_have_the_gradient_of_the_softmax() -> 
     assert torch.equal(word_logs(logits, words), word_logs(logits.float(), words))
     assert torch.allclose(word_logs(exact, words), exact.log_softmax(-1)[:, words])
     assert torch.autograd.gradcheck(lambda given: word_logs(given, words), exact)
+
+
+def test_a_frozen_head_gives_its_words_without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a later portion of the vocabulary holds the larger logits, and the last one is short."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 6, generator=draw).double() * torch.arange(1, 51)[:, None]
+    stream, words = torch.randn(3, 6, generator=draw).double().requires_grad_(), [7, 40, 7]
+    expected = word_logs(stream @ weight.T, words)
+    monkeypatch.setattr("surgery.forward.word_logs.ROWS", 16)
+    assert torch.allclose(words_of_head(stream, weight, words), expected)
+    assert torch.allclose(words_of_head(stream.detach(), weight, words), expected)
+    assert torch.autograd.gradcheck(lambda given: words_of_head(given, weight, words), stream)
 
 
 def test_log_balances_the_words_and_the_printed_form_silences_them() -> None:

@@ -9,6 +9,7 @@ from families import FAMILIES, build, state
 from hooks.errors import Note
 from surgery.edits.block import fine_tune
 from surgery.errors import SurgeryError
+from surgery.forward import last_position
 from surgery.forward.batching import by_length, pad
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.precision import matrix_products
@@ -104,6 +105,21 @@ def test_cached_and_plain_training_have_the_same_losses(family: str, block: int)
     assert len(fast.losses) == 8
     assert fast.losses == pytest.approx(slow.losses, abs=1e-5)
     assert fast.losses[-1] < fast.losses[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gptj"])
+def test_the_words_alone_are_those_of_the_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that does not train is read once; one with a soft cap or a scale behind it, or a bias, gives logits."""
+    model, fused = build(family), []
+    real = last_position.words_of_head
+    monkeypatch.setattr(last_position, "words_of_head", lambda *given: fused.append(family) or real(*given))
+    with shortcut(model) as run, torch.no_grad():
+        expected = run(pad(IDS, range(3), "cpu")).log_softmax(-1)[:, WORDS]
+    for trains in (True, False):
+        model.requires_grad_(trains)
+        with shortcut(model, words=WORDS) as run, torch.no_grad():
+            assert torch.allclose(run(pad(IDS, range(3), "cpu")), expected, atol=1e-6)
+    assert fused == (["llama"] if family == "llama" else [])
 
 
 def test_perplexity_losses_equal_one_text_at_a_time() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hooks import trace_modules as probe
 from hooks.activations import model_inputs
 from hooks.anatomy import find
-from hooks.batching import context_limit, why_alone
+from hooks.batching import context_limit, remembered, unhooked, why_alone
 from hooks.errors import HookError
 from hooks.gradient_influence.layers import Layer, find_layers, left_out
 
@@ -63,17 +63,21 @@ def job(
     limit = context_limit(model)
     blocks = tuple(block.name for block in anatomy.blocks)
     note = None if targets else left_out(model, anatomy, [layer.name for layer in layers])
-    return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, _plain_head(model, anatomy.head), note)
+    return Job(model, layers, blocks, anatomy.head, limit, loss, checkpointing, plain_head(model, anatomy.head), note)
 
 
-def _plain_head(model: nn.Module, name: str) -> bool:
+def plain_head(model: nn.Module, name: str) -> bool:
     """Whether the model's logits are what its head gives, without a soft cap, scale or bias behind it."""
     core, head = probe.pretrained(model), model.get_submodule(name)
-    seen: list[Tensor] = []
-    with probe.unchanged(model), ExitStack() as stack:
-        stack.callback(head.register_forward_hook(lambda m, args, out: seen.append(out)).remove)
-        logits = core(**model_inputs(model, torch.arange(3, 7)[None]), **no_cache(core)).logits
-    return type(head) is nn.Linear and len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+
+    def find() -> bool:
+        seen: list[Tensor] = []
+        with probe.unchanged(model), unhooked(model), ExitStack() as stack:
+            stack.callback(head.register_forward_hook(lambda m, args, out: seen.append(out)).remove)
+            logits = core(**model_inputs(model, torch.arange(3, 7)[None]), **no_cache(core)).logits
+        return len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+
+    return type(head) is nn.Linear and bool(remembered(model, f"plain head {name}", find))
 
 
 def no_cache(core: Any) -> dict[str, bool]:

@@ -50,7 +50,11 @@ def word_loss(
     (0.5009 / 0.4982 in the case study, AFGB 0.9999 with one term left out) are those of this form.
     ``"as_printed"``: P(he) + P(she), Eq. 5 as printed, which is smallest when the model says neither word.
     """
-    chosen = word_logs(logits, words)
+    return loss_of(word_logs(logits, words), objective)
+
+
+def loss_of(chosen: Float[Tensor, "batch words"], objective: str = "log") -> Float[Tensor, " batch"]:
+    """``word_loss`` from the words' log-probabilities."""
     if objective == "log":
         return -chosen.sum(-1)
     if objective == "as_printed":
@@ -151,11 +155,11 @@ def fine_tune(
     with ExitStack() as stack:
         parameters = stack.enter_context(trainable(model, names))
 
-        run = stack.enter_context(shortcut(model, start=prefix.block)) if prefix else None
+        run = stack.enter_context(shortcut(model, start=prefix.block, words=words)) if prefix else None
 
         def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
             if prefix and run:
-                return word_loss(run(prefix.batch(rows)), words, objective)
+                return loss_of(run(prefix.batch(rows)), objective)
             batch: Batch = pad(ids, rows, model.device)
             return word_loss(batch.at_last(module(**batch.inputs(), use_cache=False).logits), words, objective)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of a few words as the next token, with a gradient that writes one array as large as the logits."""
+"""Log-probabilities of a few words as the next token, without an array as large as the vocabulary where one can do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,3 +35,44 @@ class _WordLogs(torch.autograd.Function):
         for place, word in enumerate(ctx.words):  # one by one: a word may be named twice
             found[:, word] += given[:, place]
         return found, None
+
+
+ROWS = 1024  # of a head that are multiplied at a time: they stay in a CPU's cache for both products
+
+
+def words_of_head(
+    stream: Float[Tensor, "batch d_model"], weight: Float[Tensor, "vocab d_model"], words: Sequence[int]
+) -> Float[Tensor, "batch words"]:
+    """``word_logs(stream @ weight.T, words)`` for a ``weight`` that does not train; it can be differentiated once.
+
+    The gradient at the stream is the words' rows of ``weight`` minus the mean of all rows under the softmax, which is
+    summed up together with it, as in flash attention (Dao et al. 2022, algorithm 1): the weight is read once, and no
+    logits are kept.
+    """
+    found: Tensor = _WordsOfHead.apply(stream, weight, list(words))
+    return found
+
+
+class _WordsOfHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, weight: Tensor, words: list[int]) -> Tensor:
+        columns = stream.T.contiguous()
+        top = columns.new_full((len(stream),), -torch.inf)
+        total, mean = torch.zeros_like(top), torch.zeros_like(columns)
+        for rows in weight.split(ROWS):
+            logits = rows @ columns
+            higher = torch.maximum(top, logits.amax(0))
+            fade, top = (top - higher).exp_(), higher
+            masses = logits.sub_(top).exp_()
+            total = total.mul_(fade).add_(masses.sum(0))
+            if ctx.needs_input_grad[0]:
+                mean = mean.mul_(fade).addmm_(rows.T, masses)
+        chosen = weight[words]
+        ctx.save_for_backward(chosen, mean.div_(total))
+        return stream @ chosen.T - (top + total.log())[:, None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
+        chosen, mean = ctx.saved_tensors
+        return given @ chosen - given.sum(-1, keepdim=True) * mean.T, None, None

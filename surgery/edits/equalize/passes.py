@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.forward.batching import Batch, pad
-from surgery.forward.residual_cache import ResidualCache, head_of, shortcut
+from surgery.forward.last_position import head_of
+from surgery.forward.residual_cache import ResidualCache, shortcut
 from surgery.forward.trees import Pack, as_batch, trees_for, why_no_trees
 
 LONGER = 4.0
