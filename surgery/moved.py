@@ -20,12 +20,15 @@ class Term:
 
 @dataclass(frozen=True)
 class Moved:
-    """The objective before and after; ``low`` and ``high`` bound the difference, paired by example (95 %)."""
+    """The objective before and after; ``low`` and ``high`` bound the difference, paired by example (95 %).
+
+    One example has no such bounds: they are None.
+    """
 
     before: float
     after: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     examples: int
     terms: Mapping[str, Term]
 

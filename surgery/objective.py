@@ -82,7 +82,7 @@ def moved(before: Asked, after: Asked) -> Moved:
     names = list(dict.fromkeys([*before.values, *after.values]))
     first, last = (sum(each.values.values()) for each in (before, after))
     change = np.asarray(last) - np.asarray(first)
-    error = 1.96 * float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else float("inf")
+    error = 1.96 * float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else None
 
     def of(one: Asked, name: str) -> tuple[float, float]:
         return (float(one.values[name].mean()), one.gradients[name]) if name in one.values else (0.0, 0.0)
@@ -92,7 +92,8 @@ def moved(before: Asked, after: Asked) -> Moved:
         (was, gradient_before), (now, gradient_after) = of(before, name), of(after, name)
         terms[name] = Term(was, now, gradient_before, gradient_after)
     mean = float(change.mean())
-    return Moved(float(np.mean(first)), float(np.mean(last)), mean - error, mean + error, len(change), terms)
+    low, high = (None, None) if error is None else (mean - error, mean + error)
+    return Moved(float(np.mean(first)), float(np.mean(last)), low, high, len(change), terms)
 
 
 def check_gradient(asked: Asked, count: int) -> None:

@@ -1,5 +1,6 @@
 """How far a training moved its objective: against values and gradients by hand, and what the reports say of it."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,15 @@ def test_a_training_says_how_far_it_moved_on_the_same_examples() -> None:
     assert {name: term.after for name, term in far.terms.items()} == pytest.approx(now)
     assert far.before == pytest.approx(sum(was.values())) and far.after == pytest.approx(sum(now.values()))
     assert 0.3 < far.share <= 1 and Moved.from_dict(far.to_dict()) == far
+
+
+def test_one_example_has_no_interval_and_goes_into_json() -> None:
+    line = Line()
+    with trainable(line, ["w"]) as parameters:
+        _, far = train(line, parameters, terms, 1, Plan(0.1, 4, 2), seed=0)
+    assert (far.low, far.high, far.examples) == (None, None, 1)
+    read = json.loads(json.dumps(far.to_dict(), allow_nan=False))
+    assert "which so few examples do not tell from none" in next(objective(read))
 
 
 def test_an_objective_without_a_gradient_is_refused_before_the_first_step() -> None:

@@ -47,16 +47,17 @@ def objective(found: Mapping[str, Any] | None) -> Iterator[str]:
     if not found:
         return
     whole = Moved.from_dict(found)
+    bounds = "" if whole.low is None else f" [{whole.low:+.4g}, {whole.high:+.4g}]"
     how = (
         f"{whole.before:.4g} to {whole.after:.4g} on {whole.examples} examples that it was trained on, the same before "
-        f"and after (difference {whole.after - whole.before:+.4g} [{whole.low:+.4g}, {whole.high:+.4g}])"
+        f"and after (difference {whole.after - whole.before:+.4g}{bounds})"
     )
     if abs(whole.share) < LITTLE:
         yield (
             f"Warning: the objective moved by {abs(whole.share):.1%} only: {how}. What is measured is hardly an effect "
             "of this objective; take more steps (epochs) or a higher rate (lr)."
         )
-    elif whole.low <= 0 <= whole.high:
+    elif whole.low is None or whole.high is None or whole.low <= 0 <= whole.high:
         moved = "fell" if whole.share > 0 else "rose"
         yield f"The objective {moved} by {abs(whole.share):.0%}: {how}, which so few examples do not tell from none."
     elif whole.share < 0:
