@@ -19,7 +19,7 @@ from recipes import equalize
 from recipes.equalize import dataset, measuring, work
 from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
-from surgery.data import genbias, genhint, locality, neutral, shapes
+from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
 from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
@@ -248,6 +248,15 @@ def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None
     held = dataset.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
     people = shapes.people("train")
     assert all(any(f", the {name}," in text for text in held) for name in people[:20])
+
+
+def test_more_nouns_stand_in_the_shapes_beside_the_others() -> None:
+    """Each in so many shapes as another noun, and in none of the sets' own prompts."""
+    asked: dict[str, Any] = {"seed": 0, "split": "profession", "count": 100, "each": 2}
+    few, many = (dataset.settled(load_prompt_set(), more=more, **asked) for more in (False, True))
+    standing = [text for text in many if re.search(r"\b(ringmasters?|doyennes?)\b", text)]
+    assert len(standing) == 4 and not set(standing) & set(few)
+    assert len(many) - len(few) == pytest.approx(2 * len(facts_of_gender.more_nouns()), abs=5)
 
 
 def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:

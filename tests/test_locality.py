@@ -33,7 +33,12 @@ def test_parts_share_nothing_and_no_row_stands_twice() -> None:
             row.text for row in [*parts[other], *facts[other]]
         }
         assert not nouns[one] & nouns[other]
+    more = facts_of_gender.more_nouns()
+    assert len(set(more)) == len(more) > 200 and not set(more) & set().union(*nouns.values())
+    judged = {row.subject for part in ("dev", "test") for row in facts[part] if row.kind == "nouns"}
+    assert not {noun for noun in more for word in noun.split() if word in judged}, "no king in crown king"
     jobs = {subject.name for subject in professions()}
+    assert not jobs & set(more)
     for part, rows in parts.items():
         assert {row.kind for row in rows} == set(locality.SETS)
         assert {row.kind for row in facts[part]} == set(facts_of_gender.SETS)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLED = 40  # tokens of a text of the model's own at most
 
+
 def of_people(prompts: PromptSet) -> bool:
     """Whether the words are he, she or they, so that the grammar and the settled subjects are about them."""
     return set(prompts.words.words) <= set(POSSESSIVES)
@@ -68,13 +69,21 @@ def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
 
 
 def settled(
-    prompts: PromptSet, *, seed: int, split: str, count: int, each: int, limit: int = 0, drawn: int = 0
+    prompts: PromptSet,
+    *,
+    seed: int,
+    split: str,
+    count: int,
+    each: int,
+    more: bool = False,
+    limit: int = 0,
+    drawn: int = 0,
 ) -> list[str]:
     """Subjects whose pronoun is settled: the training parts of locality and of facts of gender, in their own prompts.
 
     Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
     differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
-    several people. ``limit`` of them, where it is not 0, are drawn by the seed ``drawn``, from each kind alike.
+    several people. ``more`` nouns stand there, too. ``limit`` of them, where it is not 0, are drawn by the seed ``drawn``, from each kind alike.
     """
     if not of_people(prompts):
         return []
@@ -86,6 +95,7 @@ def settled(
     own = dict.fromkeys(row.profession for row in genbias.records(split, "train", seed, prompts))
     people = [*own, *shapes.people("train")]
     known = [(row.subject, row.kind, each) for row in rows if row.kind != "text"]
+    known += [(noun, "nouns", each) for noun in (facts_of_gender.more_nouns() if more else ())]
     met = [(subject, "introduced", 1) for subject in introduced(people)]
     met += [(subject, "plurals", 1) for subject in several(people)]
     for subject, kind, times in dict.fromkeys(known + met):

@@ -101,7 +101,14 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     )
     held = {
         "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
-        "settled": dataset.settled(prompts, each=settings.settled_each, limit=settings.settled, drawn=drawn, **where),
+        "settled": dataset.settled(
+            prompts,
+            each=settings.settled_each,
+            more=settings.more_nouns,
+            limit=settings.settled,
+            drawn=drawn,
+            **where,
+        ),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

@@ -93,6 +93,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Only so many hint prompts and settled subjects (of each kind alike) are held, drawn by the seed; 0 holds all.
     Of pairs 400."""
     settled: int = Field(0, ge=0)
+    more_nouns: bool = False
+    """Also hold about 250 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
