@@ -41,12 +41,11 @@ from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
 from surgery.delta.module import NewPart, module_delta
 from surgery.devices import peak_memory
-from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.files.checkpoint_files import open_checkpoint
 from surgery.files.rounding import Rounding
 from surgery.progress import Advance, Progress
-from surgery.runs.folder import AGAIN, Folder, Run, run_folder
+from surgery.runs.folder import AGAIN, Folder, Run, check_apart, run_folder
 from surgery.runs.paired import differences, without_samples
 from surgery.runs.settings import Settings, dump
 from surgery.runs.sharing import Shared
@@ -285,8 +284,7 @@ def operation(
     a folder that stands in the way or lies inside the checkpoint; see ``surgery.runs.folder.run_folder`` for failures.
     """
     out, directory = Path(out), open_checkpoint(checkpoint_dir(checkpoint or settings.model)).path
-    if out.resolve().is_relative_to(directory.resolve()):
-        raise SurgeryError(f"{out}: lies inside the checkpoint {directory}; choose another --out")
+    check_apart(out, directory)
     text = dump(name, settings)
     saving = {key: getattr(settings, key) for key in ("rounding", "keep_checkpoint") if hasattr(settings, key)}
     with run_folder(out, text, resume=resume, again=again) as folder:

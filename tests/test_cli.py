@@ -245,6 +245,20 @@ def test_a_path_that_cannot_be_looked_at_is_one_line(words: list[str]) -> None:
         surgery(*words, "--debug")
 
 
+@pytest.mark.parametrize("command", [["tune"], ["run", "lftf", "--model"]])
+def test_a_run_inside_its_model_is_refused_before_that_is_opened(command: list[str], checkpoint: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.cli.models.import_libraries", lambda: pytest.fail("opened"))
+        code, _, stderr = surgery(*command, checkpoint, "--out", checkpoint / "new" / "run")
+    assert code == 1 and "lies inside the checkpoint" in stderr and not (checkpoint / "new").exists()
+
+
+@pytest.mark.parametrize("words", [["run", "lftf"], ["tune", "demo"], ["eval", "demo"], ["locate", "demo"]])
+def test_a_seed_that_no_generator_takes_is_refused(words: list[str]) -> None:
+    code, _, stderr = surgery(*words, "--seed", 2**32)
+    assert code == 2 and "4294967295" in stderr
+
+
 def test_a_file_that_is_no_delta_and_a_destination_that_exists(checkpoint: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"not a safetensors file")
     code, _, stderr = surgery("apply", tmp_path / "x.safetensors", checkpoint, "--out", tmp_path / "out")

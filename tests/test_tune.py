@@ -52,11 +52,11 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return out, tune(surgery.load(checkpoint, device="cpu"), checkpoint, out)
 
 
-def tune(tiny: Any, checkpoint: Path, out: Path, **where: Any) -> dict[str, Any]:
+def tune(tiny: Any, checkpoint: Path, out: Path, *, few: bool = True, **where: Any) -> dict[str, Any]:
     model, tokenizer = tiny
     settings = equalize.Settings(model=str(checkpoint), **SMALL)
     before = state(model)
-    found = equalize.tune(model, tokenizer, settings, few=True, out=out, **where)
+    found = equalize.tune(model, tokenizer, settings, few=few, out=out, **where)
     assert state(model) == before and found.folder == out
     return json.loads((out / "tune.json").read_text())
 
@@ -118,7 +118,7 @@ def test_an_interrupted_tuning_goes_on_behind_what_was_tried(
 def test_few_texts_are_those_of_the_demo() -> None:
     demo = read_toml(Path(equalize.__file__).parents[1] / "demo.toml")
     known = FEW | tuning.SUITED_TO_FEW | {"block": list(last_quarter(30))}
-    assert {key: demo[key] for key in known} == known
+    assert {key: demo[key] for key in known} == known and {"lr", "hold_settled"} <= set(tuning.SUITED_TO_FEW)
     assert set(demo) - set(known) == {"recipe", "model", "test_rows", "controls"}  # and nothing else was chosen there
 
 
@@ -184,18 +184,40 @@ def test_the_highest_rate_is_taken_for_which_text_does_not_pay(
 
 
 @pytest.mark.parametrize(
-    "own, perplexity, next_best, second",
-    [(0.5, 50.4, 0.22, OWN), (0.3, 51.0, 0.24, "a"), (0.3, 51.0, 0.26, None), (0.18, 50.0, 0.22, "b")],
+    "own, perplexity, finalists",
+    [
+        (0.5, 50.4, [("b", 1), (OWN, 1)]),  # as it is, however far behind
+        (0.3, 51.0, [("b", 1), ("a", 1)]),  # text pays for it; the next is at the same place
+        (0.18, 50.0, [(OWN, 1), ("b", 1)]),
+    ],
 )
-def test_beside_the_best_stands_the_recipe_as_it_is_unless_text_pays_or_the_next_where_it_is_near(
-    own: float, perplexity: float, next_best: float, second: str | None
+def test_beside_the_best_stands_the_recipe_as_it_is_unless_text_pays_else_the_best_elsewhere(
+    own: float, perplexity: float, finalists: list[tuple[str, float]]
 ) -> None:
-    places = [Candidate(OWN, None), Candidate("a", (1,)), Candidate("b", (2,))]
-    tried = dict(zip(places, (result(own, perplexity), result(next_best), result(0.2)), strict=True))
-    if own < 0.2:
-        assert [one.place for one in tuning._finalists(tried)] == [OWN, "b"]
-        return
-    assert [one.place for one in tuning._finalists(tried)] == ["b", *([second] if second else [])]
+    places = [Candidate(OWN, None), Candidate("a", (1,)), Candidate("b", (2,)), Candidate("b", (2,), rate=2.0)]
+    tried = dict(zip(places, (result(own, perplexity), result(0.22), result(0.2), result(0.21)), strict=True))
+    assert [(one.place, one.rate) for one in tuning._finalists(tried)] == finalists
+
+
+def test_screening_looks_past_the_mass_which_a_few_steps_do_not_settle() -> None:
+    silent = result(0.2)
+    silent.after["genbias"]["mass"], silent.before["genbias"]["mass"] = ({"all": {"value": x}} for x in (0.5, 1.0))
+    assert len(silent.objections) == 1 and silent.price == pytest.approx(0.25)
+    assert silent.screened == pytest.approx(0.2) and result(0.2, 51.5).screened == result(0.2, 51.5).price
+    assert result(float("nan")).screened == float("inf")
+
+
+def test_with_all_texts_the_better_finalist_is_trained_again_in_twice_the_steps(
+    tiny: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    finals = [row for row in tune(tiny, checkpoint, tmp_path / "a", few=False)["tried"] if row["round"] == FINAL]
+    first, longer = finals[:-3], finals[-3:]  # each measured three times
+    best = min(first, key=lambda row: row["price"])
+    assert longer[0]["name"] == best["name"].split(", delta")[0] + ", steps times 2"
+    half = tuning.SUITED_TO_ALL["batch_size"] // 2
+    wanted = {key: x for key, x in best["changes"].items() if key != "scales"} | {"batch_size": half}
+    assert longer[0]["changes"] == wanted
+    assert longer[0]["edit"]["steps"] in (2 * best["edit"]["steps"], 2 * best["edit"]["steps"] - 1)
 
 
 def test_a_rate_that_leaves_the_finite_numbers_is_left_out(
@@ -238,6 +260,7 @@ def test_streams_of_several_places_come_from_one_pass(tiny: Any) -> None:
         (["--texts", "some"], "--texts some: expected few or all"),
         (["--recipe", "lftf"], "has nothing that could be tuned; expected equalize"),
         (["--set", "lrr=1"], "did you mean 'lr'"),
+        (["--set", "words=he,he"], "got 'he' twice, expected each once"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_in_one_line(words: list[str], message: str) -> None:

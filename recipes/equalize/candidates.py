@@ -25,20 +25,23 @@ class Candidate:
     """None: where the recipe itself trains."""
     rate: float = 1.0
     """In multiples of the recipe's."""
+    steps: int = 1
+    """In multiples of the recipe's: its batches are divided by it."""
     scale: float = 1.0
     """By how much what was learnt is multiplied, in multiples of the recipe's."""
 
     @property
     def name(self) -> str:
         """In words; the same in every round."""
-        rate, scale = ("" if x == 1 else f"{x:.2g}" for x in (self.rate, self.scale))
-        return self.place + (f", rate times {rate}" if rate else "") + (f", delta times {scale}" if scale else "")
+        factors = {"rate": self.rate, "steps": self.steps, "delta": self.scale}
+        return ", ".join([self.place, *(f"{name} times {x:.2g}" for name, x in factors.items() if x != 1)])
 
     def changes(self, settings: Settings) -> dict[str, Any]:
         """What it changes of ``settings``."""
         lr = float(f"{settings.lr * self.rate:.2g}")
         found: dict[str, Any] = {"block": list(self.blocks)} if self.blocks else {}
         found |= {"lr": lr} if lr != settings.lr else {}
+        found |= {"batch_size": max(1, settings.batch_size // self.steps)} if self.steps != 1 else {}
         return found | ({"scales": [round(settings.scales[0] * self.scale, 4)]} if self.scale != 1 else {})
 
 

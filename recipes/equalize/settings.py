@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from surgery.data import genbias, neutral
-from surgery.data.prompts import load_prompt_set
+from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.edits.places import check_place
 from surgery.errors import SurgeryError
@@ -117,7 +117,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Tokens kept of a target, the others together as one."""
     split: Literal["both", "profession", "pairs"] = "both"
     """both: test professions unseen, and beside them templates and other people unseen, too. pairs: the paper's."""
-    split_seed: int = Field(genbias.SEED, ge=0)
+    split_seed: shared.Seed = genbias.SEED
     controls: list[str] = ["lftf"]
     """lftf (the paper's settings), random (as many other blocks), no_hold (the first term alone); none for pairs."""
 
@@ -165,6 +165,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
             raise SurgeryError(f"pairs: got {self.pairs!r}, expected {', '.join(FOLDERS)} or a .jsonl file")
         words = self.words or load_prompt_set(self.prompt_set).words.words
         check_shares(words, read_shares(self.shares, words))
+        WordSet(tuple(words))
         if self.words_as == "continuations":
             raise SurgeryError(
                 "words_as: got continuations, which are measured and not trained; name words of one token each, and "

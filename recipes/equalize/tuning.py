@@ -1,10 +1,10 @@
 """Choosing the place and the rate of an equalising on development parts, so that nobody has to guess.
 
 Candidates are screened in trainings of a few steps at their own rate, which show whether text pays for it: the highest
-rate that it does not pay for where the recipe trains, places at that, finer rates at the best place. The best setting,
-and a second one unless all are far behind, are then trained on the texts that a run would take, and judged on all that
-a report warns of, as learnt, a little enlarged, and once more. Those of a round share one measurement of the untouched
-model, the targets and, by first block, the stream.
+rate that it does not pay for where the recipe trains, places at that, finer rates at the best place. The best setting
+and one of another kind are then trained on the texts that a run would take, with all texts the better one again in
+twice the steps, and judged on all that a report warns of, as learnt, a little enlarged, and once more. Those of a round
+share one measurement of the untouched model, the targets and, by first block, the stream.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,19 +31,19 @@ from surgery.locate.gain import GAIN_LIMIT, auto_ranking, gain_of
 from surgery.metrics.material import Material, material
 from surgery.operation import Operation, Where, operation
 from surgery.runs.settings import read_toml
-from surgery.runs.tuning import OBJECTION, TOLERANCE, Tried, Tuned, finish
+from surgery.runs.tuning import TOLERANCE, Tried, Tuned, finish
 
 DEMO = read_toml(Path(__file__).parents[1] / "demo.toml")
 FEW = {key: DEMO[key] for key in ("own", "shapes", "each", "hints", "settled", "hints_each", "settled_each")}
 """Of the finalists, where a run is to take a few minutes on a CPU: the demo's amounts."""
-HELD = ("hold_hints", "hold_settled", "hold_texts")
-SUITED_TO_FEW = {key: DEMO[key] for key in ("lr", "batch_size", "emphasis", "own_each", "matmul", *HELD)}
+OF_THE_RUN = ("recipe", "model", "block", "test_rows", "controls")
+SUITED_TO_FEW = {key: value for key, value in DEMO.items() if key not in (*FEW, *OF_THE_RUN)}
 """And what was chosen with them there, at the last quarter of the blocks."""
 SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
 SUITED_TO_ALL |= {"hold_hints": 3.0, "hold_settled": 6.0, "hold_texts": 2.0}
 """What did well on all texts (docs/tune.md). Each instead of the recipe's default, not of what somebody chose."""
 SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 120, "settled_each": 1}
-SCREEN |= {"batch_size": 32}
+SCREEN |= {"batch_size": 32, "samples": 0}
 """Of the screening, in one epoch: 17 steps."""
 ALL_BY_0 = ("own", "hints", "settled")
 ROWS = 80
@@ -91,9 +91,12 @@ def tune(
         chosen = _finalists(tried)
         begin = sorted({one.blocks[0] if one.blocks else places.get(OWN, (0,))[0] for one in chosen} - {0})
         last = a_round("final", settings, asked, far, begin)
-        finals = replace(last, scaled=settings.scales == [1.0]).try_all(chosen)
+        last = replace(last, scaled=settings.scales == [1.0])
+        finals = last.try_all(chosen)
         if not finals:
             raise SurgeryError("tune: no finalist's training stayed finite; lower lr (--set lr=...), or use float32")
+        if not few:
+            finals |= last.try_all([replace(_cheapest(finals), scale=1.0, steps=2)])
         return finish(op.folder.path, op.out, "equalize", settings, [*tried.values(), *finals.values()], ranking)
 
 
@@ -121,11 +124,16 @@ def _screen(first: Round, places: Mapping[str, tuple[int, ...]]) -> dict[Candida
 
 
 def _best(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
-    return sorted(tried, key=lambda one: tried[one].price)
+    """By what few steps can tell: what is left of the bias, and what text pays. The words' mass is not yet settled."""
+    return sorted(tried, key=lambda one: tried[one].screened)
+
+
+def _cheapest(tried: Mapping[Candidate, Tried]) -> Candidate:
+    return min(tried, key=lambda one: tried[one].price)
 
 
 def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
-    """The best, and the recipe as it is unless text pays for it; then the next, behind by an objection at most.
+    """The best, and beside it the recipe as it is, unless text pays for that; else the best at another place.
 
     A few steps say little of a setting but what text pays, and what was chosen by hand is not to be lost by them.
     """
@@ -133,7 +141,7 @@ def _finalists(tried: Mapping[Candidate, Tried]) -> list[Candidate]:
     own = Candidate(OWN, None)
     if own in others and tried[own].perplexity <= TOLERANCE:
         return [best, own]
-    return [best, *(one for one in others[:1] if tried[one].price <= tried[best].price + OBJECTION)]
+    return [best, *[one for one in others if one.place != best.place][:1]]
 
 
 def _ranking(

@@ -17,8 +17,8 @@ from surgery.edits.equalize.training import inside
 from surgery.edits.places import choose
 from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
-from surgery.forward.residual_cache import usable
 from surgery.forward.precision import matrix_products
+from surgery.forward.residual_cache import usable
 from surgery.forward.tokens import Ids
 from surgery.locate.gain import fitting
 from surgery.locate.objectives import term_objective

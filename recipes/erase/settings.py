@@ -28,7 +28,7 @@ class Settings(shared.PromptSet, shared.Neutral, shared.Saving):
     """Of DAMA's search for a value."""
     test_rows: shared.Limit = 0
     """At most so many prompts of the prompt set and its hints are measured, drawn by the seed; 0 takes all."""
-    split_seed: int = Field(genbias.SEED, ge=0)
+    split_seed: shared.Seed = genbias.SEED
     controls: list[str] = ["random"]
     """random: as many directions, drawn at random, at the same places."""
 

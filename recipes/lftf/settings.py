@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from pydantic import Field
-
 from recipes.lftf.variants import check_trained, control_names
 from surgery.data import genbias
 from surgery.data.prompts import WordSet, load_prompt_set
@@ -30,7 +28,7 @@ class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.N
     """The words named in the loss; all of them unless this is an ablation."""
     split: Literal["profession", "pairs"] = "profession"
     """profession: test professions are unseen in training. pairs: the paper's, where none is."""
-    split_seed: int = Field(genbias.SEED, ge=0)
+    split_seed: shared.Seed = genbias.SEED
     rank_by: Literal["gain", "raw", "final_norm"] = "gain"
     """What auto goes by: the natural gain of attention, or the paper's BMI by either convention."""
     positions: Literal["last", "all"] = "last"

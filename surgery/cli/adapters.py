@@ -7,6 +7,7 @@ import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, command, examples, local
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -42,7 +43,7 @@ def export(
         str, typer.Option("--rounding", help="Of the changed weights: nearest, stochastic, auto (as it was measured).")
     ] = "auto",
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Of stochastic rounding; default: the delta's.")
+        int | None, typer.Option("--seed", min=0, max=SEEDS, help="Of stochastic rounding; default: the delta's.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also onto a distant relative of the base.")] = False,
     debug: Debug = False,

@@ -8,6 +8,7 @@ import typer
 from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, group
 from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 data = group("data", "Make data sets and look at them: mix, check.")
 
@@ -34,7 +35,7 @@ def mix(
     out: Annotated[
         Path, typer.Option("--out", help="The .jsonl file; for a mixture of the paper, a folder. Must not exist.")
     ],
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws, deals and shuffles the rows.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Draws, deals and shuffles the rows.")] = 0,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Size of a mixture of shares; 0: the largest.")] = 0,
     folder: Annotated[
         Path | None, typer.Option("--data", help="Where the files of a mixture of the paper stand.")
@@ -65,7 +66,9 @@ def mix(
 def check(
     prompts: Annotated[str, typer.Argument(help="Prompt set: a shipped one, or a .toml / .json file.")],
     model: Annotated[str, typer.Option("--model", help=f"Whose tokenizer reads it. {MODEL_HELP}")] = "demo",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, as in a recipe's split_seed.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=SEEDS, help="Of the split, as in a recipe's split_seed.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Show what a prompt set gives: tokens of its words, sizes of its parts, leaks between them, examples."""

@@ -9,6 +9,7 @@ import typer
 from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Model, Part, Quiet, Rows, Scorer, command, examples
 from surgery.cli.models import check_opening, import_libraries, open_model
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -53,7 +54,7 @@ def evaluate(
         typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), such as mmlu,hellaswag; then no default."),
     ] = None,
     limit: Rows = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the rows of --limit.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Draws the rows of --limit.")] = 0,
     json_file: JsonFile = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto, the checkpoint's own.")

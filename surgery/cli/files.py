@@ -8,6 +8,7 @@ import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, Quiet, command, examples, local
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -28,7 +29,7 @@ def apply(
         str, typer.Option("--rounding", help="nearest, stochastic, or auto: as the delta was measured.")
     ] = "auto",
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Of stochastic rounding; default: the delta's.")
+        int | None, typer.Option("--seed", min=0, max=SEEDS, help="Of stochastic rounding; default: the delta's.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also onto a distant relative of the base, or onto one that holds it.")

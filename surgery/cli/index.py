@@ -21,6 +21,7 @@ from surgery.cli.attribute import (
 )
 from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="A directory that surgery attribute build wrote.")]
 Contrast = Annotated[
@@ -47,7 +48,7 @@ def build(
     targets: Annotated[str, typer.Option("--targets", help="Only layers whose names end so: a,b. Default all.")] = "",
     projection: Annotated[str, typer.Option("--projection", help="count_sketch or rademacher.")] = "count_sketch",
     dim: Annotated[int, typer.Option("--dim", min=1, help="Numbers kept of a gradient.")] = 8192,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the projection.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Of the projection.")] = 0,
     rows: Annotated[
         Literal["float16", "float32"], typer.Option("--rows", help="How the numbers are stored.")
     ] = "float16",
@@ -176,7 +177,7 @@ def select(
     adapter: Adapter = None,
     contrast: Contrast = False,
     normalise: Normalise = "cosine",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the controls, ties and intervals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Of the controls, ties and intervals.")] = 0,
     json_file: JsonFile = None,
     device: Device = None,
     quiet: Quiet = False,

@@ -8,6 +8,7 @@ import typer
 from surgery.cli.app import Debug, Device, JsonFile, Model, PromptSet, Quiet, command, examples
 from surgery.cli.models import check_opening, import_libraries, open_model
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -61,7 +62,7 @@ def locate(
         Path | None, typer.Option("--retain", help="Of gain: texts that must stay, .txt or .jsonl; default neutral.")
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Draws the counterparts, the halves, the random blocks.")
+        int, typer.Option("--seed", min=0, max=SEEDS, help="Draws the counterparts, the halves, the random blocks.")
     ] = 0,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="With --compare: every ranking, correlation and ablation as well.")

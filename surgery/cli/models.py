@@ -12,6 +12,7 @@ import typer
 from surgery import processes
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 if TYPE_CHECKING:
     from surgery.metrics.judges import Judges
@@ -37,7 +38,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/RECIPE.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=SEEDS)] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
     ledger: Annotated[
@@ -70,7 +71,7 @@ def run(
         )
     if processes.first():
         check_free(folder, resume=resume)
-    check_opening(ready.model, device)
+    check_opening(ready.model, device, folder)
     ready.check()
     for line in ready.cautions():
         Progress(quiet).say(line)
@@ -160,13 +161,16 @@ def _help(ctx: typer.Context, recipe: str, *, asked: bool) -> None:
         print(f"  {key} = {own}  ({kind})" + (f"\n      {text}" if text else ""))
 
 
-def check_opening(model: str, device: str | None) -> None:
-    """Refuse, without torch, a model that is not there and a device that is none; call it before heavy imports."""
+def check_opening(model: str, device: str | None, out: Path | None = None) -> None:
+    """Refuse, without torch, a model that is not there, a device that is none and an ``out`` inside the model."""
     from surgery.catalogue import check_device
     from surgery.files.converted import check_model
+    from surgery.runs.folder import check_apart
 
     check_device(None if device == "all" else device)
     check_model(model)
+    if out and Path(model).is_dir():
+        check_apart(out, Path(model))
 
 
 def import_libraries() -> None:

@@ -23,6 +23,7 @@ from surgery.cli.attribute import (
 )
 from surgery.cli.models import check_opening, import_libraries
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -66,7 +67,7 @@ def score(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations: less memory, a third more time.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the controls, ties and intervals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Of the controls, ties and intervals.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
     device: Device = None,
     quiet: Quiet = False,

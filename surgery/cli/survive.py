@@ -8,6 +8,7 @@ import typer
 from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples, local
 from surgery.cli.dose import as_stored
 from surgery.cli.models import check_opening, import_libraries, open_model
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -40,7 +41,7 @@ def survive(
         Path | None, typer.Option("--texts", help="To fine-tune on, a line each; default: the shipped neutral ones.")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of fine-tuning.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the trainings.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Of the trainings.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Also on a distant relative of the base.")] = False,
     device: Device = None,
     quiet: Quiet = False,

@@ -8,6 +8,7 @@ import typer
 from surgery.cli.app import Debug, Device, Model, Quiet, command, examples
 from surgery.cli.models import check_opening, chosen_recipe, open_model
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 
 @command(
@@ -34,7 +35,7 @@ def tune(
             "the recipe's own.",
         ),
     ] = "few",
-    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=SEEDS)] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted tuning in --out.")] = False,
     quiet: Quiet = False,
@@ -59,7 +60,7 @@ def tune(
     ready.check_tuning()
     folder = out or Path("runs") / "tune"
     check_free(folder, resume=resume)
-    check_opening(ready.model, device)
+    check_opening(ready.model, device, folder)
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     again = f"surgery tune {model} --recipe {{recipe}} --out {{out}} --resume --texts {texts}"
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "again": again}

@@ -138,6 +138,12 @@ def run_folder(out: Path, recipe: str, *, resume: bool = False, again: str = AGA
             raise
 
 
+def check_apart(out: Path, checkpoint: Path) -> None:
+    """Raises ``SurgeryError`` where a run would be written into the checkpoint that it reads."""
+    if out.resolve().is_relative_to(checkpoint.resolve()):
+        raise SurgeryError(f"{out}: lies inside the checkpoint {checkpoint}; choose another --out")
+
+
 def check_free(out: Path, *, resume: bool = False) -> Path:
     """The ``.part`` folder of a run that goes to ``out``.
 

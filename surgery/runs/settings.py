@@ -15,6 +15,7 @@ from surgery.catalogue import check_suites
 from surgery.data import checking, neutral
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
+from surgery.seeds import SEEDS
 
 if TYPE_CHECKING:
     from surgery.training import Plan
@@ -26,13 +27,16 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Limit = Annotated[int, Field(ge=0)]  # 0 stands for all
+Seed = Annotated[int, Field(ge=0, le=SEEDS)]
 DropoutRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
     """Base of every recipe's settings; the keys here belong to all recipes, and a key means the same in each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
     renamed: ClassVar[Mapping[str, str]] = {}
     """Keys of this recipe that had another name: the old name and the new one. The old one is still understood."""
 
@@ -40,7 +44,7 @@ class Settings(BaseModel):
     shares_work: ClassVar[bool] = False  # whether processes of one accelerate launch may carry it out together
     model: str = "demo"
     """Directory, hub name, .gguf file or demo."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     def check(self) -> None:
         """Refuse what can be seen without the model: files that are not there, names that do not exist.

@@ -90,8 +90,12 @@ class Tried:
 
         The smallest wins; what cannot be compared never does.
         """
-        found = self.left + OBJECTION * (len(self.objections) + self.dearer)
-        return found if math.isfinite(found) else math.inf
+        return _priced(self.left, len(self.objections) + self.dearer)
+
+    @property
+    def screened(self) -> float:
+        """The same of the perplexity alone, which is all that few steps can tell of the cost."""
+        return _priced(self.left, (self.perplexity > TOLERANCE) + self.dearer)
 
     @property
     def said(self) -> str:
@@ -108,6 +112,11 @@ class Tuned:
     folder: Path
     recipe: Path
     lines: Sequence[str]
+
+
+def _priced(left: float, against: float) -> float:
+    found = left + OBJECTION * against
+    return found if math.isfinite(found) else math.inf
 
 
 def better(tried: Sequence[Tried]) -> list[Tried]:
