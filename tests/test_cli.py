@@ -3,6 +3,7 @@
 import gc
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 import typer
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hooks
@@ -24,6 +26,7 @@ import surgery as surgery_package
 from surgery import __version__
 from surgery.catalogue import FOLDER_SUITES, WRITTEN_SUITES
 from surgery.cli import app
+from surgery.delta import Delta
 
 COMMANDS = (
     "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
@@ -348,6 +351,21 @@ def test_an_accelerator_without_room_is_one_line_that_says_what_is_kept(monkeypa
     code, _, stderr = surgery("eval", "demo", "--suite", "genbias")
     assert code == 1 and stderr.count("\n") == 1
     assert stderr.startswith("error: CUDA out of memory. Tried to allocate 956.00 MiB; free") and "--resume" in stderr
+
+
+def test_export_does_what_every_option_says_or_refuses_it(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    delta, place = run / "delta.safetensors", tmp_path / "half"
+    assert surgery("export", delta, "--peft", place, "--scale", "0.5", "--drop-vectors")[0] == 0
+    factors = load_file(place / "adapter_model.safetensors")
+    name = next(name for name in Delta.load(delta).shapes if name.endswith("down_proj.weight"))
+    key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    shape = Delta.load(delta).shapes[name]
+    whole = Delta.load(delta).read(name, 0, math.prod(shape)).reshape(shape)
+    half = factors[key + "B.weight"] @ factors[key + "A.weight"]
+    assert torch.allclose(half, torch.tensor(whole) / 2, atol=1e-7)
+    for wrong in (("--peft", tmp_path / "x", "--rounding", "nearest"), ("--transformers", tmp_path / "x", "--rank", 4)):
+        code, _, stderr = surgery("export", delta, *wrong, "--checkpoint", checkpoint)
+        assert code == 1 and f"{wrong[2]} would change nothing there" in stderr and not (tmp_path / "x").exists()
 
 
 def test_inspect_against_a_checkpoint_never_imports_torch(run: Path, checkpoint: Path) -> None:

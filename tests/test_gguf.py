@@ -273,6 +273,10 @@ def test_a_file_that_holds_the_delta_is_refused_without_force(tmp_path, base):
     with pytest.raises(SurgeryError, match="holds this delta already"):
         apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "twice.gguf")
     assert not (tmp_path / "twice.gguf").exists()
+    apply_gguf(delta, source, tmp_path / "own.gguf", seed=delta.metadata["seed"])
+    apply_gguf(delta, source, tmp_path / "seed.gguf", seed=delta.metadata["seed"] + 1)
+    drawn = [(tmp_path / f"{name}.gguf").read_bytes() for name in ("e", "own", "seed")]
+    assert drawn[0] == drawn[1] != drawn[2]  # unsaid, the seed is the delta's
     apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "minus.gguf", scale=-1.0)
     apply_gguf(delta, tmp_path / "e.gguf", tmp_path / "forced.gguf", force=True)
     apply_gguf(kit.edit(folder, (GATE,), seed=9), tmp_path / "e.gguf", tmp_path / "other.gguf")

@@ -74,6 +74,17 @@ def test_the_numbers_of_a_set_by_hand() -> None:
     assert "kl" not in metric.score(words, pronouns, rows, words=("he", "she"), data="made")["things"]
 
 
+def test_of_fewer_rows_than_sets_the_others_are_absent() -> None:
+    rows = [row for row in locality.records("test") if row.kind == "plurals"][:2]
+    found = metric.score(
+        np.full((2, 2), 0.2), np.full((2, len(locality.PRONOUNS)), 0.1), rows, words=("he", "she"), data="d"
+    )
+    assert set(found) == {"plurals"} and found["plurals"]["mass"].n == 2
+    facts = [row for row in facts_of_gender.records("test") if row.kind == "nouns"][:2]
+    table = facts_metric.score(np.full((2, 2), 0.2), facts, words=("he", "she"), data="d")["right"]
+    assert set(table) == {facts[0].kind, "all"}
+
+
 def test_kl_by_hand_and_with_the_rest_as_one() -> None:
     base, edited = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.2, 0.3, 0.5]]).log()
     kept = Distributions(1)

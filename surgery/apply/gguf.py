@@ -37,7 +37,7 @@ def apply_gguf(
     *,
     scale: float = 1.0,
     rounding: str = "auto",
-    seed: int = 0,
+    seed: int | None = None,
     force: bool = False,
     undo: str = "record",
     tied: Tied | None = None,
@@ -49,8 +49,8 @@ def apply_gguf(
     A touched tensor keeps its own type where the gguf library writes it, else takes the smallest type that is not
     worse (named in the notes); `touched_type` (such as Q8_0) chooses one for the matrices. Rounding "stochastic" (and
     "auto", wherever the type is not F32) rounds the codes of a block by chance, so that an edit smaller than a code
-    survives on average: of the demo's edit Q4_1 keeps 98 % so, and 11 % by "nearest" (docs/delta.md). With undo
-    "record" the original bytes stand in `out` + ".undo.surgery".
+    survives on average: of the demo's edit Q4_1 keeps 98 % so, and 11 % by "nearest" (docs/delta.md); `seed` draws it,
+    None is the delta's own. With undo "record" the original bytes stand in `out` + ".undo.surgery".
 
     Raises:
         SurgeryError: refused or failed; then nothing was created and the source is as it was.
@@ -62,7 +62,7 @@ def apply_gguf(
         raise SurgeryError(f"undo {undo!r}: of a GGUF file expected record or none")
     if isinstance(delta, Path | str):
         delta = open_delta(delta)
-    file = open_gguf(path)
+    file, seed = open_gguf(path), int(delta.metadata["seed"]) if seed is None else seed
     if not force:
         _refuse_held(path, delta, scale)
     record = out.with_name(out.name + RECORD) if undo == "record" else None

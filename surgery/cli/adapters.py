@@ -51,8 +51,18 @@ def export(
     """Write a delta as a PEFT adapter, or a checkpoint with a delta's module in it for transformers."""
     from surgery.delta import Delta
 
+    if (peft is None) == (transformers is None):
+        raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
+    of_other = {"--rank": rank is not None, "--drop-vectors": drop_vectors, "--served": served}
+    if peft is not None:
+        of_other = {"--rounding": rounding != "auto", "--seed": seed is not None, "--force": force}
+    if any(of_other.values()):
+        given = ", ".join(name for name, said in of_other.items() if said)
+        raise SurgeryError(
+            f"export --{'peft' if peft else 'transformers'}: {given} would change nothing there; leave it out"
+        )
     found = Delta.load(delta)
-    if transformers is not None and peft is None:
+    if transformers is not None:
         from surgery.apply.export import export_transformers
 
         if checkpoint is None:
@@ -65,10 +75,11 @@ def export(
             f"{written.auto_class}.from_pretrained({str(written.out)!r}, trust_remote_code=True)"
         )
         return
-    if peft is None or transformers is not None:
-        raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
+    assert peft is not None
     from surgery.adapters.exporting import export_peft
+    from surgery.delta import compose
 
+    found = found if scale == 1 else compose([found], [scale])
     place = local(checkpoint) if checkpoint is not None else None
     report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors, checkpoint=place, served=served)
     for name, error in report.errors.items():

@@ -54,16 +54,9 @@ def apply(
             raise SurgeryError(
                 "--link, --rename and --vocabulary are for directories; leave them out with a .gguf file"
             )
-        options: dict[str, Any] = {
-            "rounding": rounding,
-            "scale": scale,
-            "seed": seed or 0,
-            "force": force,
-            "tied": tied,
-        }
-        _apply_gguf(
-            delta, checkpoint, out, options | {"undo": undo_kind, "touched_type": touched_type}, Progress(quiet)
-        )
+        options: dict[str, Any] = {"rounding": rounding, "scale": scale, "seed": seed, "force": force, "tied": tied}
+        options |= {"undo": undo_kind, "touched_type": touched_type}
+        _apply_gguf(delta, checkpoint, out, options, Progress(quiet))
         return
     if touched_type is not None:
         raise SurgeryError("--touched-type is for GGUF files; give --out a name that ends in .gguf")

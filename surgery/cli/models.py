@@ -183,7 +183,7 @@ def import_libraries() -> None:
         return
     gc.disable()
     try:
-        import surgery.checkpoints  # noqa: F401
+        import surgery.checkpoints
     finally:
         gc.enable()
     gc.freeze()

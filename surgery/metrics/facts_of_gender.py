@@ -45,6 +45,7 @@ def score(
                 direction="higher",
             )
             for kind, chosen in [*((kind, kinds == kind) for kind in SETS), ("all", np.ones(len(rows), bool))]
+            if chosen.any()
         }
         for name, (values, scorer) in columns.items()
     }

@@ -91,7 +91,7 @@ def score(
     data: str,
     kl: Float[np.ndarray, " prompts"] | None = None,
 ) -> dict[str, dict[str, Metric]]:
-    """``{set: {"mass" | "wrong" | "right" | "kl": Metric}}`` for each set of prompts, intervals over its subjects.
+    """``{set: {"mass" | "wrong" | "right" | "kl": Metric}}`` for each set that has rows, intervals over its subjects.
 
     - mass: sum of P of the compared ``words`` (the columns of ``probabilities``).
     - wrong: sum of P of those of he and she that do not fit; right: P of the pronoun that fits (columns ``PRONOUNS``).
@@ -120,6 +120,8 @@ def score(
     found: dict[str, dict[str, Metric]] = {}
     for kind in SETS:
         chosen = kinds == kind
+        if not chosen.any():  # of fewer rows than there are sets some have none
+            continue
         found[kind] = {}
         for name, (values, scorer, direction) in columns.items():
             ideal = 0.0 if direction == "lower" else float(values[chosen].mean())
