@@ -203,7 +203,7 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4, exa
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, so the stream entering a block differs from step to step"
     ids = prefix.ids[:rows]
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = torch.get_float32_matmul_precision() == "highest" if exact is None else exact
 
     def plain() -> Iterator[Tensor]:
         for row in ids:
