@@ -98,7 +98,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
-    hold_texts: float = Field(1.0, ge=0)
+    hold_texts: float = Field(2.0, ge=0)
     hold_emphasis: float = Field(0.0, ge=0)
     """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
     hold_file: str = ""
