@@ -83,7 +83,8 @@ def settled(
 
     Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
     differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
-    several people. ``more`` nouns stand there, too. ``limit`` of them, where it is not 0, are drawn by the seed ``drawn``, from each kind alike.
+    several people. ``more`` nouns stand there, too. ``limit`` of them, where it is not 0, are drawn by the seed
+    ``drawn``, from each kind alike.
     """
     if not of_people(prompts):
         return []
