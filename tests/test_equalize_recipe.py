@@ -131,6 +131,9 @@ def test_fewer_rows_are_a_sample_with_every_template(checkpoint: Path) -> None:
     assert [own[row.text] for row in few.prompts] == list(few.ids["genbias"]), "a prompt keeps its tokens"
     assert Counter(row.template for row in few.prompts) == dict.fromkeys({row.template for row in asked.prompts}, 10)
     assert all(len(rows) == len(ids) == 90 for rows, ids in near.values())
+    # Numbers of 90 rows and of all are told apart by what they are of; of other seeds they are one kind.
+    assert few.names["genbias"] == f"{asked.names['genbias']}, 90 of {len(asked.prompts)} with seed 0"
+    assert few.names["locality"] == asked.names["locality"]
     assert measuring.fewer(asked, far, 0, 0) == (asked, far)
 
 

@@ -120,7 +120,7 @@ def material(
 def fewer(given: Material, rows: Mapping[str, int], seed: int = 0) -> Material:
     """At most so many prompts of each suite named in ``rows``, drawn by the seed, templates or sets in their shares.
 
-    0 takes all. Of perplexity the sentences with pronouns are drawn alike.
+    0 takes all. Of perplexity the sentences with pronouns are drawn alike. The names say how many of how many.
     """
     of: dict[str, Sequence[Any]] = {"genbias": given.prompts, "genhint": given.hints, **given.settled}
     strata = {name: [getattr(row, "template", "") or row.kind for row in known] for name, known in of.items()}
@@ -131,8 +131,14 @@ def fewer(given: Material, rows: Mapping[str, int], seed: int = 0) -> Material:
 
     places = {name: drawn(name) for name in given.ids}
     chosen = {name: [of[name][at] for at in kept] for name, kept in places.items() if name in of}
+    some = {
+        name: f"{given.names[name]}, {len(kept)} of {len(given.ids[name])} with seed {seed}"
+        for name, kept in places.items()
+        if len(kept) < len(given.ids[name])
+    }
     return replace(
         given,
+        names=given.names | some,
         ids={name: tuple(given.ids[name][at] for at in kept) for name, kept in places.items()},
         prompts=chosen.pop("genbias", given.prompts),
         hints=chosen.pop("genhint", given.hints),
