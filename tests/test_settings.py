@@ -45,8 +45,8 @@ def test_a_written_recipe_leaves_out_what_it_does_not_read() -> None:
     """Its defaults may change, and a run of an older recipe would then be refused for a key that nobody chose."""
     words, pairs = equalize.Settings(model="m"), equalize.Settings(model="m", pairs="stereoset", data="d")
     of_words, of_pairs = (tomllib.loads(dump("equalize", each)) for each in (words, pairs))
-    assert "shapes" in of_words and not {"doses", "folds", "data"} & set(of_words)
-    assert of_pairs["data"] == "d" and "doses" in of_pairs and "shapes" not in of_pairs
+    assert "hints" in of_words and not {"doses", "folds", "data"} & set(of_words)
+    assert of_pairs["data"] == "d" and "doses" in of_pairs and "hints" not in of_pairs
 
 
 @pytest.mark.parametrize("key", ["seed", "split_seed"])
