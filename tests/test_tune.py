@@ -74,6 +74,8 @@ def test_the_cheapest_finalist_is_written_as_a_recipe_with_the_reason(
     assert "moved" not in as_learnt["edit"]  # the objective is not asked here, which would take longer than the steps
     assert all(row["perplexity"] == 0 for row in finals)  # not measured here
     assert {round(row["price"] - row["left"] - OBJECTION * len(row["objections"]), 12) for row in finals} == {0}
+    assert sum(line.startswith("Not ") for line in found["why"]) == len(finals) / 3 - 1  # each training once
+    assert all(line[0].isupper() for row in finals for line in row["objections"])
     best = min(finals, key=lambda row: row["price"])
     text = (out / "tuned.toml").read_text()
     assert text.startswith("# Chosen by surgery tune") and f"# {found['why'][0]}" in text

@@ -77,7 +77,7 @@ class Tried:
         found = [line.removeprefix("Warning: ") for line in caveats(self.before, self.after)]
         if self.perplexity > TOLERANCE:
             found.append(f"perplexity on neutral text rose by {self.perplexity:.1%}.")
-        return found
+        return [line[0].upper() + line[1:] for line in found]
 
     @property
     def dearer(self) -> float:
@@ -157,11 +157,14 @@ def finish(
 
 def _why(tried: Sequence[Tried], best: Tried) -> list[str]:
     """The reason in sentences, the same in the recipe, on the page and in the terminal."""
-    finals = [one for one in better(tried) if one.round == FINAL]
+    finals: dict[str, Tried] = {}  # each training at its best scale
+    for one in better(tried):
+        if one.round == FINAL:
+            finals.setdefault(str({key: value for key, value in one.changes.items() if key != "scales"}), one)
     lines = [f"Chosen: {best.name} ({edited(best.edit)}): {best.said}, on development parts."]
     objections = best.objections
     lines.append(f"Objections: {' '.join(objections)}" if objections else "No objection: no warning of the report.")
-    for one in finals[1:]:
+    for one in list(finals.values())[1:]:
         lines.append(f"Not {one.name} ({edited(one.edit)}): {one.said}.")
     bias = "; ".join(name for name, path in BIAS if find(best.after, path))
     lines.append(
