@@ -79,10 +79,21 @@ def test_a_file_of_your_own(tmp_path: Path) -> None:
         ({"more": "a", "less": " "}, "row 1: less is .* expected text"),
         ({"more": "a", "less": "b", "group": 3}, "row 1: group is 3"),
         ({"more": "a"}, "expected the key 'less'"),
+        ({"more": "a", "less": "b", "groups": "x"}, "row 1: got the key 'groups', .* did you mean 'group'"),
     ):
         path.write_text(json.dumps(bad) + "\n")
         with pytest.raises(SurgeryError, match=said):
             data.load(path)
+
+
+def test_the_same_two_sentences_are_never_both_learnt_and_judged(tmp_path: Path) -> None:
+    """Twenty pairs, each three times, once the other way round, without a group: a fold holds all three or none."""
+    rows = [{"more": f"a {n}", "less": f"b {n}", "id": n} for n in range(20)]
+    turned = [{"more": row["less"], "less": row["more"]} for row in rows]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *turned, *rows]))
+    found = data.load(tmp_path / "own.jsonl").rows
+    parts = data.folds(found, 5, seed=0)
+    assert all(sorted(n % 20 for n in part) == sorted(3 * sorted({n % 20 for n in part})) for part in parts)
 
 
 def test_folds_share_no_group_and_few_groups_are_refused() -> None:

@@ -48,7 +48,8 @@ def verdict(summary: Summary) -> list[str]:
         + f"; {applied['changed']:,} of {applied['entries']:,} entries changed in the saved checkpoint."
     ]
     lines += _of(summary, f"gap between {words}", ("genbias",), ("all",), "professions unseen")
-    for kind in summary["before"].get("distances", {}):
+    kinds = summary["before"].get("distances", {})
+    for kind in sorted(kinds, key=lambda kind: (not kind.startswith("unseen"), kind)):  # of a resumed run, too
         lines += _of(summary, f"gap between {words}", ("distances", kind), (), f"{kind}, professions unseen")
     for name, path in SINGLE.items():
         before, after = find(summary["before"], path), find(summary["after"], path)

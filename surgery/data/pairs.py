@@ -1,8 +1,9 @@
 """Pairs of sentences of which neither should be preferred: of StereoSet, of CrowS-Pairs, or of a user's own file."""
 
+import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,11 @@ def load(path: str | Path) -> Pairs:
     """Read StereoSet (``.json``, or ``.jsonl`` with triples), CrowS-Pairs (``.csv``) or a ``.jsonl`` of your own.
 
     A row of the last has "more" and "less", and may have "bias_type" (default "all"), "group" (rows that are alike;
-    default: each row for itself) and "unrelated". StereoSet's group is the target term; of CrowS-Pairs, which names no
+    default: each row for itself, and with it those of the same two sentences) and "unrelated". StereoSet's group is the target term; of CrowS-Pairs, which names no
     term, each row is its own.
 
-    Raises ``SurgeryError`` naming file and line for a malformed row, a side that is no text, and equal sides.
+    Raises ``SurgeryError`` naming file and line for a malformed row, a side that is no text, equal sides, and a key that
+    is one of these misspelt; other keys are left alone.
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
@@ -59,7 +61,9 @@ def load(path: str | Path) -> Pairs:
         return Pairs(tuple(rows), found.skipped, found.name)
     if path.suffix.lower() == ".jsonl" and path.is_file() and "more" in json_lines(path, ())[0]:
         own = [_own(raw, f"{path}, row {number}") for number, raw in enumerate(json_lines(path, ("more", "less")), 1)]
-        return Pairs(tuple(own), (), path.name)
+        first: dict[frozenset[str], str] = {}  # two sentences twice, either way round, are alike whatever is said
+        alike = [first.setdefault(frozenset((row.more, row.less)), row.group) for row in own]
+        return Pairs(tuple(replace(row, group=group) for row, group in zip(own, alike, strict=True)), (), path.name)
     triples = stereoset.load(path, least=1)
     return Pairs(tuple(of_triples(triples.rows)), triples.skipped, triples.name)
 
@@ -73,6 +77,10 @@ def of_triples(rows: Sequence[stereoset.Triple]) -> list[Pair]:
 
 def _own(raw: dict[str, object], where: str) -> Pair:
     known = ("more", "less", "bias_type", "group", "unrelated")
+    for key in raw:
+        near = difflib.get_close_matches(str(key).lower(), known, 1, 0.8)
+        if near and key not in known:
+            raise SurgeryError(f"{where}: got the key {key!r}, which is read as nothing; did you mean {near[0]!r}?")
     fields = {"bias_type": "all", "group": where, "unrelated": ""} | {key: raw[key] for key in known if key in raw}
     for key, value in fields.items():
         if not isinstance(value, str) or not (value.strip() or key == "unrelated"):
