@@ -89,8 +89,15 @@ def test_cells_of_another_machine_bring_their_pairing_and_need_no_model(
     assert "apply RUN" not in write_report(out, HERE, again, {}).read_text()
     for cell in every[1:]:
         refuse_other_settings(cell, READY["edit", cell.seed, "m"])
+        file = cell.folder / "taken" / "recipe.toml"
+        file.write_text("\n".join(line for line in file.read_text().splitlines() if "weight_decay" not in line))
+        refuse_other_settings(cell, READY["edit", cell.seed, "m"])  # a setting that came later has its default
         with pytest.raises(SurgeryError, match=r"taken: was made with other settings \(lr is"):
             refuse_other_settings(cell, ready(lr=0.5)["edit", cell.seed, "m"])
+    file.write_text(f"{file.read_text()}\nno_more = 1\n")
+    with pytest.raises(SurgeryError, match="no_more"):
+        refuse_other_settings(every[-1], READY["edit", 1, "m"])
+    file.write_text(file.read_text().replace("no_more = 1\n", ""))
     # What was taken can be taken on.
     take(HERE, METHODS, READY, JUDGES, out, tmp_path / "third", Progress(quiet=True))
     third = kept(cells(HERE, METHODS, tmp_path / "third")[1], HERE, JUDGES)

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.runs.settings import Settings, dump
+from surgery.runs.settings import Settings, build, dump
 from surgery.study.cells import TAKEN, Cell
 
 PLACES = ("model", "data")  # settings that say where something lies, which is elsewhere on another machine
@@ -20,9 +20,17 @@ def refuse_other_settings(cell: Cell, settings: Settings) -> None:
 
 
 def other(file: Path, settings: Settings, places: tuple[str, ...] = PLACES) -> str:
-    """The first setting, apart from ``places``, in which a written recipe is another one, with both values; or ""."""
-    there = tomllib.loads(file.read_text("utf-8"))
-    asked = tomllib.loads(dump(there["recipe"], settings))
+    """The first setting, apart from ``places``, in which a written recipe is another one, with both values; or "".
+
+    A recipe is written with every setting that its run read, so that one it lacks came later, and has its default.
+    """
+    values = tomllib.loads(file.read_text("utf-8"))
+    name = values.pop("recipe")
+    try:
+        there = tomllib.loads(dump(name, build(type(settings), values, str(file))))
+    except SurgeryError as error:  # a setting that there is no more
+        return str(error)
+    asked = tomllib.loads(dump(name, settings))
     for key in dict.fromkeys((*asked, *there)):
         if key not in places and there.get(key) != asked.get(key):
             return f"{key} is {there.get(key)}, expected {asked.get(key)}"
