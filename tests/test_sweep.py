@@ -216,7 +216,8 @@ def test_the_commands(tmp_path: Path) -> None:
         ((a, "--pareto", "gas"), "expected BIAS,COST"),
         ((a, "--pareto", "gas.share,loss"), "metric 'loss': none of what was measured"),
         ((a, "--metric", "bleu"), "these runs have"),
-        ((tmp_path / "nowhere",), "no finished run"),
+        ((tmp_path / "nowhere",), "no finished run (run.json: No such file or directory); give the folder of"),
+        ((a.parent,), f"runs in it: {a.parent}/*"),
         ((tmp_path / "old.html",), "is a file"),
     ):
         code, _, stderr = surgery("compare", *words)

@@ -67,9 +67,9 @@ def read_run(folder: str | Path) -> Finished:
     try:
         summary = json.loads((folder / "run.json").read_text("utf-8"))
     except OSError as error:
-        raise SurgeryError(
-            f"{folder}: no finished run (run.json: {error.strerror}); give the folder of a surgery run"
-        ) from None
+        inside = len(list(folder.glob("*/run.json")))  # of a sweep
+        step = f"give the {inside} runs in it: {folder}/*" if inside else "give the folder of a surgery run"
+        raise SurgeryError(f"{folder}: no finished run (run.json: {error.strerror}); {step}") from None
     except ValueError as error:
         raise SurgeryError(f"{folder / 'run.json'}: not JSON ({error}); run it again") from None
     if not isinstance(summary, dict) or not isinstance(summary.get("after"), dict):
