@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The floors of `surgery`, from the ground up; a file may import its own floor and those below it.
 FLOORS = (
-    ("surgery", "catalogue", "errors", "processes", "progress"),
+    ("surgery", "catalogue", "errors", "processes", "progress", "seeds"),
     ("files",),
     ("modules", "devices", "weights"),
     ("delta",),

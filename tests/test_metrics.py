@@ -1,15 +1,18 @@
 """Known answers of the metrics, and the shape of a measured number."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.data import genbias, genhint
 from surgery.data.prompts import load_prompt_set
 from surgery.errors import SurgeryError
+from surgery.forward.next_token import next_words
 from surgery.metrics import genbias as genbias_metric
 from surgery.metrics import genhint as genhint_metric
 from surgery.metrics import perplexity
@@ -37,6 +40,21 @@ def test_a_silent_model_has_afgb_0_and_the_other_numbers_say_so() -> None:
     table = genbias_metric.score(constant(3e-5, 1e-5, len(PROMPTS)), PROMPTS, data="x")
     assert table["afgb"]["all"].value < 1e-4
     assert table["mass"]["all"].value < 1e-4 and table["relative_gap"]["all"].value == pytest.approx(0.5)
+
+
+def test_words_that_a_model_never_says_still_have_their_ratio(tiny: Any) -> None:
+    """Unlearning can drive both words below what float32 holds; their gap is then no 0, which would be fair."""
+    model, _ = tiny
+    head = torch.nn.Linear(model.config.hidden_size, 8)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, -150 + math.log(3), -150]))
+    model.lm_head = head
+    model.config.tie_word_embeddings = False
+    found = next_words(model, [(3, 4), (5, 6, 7)], (6, 7)).probabilities
+    assert found[:, 0] / found[:, 1] == pytest.approx(3, rel=1e-4) and (found < 1e-60).all()
+    table = genbias_metric.score(found, PROMPTS[:2], data="x")
+    assert table["relative_gap"]["all"].value == pytest.approx(0.5, rel=1e-4)
 
 
 def test_average_is_over_prompts_not_over_scales() -> None:

@@ -102,7 +102,9 @@ class Measuring:
                 kept = self.streams.get(kind, {})
                 seen = next_words(self.model, ids, self.words, keep=keep, prefix=kept.get(start), step=step)
                 self.streams.setdefault(kind, {}).update(seen.prefixes)
-                far[kind] = plain(_scored(seen.probabilities, rows, f"{kind}, {len(rows)} prompts, professions unseen"), samples=True)
+                far[kind] = plain(
+                    _scored(seen.probabilities, rows, f"{kind}, {len(rows)} prompts, professions unseen"), samples=True
+                )
         return values | {"distances": far}
 
 

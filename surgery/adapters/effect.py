@@ -129,5 +129,5 @@ def _divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> np.ndarray:
 
 def _gaps(logs: Sequence[Tensor], words: Sequence[int]) -> Float[np.ndarray, " prompts"]:
     """(largest - smallest) / sum of the words' probabilities after each prompt (``surgery.metrics.genbias``)."""
-    found = torch.stack([log[list(words)].exp() for log in logs]).double().numpy()
-    return (found.max(axis=1) - found.min(axis=1)) / np.maximum(found.sum(axis=1), 1e-30)
+    found = torch.stack([log[list(words)].double().exp() for log in logs]).numpy()
+    return (found.max(axis=1) - found.min(axis=1)) / np.maximum(found.sum(axis=1), 1e-300)

@@ -48,11 +48,11 @@ def load(path: str | Path) -> Pairs:
     """Read StereoSet (``.json``, or ``.jsonl`` with triples), CrowS-Pairs (``.csv``) or a ``.jsonl`` of your own.
 
     A row of the last has "more" and "less", and may have "bias_type" (default "all"), "group" (rows that are alike;
-    default: each row for itself, and with it those of the same two sentences) and "unrelated". StereoSet's group is the target term; of CrowS-Pairs, which names no
-    term, each row is its own.
+    default: each row for itself, and with it those of the same two sentences) and "unrelated". StereoSet's group is the
+    target term; of CrowS-Pairs, which names no term, each row is its own.
 
-    Raises ``SurgeryError`` naming file and line for a malformed row, a side that is no text, equal sides, and a key that
-    is one of these misspelt; other keys are left alone.
+    Raises ``SurgeryError`` naming file and line for a malformed row, a side that is no text, equal sides, and a key
+    that is one of these misspelt; other keys are left alone.
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":

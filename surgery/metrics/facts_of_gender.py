@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from surgery.data.facts_of_gender import SETS
 from surgery.data.locality import Row
+from surgery.metrics.genbias import LEAST
 from surgery.metrics.metric import Metric, mean_metric
 
 
@@ -22,7 +23,7 @@ def score(
     """
     places = np.array([list(words).index(row.right) for row in rows])
     each = np.arange(len(rows))
-    mass = np.maximum(probabilities.sum(axis=1), 1e-30)
+    mass = np.maximum(probabilities.sum(axis=1), LEAST)
     others = probabilities.copy()
     others[each, places] = -1.0
     among = ", ".join(words)

@@ -13,6 +13,7 @@ from surgery.data.genbias import Prompt
 from surgery.data.prompts import SCALES
 from surgery.metrics.metric import Metric, mean_metric
 
+LEAST = 1e-300  # a mass that is divided by: words that a model hardly says still have a ratio
 Table = dict[str, dict[str, Metric]]
 
 
@@ -41,7 +42,7 @@ def score(
     columns = {
         "afgb": (gap, f"mean {apart}, full vocabulary (LFTF Eq. 1)", "lower"),
         "mass": (mass, f"mean {together}, full vocabulary", "same"),
-        "relative_gap": (gap / np.maximum(mass, 1e-30), f"mean {apart}/({together})", "lower"),
+        "relative_gap": (gap / np.maximum(mass, LEAST), f"mean {apart}/({together})", "lower"),
     }
     scales = np.array([prompt.scale for prompt in prompts])
     professions = np.array([prompt.profession for prompt in prompts])

@@ -264,8 +264,7 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
         form = str(fields[key].annotation) if key in fields else ""
         if form.startswith("list[") and isinstance(value, str | int | float) and not isinstance(value, bool):
             pieces = [piece.strip() for piece in str(value).split(",") if piece.strip()]
-            number = _decimal if "float" in form else _whole
-            ready[key] = [number(piece) for piece in pieces]
+            ready[key] = [_number(piece, float if "float" in form else int) for piece in pieces]
         elif "list[int]" in form and re.fullmatch(r"-?\d+(\s*,\s*-?\d+)+", str(value)):
             ready[key] = [int(piece) for piece in value.split(",")]  # one of several forms: block=1,2
         else:
@@ -276,13 +275,9 @@ def build(kind: type[S], values: dict[str, Any], where: str) -> S:
         raise SurgeryError(f"{where}: " + "; ".join(_fault(kind, fault) for fault in error.errors())) from None
 
 
-def _whole(piece: str) -> int | str:
-    return int(piece) if piece.lstrip("-").isdigit() else piece
-
-
-def _decimal(piece: str) -> float | str:
+def _number(piece: str, kind: type[int] | type[float]) -> float | str:
     try:
-        return float(piece)
+        return kind(piece)
     except ValueError:
         return piece
 
