@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.app import MODEL_HELP, Debug, command, examples, local
+from surgery.cli.models import without_bars
 from surgery.errors import SurgeryError
 from surgery.seeds import SEEDS
 
@@ -81,6 +82,8 @@ def export(
 
     found = found if scale == 1 else compose([found], [scale])
     place = local(checkpoint) if checkpoint is not None else None
+    if place is not None:  # which peft is to read the adapter onto
+        without_bars()
     report = export_peft(found, peft, rank=rank, drop_vectors=drop_vectors, checkpoint=place, served=served)
     for name, error in report.errors.items():
         print(f"  {name}  relative error {error:.4f}")
@@ -121,5 +124,6 @@ def import_(
     """Write what PEFT makes of an adapter and its base as a delta."""
     from surgery.adapters.importing import import_peft
 
+    without_bars()
     found = import_peft(adapter, local(checkpoint), base=checkpoint, kind=kind)
     print(f"{out}: {len(found.shapes)} tensors of kind {found.kind}, sha256 {found.save(out)}")

@@ -190,13 +190,18 @@ def import_libraries() -> None:
     surgery.devices.keep_freed_memory()
 
 
-def open_model(spec: str, quiet: bool, **options: Any) -> Any:
-    """``surgery.load``; the libraries' own bars are for terminals."""
+def without_bars(quiet: bool = False) -> None:
+    """From here on the libraries' own bars stand on terminals alone."""
     import_libraries()
     from transformers.utils import logging
 
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def open_model(spec: str, quiet: bool, **options: Any) -> Any:
+    """``surgery.load``, ``without_bars``."""
+    without_bars(quiet)
     from surgery.checkpoints import load
 
     return load(spec, **options)
