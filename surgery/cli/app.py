@@ -54,7 +54,22 @@ Device = Annotated[
     typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one; all: several."),
 ]
 SILENT = {"quiet": True, "json_file": None, "plot": None}  # options of the processes beside the first
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")]
+# What no file can be written to is wrong usage, which is said before the work and not behind it.
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers to this JSON file.", dir_okay=False, writable=True)
+]
+
+
+def _picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"got {path}, expected a name that ends in .png (or .svg, .pdf)")
+    return path
+
+
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Write a picture to this PNG file.", dir_okay=False, writable=True, callback=_picture),
+]
 PromptSet = Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")]
 Part = Annotated[str, typer.Option("--part", help="test, dev, train or all.")]
 Scorer = Annotated[

@@ -13,6 +13,7 @@ from surgery.cli.app import (
     Device,
     JsonFile,
     Part,
+    Plot,
     PromptSet,
     Quiet,
     Rows,
@@ -70,7 +71,7 @@ def dose(
         list[str] | None, typer.Option("--metric", help="Show metrics whose place starts so; default: the whole ones.")
     ] = None,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write the picture to this PNG file.")] = None,
+    plot: Plot = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write tables and picture to this HTML file.")] = None,
     device: Device = None,
     quiet: Quiet = False,

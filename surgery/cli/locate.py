@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.app import Debug, Device, JsonFile, Model, PromptSet, Quiet, command, examples
+from surgery.cli.app import Debug, Device, JsonFile, Model, Plot, PromptSet, Quiet, command, examples
 from surgery.cli.models import check_opening, import_libraries, open_model
 from surgery.errors import SurgeryError
 from surgery.seeds import SEEDS
@@ -68,7 +68,7 @@ def locate(
         bool, typer.Option("--verbose", help="With --compare: every ranking, correlation and ablation as well.")
     ] = False,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture to this PNG file.")] = None,
+    plot: Plot = None,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
