@@ -92,7 +92,7 @@ def test_so_few_rows_that_all_draws_are_alike_tell_nothing() -> None:
 
 
 def test_few_groups_tell_nothing_however_many_rows_they_have() -> None:
-    """StereoSet's religion has 78 rows of 3 terms: all three moving the same way is a coin falling alike thrice."""
+    """Rows of three terms that all move the same way are a coin that fell alike thrice."""
     for groups, verdict in ((1, "within noise"), (3, "within noise"), (5, "within noise"), (6, "better")):
         of_group = np.arange(78) % groups
         before, after = (of(np.full(78, value), groups=of_group) for value in (0.8, 0.2))
