@@ -162,9 +162,9 @@ def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
     stored = open_checkpoint(checkpoint)
     found = {}
     for module in sorted({name.rpartition(".")[0] for name, shape in delta.shapes.items() if len(shape) == 1}):
-        parts = [name for name in stored.places if name.rpartition(".")[0] == module]
-        if any(len(stored.entry(name).shape) != 1 for name in parts):
-            continue  # the bias of a matrix
+        parts = [name for name in stored.places if name.startswith(f"{module}.")]
+        if any(len(stored.entry(name).shape) != 1 or name.rpartition(".")[0] != module for name in parts):
+            continue  # the bias of a matrix, or a vector of a whole attention (DiffLlama) or mixer (Mamba)
         for name in parts:
             size = stored.entry(name).elements
             found[name] = values(stored, name, 0, size)
