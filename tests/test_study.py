@@ -240,8 +240,11 @@ def test_seeds_that_are_missing_are_named_and_those_that_need_not_be() -> None:
     assert [(one.cell.name, one.cell.seed) for one in found if one.cell.model == "demo"] == [
         ("untouched", 0), ("drawn", 0), ("fixed", 0), ("half", 0), ("drawn", 1)
     ]  # fmt: skip
-    said = recommend(rows(found), asked)
+    gone = next(one for one in cells(asked, methods, Path("out")) if (one.name, one.seed) == ("half", 1))
+    said = recommend(rows([*found, Judged(gone, {}, "it diverged")]), asked)
     assert "Warning: fewer than 2 seeds: half." in said
+    assert "Warning: not every seed of half on demo was measured (it diverged)." in said
+    assert "ship drawn" in said[0] and rows([*found, Judged(gone, {}, "it diverged")])[3].scores, "one seed is a row"
     assert "One seed stands for all where nothing is drawn: fixed." in said
 
 

@@ -75,6 +75,11 @@ def recommend(found: Sequence[Row], study: Study, commands: Mapping[str, str] | 
         lines.append("Warning: one seed each; how a method varies from seed to seed is not known.")
     elif few:
         lines.append(f"Warning: fewer than {len(study.seeds)} seeds: {', '.join(few)}.")
+    lines += [
+        f"Warning: not every seed of {row.name} on {row.model} was measured ({row.lacks})."
+        for row in found
+        if row.lacks
+    ]
     if len(study.seeds) > 1 and fixed:
         lines.append(f"One seed stands for all where nothing is drawn: {', '.join(fixed)}.")
     return lines

@@ -57,6 +57,8 @@ class Row:
     scores: Mapping[str, Mapping[str, Any]]
     differences: tuple[Mapping[str, Difference], ...]
     refused: str = ""
+    """Why nothing was measured; where some seeds were, the reason of the others is ``lacks``."""
+    lacks: str = ""
     cells: tuple[Flat, ...] = ()
     """The numbers of each seed, with the draws of their bootstraps."""
 
@@ -111,9 +113,9 @@ def rows(judged: Sequence[Judged]) -> list[Row]:
                     one["ideal"] = untouched.scores[place].value
             paired = () if members[0] is untouched else tuple(paired_with(one, own) for one in measured)
             refused = next((one.refused for one in members if one.refused), "")
-            found.append(
-                Row(model, name, members[0].cell.method, scores, paired, refused, tuple(m.scores for m in measured))
-            )
+            why = {"lacks" if measured else "refused": refused}
+            own_cells = tuple(m.scores for m in measured)
+            found.append(Row(model, name, members[0].cell.method, scores, paired, cells=own_cells, **why))
     return found
 
 
