@@ -15,6 +15,7 @@ import surgery
 from hooks import anatomy
 from recipes import lftf
 from surgery.data import genbias
+from surgery.devices import keep_freed_memory
 from surgery.edits.block import loss_of, names_of, word_loss
 from surgery.forward.batching import Batch, pad
 from surgery.forward.next_token import next_words
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     """Medians of steps on the same batches of 32 training prompts; ratios are what counts."""
     (spec,) = arguments
     device = os.environ.get("BENCH_DEVICE", "cpu")
+    keep_freed_memory()  # as every command that trains does
     model, tokenizer = surgery.load(spec, device=device)
     train = encode(tokenizer, [row.text for row in genbias.records("profession", "train")])
     test = encode(tokenizer, [row.text for row in genbias.records("profession", "test")])

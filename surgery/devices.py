@@ -96,8 +96,20 @@ def peak_memory(place: torch.device) -> int | None:
 
 
 def free_memory(place: torch.device) -> int | None:
-    """The bytes that are free on an accelerator; None for the CPU, and where a backend does not say."""
-    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+    """The bytes that are free on an accelerator; None for the CPU, and where a backend does not say.
+
+    Raises ``NoRoom`` where so little is free that the driver cannot even begin on it.
+    """
+    if place.type != "cuda":
+        return None
+    try:
+        return torch.cuda.mem_get_info(place)[0]
+    except RuntimeError as error:  # of which each version of torch has its own kind
+        said = (str(error).splitlines() or [""])[0][:120]
+        raise NoRoom(
+            f"{place}: does not answer how much of it is free ({said}); expected room for the weights: end what else "
+            "is there, or take another (CUDA_VISIBLE_DEVICES), or --device cpu"
+        ) from error
 
 
 def keep_freed_memory() -> None:

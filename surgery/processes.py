@@ -84,9 +84,8 @@ def together(items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence
     >>> together([1, 2, 3], lambda some: [each**2 for each in some])
     [1, 4, 9]
     """
-    bounds = [len(items) * number // count() for number in range(count() + 1)]
-    own = list(compute(items[bounds[index()] : bounds[index() + 1]]))
-    return [value for share in gathered(own) for value in share]
+    shares = gathered(list(compute(items[index() :: count()])))  # turn by turn, as neighbours are of like length
+    return [shares[number % count()][number // count()] for number in range(len(items))]
 
 
 def told(decide: Callable[[], Item]) -> Item:
