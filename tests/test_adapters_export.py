@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_configs import tiny
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -171,9 +172,10 @@ def test_positions_travel_as_embeddings_and_matrices_of_no_module_are_refused(tm
     mamba = kit.edit(small(MambaForCausalLM, tmp_path / "mamba"), ("backbone.layers.1.mixer.A_log",))
     with pytest.raises(SurgeryError, match=r"A_log: LoRA holds matrices of modules only"):
         export_peft(mamba, tmp_path / "x")
-    vector = kit.edit(tmp_path / "mamba", ("backbone.layers.1.mixer.D", "backbone.layers.1.mixer.in_proj.weight"))
-    with pytest.raises(SurgeryError, match=r"mixer.D: LoRA holds matrices of modules only"):  # no norm: not kept whole
-        export_peft(vector, tmp_path / "x", checkpoint=tmp_path / "mamba")
+    folder, of = small(DiffLlamaForCausalLM, tmp_path / "diff"), "model.layers.1.self_attn."
+    vector = kit.edit(folder, (f"{of}lambda_q1", f"{of}q_proj.weight"))
+    with pytest.raises(SurgeryError, match=r"lambda_q1: LoRA holds matrices of modules only"):  # no norm, to be kept
+        export_peft(vector, tmp_path / "x", checkpoint=folder)
 
 
 def test_a_text_model_inside_another_is_called_as_peft_sees_it(tmp_path):
