@@ -16,10 +16,10 @@ def test_freed_memory_is_taken_up_again_without_the_kernel() -> None:
     """Blocks beyond 32 MB would be given back at every free, and cleared anew page by page."""
     keep_freed_memory()
     counts = []
-    for _ in range(6):
+    for _ in range(16):  # the heap may grow a few times before it is large enough
         torch.ones(12_000_000)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert counts[-1] - counts[2] < 1000  # of 35,000 pages
+    assert counts[-1] - counts[-4] < 1000  # of 35,000 pages
 
 
 def test_a_card_that_is_full_to_the_brim_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
