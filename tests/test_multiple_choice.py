@@ -147,6 +147,16 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path) -> None:
         capability.load("piqa", tmp_path)
 
 
+def test_a_task_that_is_named_twice_takes_no_questions_of_another(tmp_path: Path) -> None:
+    row = '{"question": "q", "options": "A. x\\nB. y", "answer": "%s"}\n'
+    for task, answers in {"piqa": "AA", "openbookqa": "AB"}.items():
+        file = tmp_path / capability.FILES[task]
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(row % answer for answer in answers))
+    found = metric.evaluate(build("llama"), letters(), tmp_path, tasks=("piqa", "piqa", "openbookqa"))
+    assert found["openbookqa"].value == 0.5 != found["piqa"].value  # one question, once with either answer
+
+
 @pytest.mark.skipif("SURGERY_DATA" not in os.environ, reason="needs SURGERY_DATA, the directory of the data sets")
 def test_the_files_at_hand_give_all_their_questions_and_a_tiny_model_is_near_chance() -> None:
     folder = Path(os.environ["SURGERY_DATA"])

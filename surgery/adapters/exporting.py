@@ -208,7 +208,7 @@ def _refuse_high(rank: int, out: Path) -> None:
 
 def _padded(array: np.ndarray, name: str, rank: int) -> np.ndarray:
     """A factor with zeros up to the rank that all share, where no rank of its own can be told."""
-    axis = 0 if ".lora_A" in name else 1
+    axis = 0 if name.endswith((".lora_A.weight", ".lora_embedding_A")) else 1
     widths = [(0, rank - size if number == axis else 0) for number, size in enumerate(array.shape)]
     return np.pad(array, widths)
 

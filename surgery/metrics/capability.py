@@ -40,7 +40,7 @@ def evaluate(
     every = {task: load(task, folder) for task in tasks}
     drawn = {task: sample(every[task], limit, seed, lambda question: question.answer) for task in tasks}
     # All in one: batches are then full to the last task's, and several processes have as much to do each.
-    scores = score(model, tokenizer, [question for task in tasks for question in drawn[task]], step=step)
+    scores = score(model, tokenizer, [question for questions in drawn.values() for question in questions], step=step)
     found, first = {}, 0
     for task, questions in drawn.items():
         own, first = scores.part(first, first + len(questions)), first + len(questions)
