@@ -90,8 +90,11 @@ def test_texts_that_the_model_writes_are_held_beside_the_shipped_ones(checkpoint
     model, tokenizer = surgery.load(checkpoint, device="cpu")
     with pytest.raises(SurgeryError, match="samples: got 5, and this tokenizer has no token to begin a text"):
         operate(checkpoint, tmp_path / "run", samples=5)
-    tokenizer.bos_token, begin = "The", tokenizer.convert_tokens_to_ids("The")
     settings = equalize.Settings(model=str(checkpoint), samples=5, seed=3)
+    with pytest.raises(SurgeryError, match="samples: got 5, and this tokenizer has no token to begin a text"):
+        equalize.tune(model, tokenizer, settings, few=True, out=tmp_path / "tune")
+    assert not list(tmp_path.glob("tune*"))
+    tokenizer.bos_token, begin = "The", tokenizer.convert_tokens_to_ids("The")
     op: Any = SimpleNamespace(model=model, once=lambda name, compute: compute(), progress=Progress(quiet=True))
     written = own_texts(model, 5, begin=begin, ends=[tokenizer.pad_token_id], seed=3)
     lines = {"texts": shapes.texts()[:2], "settled": []}

@@ -91,7 +91,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """In how many of the prompt set's own templates each person beyond the set stands, too."""
     hints: int = Field(0, ge=0)
     """Only so many hint prompts and settled subjects (of each kind alike) are held, drawn by the seed; 0 holds all.
-    Of pairs 400."""
+    Beside pairs 400 settled subjects, drawn from all together."""
     settled: int = Field(0, ge=0)
     more_nouns: bool = False
     """Also hold about 250 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""

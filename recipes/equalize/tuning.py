@@ -65,6 +65,8 @@ def tune(
     settings.check_tuning()
     prompts = load_prompt_set(settings.prompt_set)
     prompts = replace(prompts, words=WordSet(tuple(settings.words))) if settings.words else prompts
+    if settings.samples:  # of which the finalists learn first, behind all of the screening
+        dataset.first_token(tokenizer, settings.samples)
     asked = material(model, tokenizer, prompts, part="dev", seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed, "dev") if settings.split == "both" else {}
     words = word_ids(tokenizer, prompts.words.words)

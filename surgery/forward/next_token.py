@@ -225,6 +225,7 @@ class Kept:
         self.places = batch.places() if self.flat else []
 
     def attach(self, model: PreTrainedModel, stack: ExitStack) -> None:
+        """Keep what enters the blocks in the passes until ``stack`` closes."""
         if self.flat:
             stack.enter_context(capture(model, list(self.flat), reducer=self._take))
 

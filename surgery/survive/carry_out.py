@@ -60,6 +60,7 @@ class Survival:
 
     @property
     def weakest(self) -> Row:
+        """The treatment under which least of the edit is kept."""
         return min(self.rows, key=lambda row: row.kept.value)
 
 
