@@ -54,7 +54,10 @@ def words_of_head(
 
 
 class _WordsOfHead(torch.autograd.Function):
+    """In full precision under autocast, too, which casts products but not the sums that they are added to."""
+
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, stream: Tensor, weight: Tensor, words: list[int]) -> Tensor:
         columns = stream.T.contiguous()
         top = columns.new_full((len(stream),), -torch.inf)
@@ -72,6 +75,7 @@ class _WordsOfHead(torch.autograd.Function):
         return stream @ chosen.T - (top + total.log())[:, None]
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
         chosen, mean = ctx.saved_tensors

@@ -33,10 +33,10 @@ class Metric:
     ideal: float
     direction: str
     """Lower, higher, nearer (to the ideal), or same: as before the edit, whatever that was."""
-    groups: int | None = None
-    """How many groups of rows were resampled as one (professions, terms); None where each row stands for itself."""
     samples: Float[np.ndarray, " resamples"] | None = field(default=None, repr=False, compare=False)
     """The bootstrap's values, for differences (``difference``); they do not go into JSON."""
+    groups: int | None = None
+    """How many groups of rows were resampled as one (professions, terms); None where each row stands for itself."""
 
     def to_dict(self, *, samples: bool = False) -> dict[str, Any]:
         """Plain JSON values; with ``samples`` also those, in 32 bits, so that what is read again can be paired."""
