@@ -1,12 +1,14 @@
 """Cells that another folder, perhaps of another machine, has judged: taken along with their pairing, or named."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from test_cli import surgery
 
 from surgery.cli.models import chosen_recipe
@@ -19,7 +21,7 @@ from surgery.study.cells import Judged, cells
 from surgery.study.judging import check, details_of, keep, kept
 from surgery.study.made_with import refuse_other_settings
 from surgery.study.report import write_report
-from surgery.study.taking import take, whole
+from surgery.study.taking import refuse_another, take, unfinished, whole
 from surgery.study.verdict import paired_with
 
 ROWS = np.random.default_rng(0).uniform(0.2, 0.4, 40)
@@ -139,3 +141,31 @@ def test_the_command_takes_what_another_folder_has(checkpoint: Path, tmp_path: P
     assert code == 0 and "2 cells taken" in stderr and stderr.count("judged before") == 2
     found = [json.loads((tmp_path / name / "study.json").read_text())["cells"] for name in "ab"]
     assert [one["differences"] for one in found[0]] == [one["differences"] for one in found[1]]
+
+    # Where an edit is left to be measured, the model as it is here comes first, and has to be the one of those cells.
+    other = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    file.write_text(f'{file.read_text()}[[methods]]\nname = "q"\npreamble = "So. "\n')
+    words = ["study", file, "--out", tmp_path / "c", "--device", "cpu", "--take", tmp_path / "a"]
+    code, _, stderr = surgery(*words, "--model", other)
+    assert code == 1 and "1 cells taken" in stderr and "expected the same weights and data" in stderr
+    assert not list((tmp_path / "c").rglob("*q*/**/judged.json"))
+    code, _, stderr = surgery(*words[:3], tmp_path / "d", *words[4:])
+    assert code == 0 and "1 cells taken" in stderr and len(list((tmp_path / "d").rglob("judged.json"))) == 3
+
+
+def test_an_untouched_model_is_taken_only_where_nothing_is_left_to_measure(tmp_path: Path) -> None:
+    source, out = tmp_path / "there", tmp_path / "out"
+    judge(source, 1.5)
+    more = [*METHODS, Method(name="new", preamble="x")]
+    assert unfinished(HERE, METHODS, READY, JUDGES, [source], out) == set()
+    left = unfinished(HERE, more, READY, JUDGES, [source], out)
+    take(HERE, more, READY, JUDGES, source, out, Progress(quiet=True), left)
+    found = [kept(cell, HERE, JUDGES) is not None for cell in cells(HERE, more, out)]
+    assert left == {"m"} and found == [False, True, False, True]
+    ours = Judged(cells(HERE, more, out)[0], judge(tmp_path / "own")[0].scores)
+    with pytest.raises(SurgeryError, match="expected the same weights and data"):
+        refuse_another(ours, HERE, more, JUDGES, [source])
+    refuse_another(ours, HERE, more, JUDGES, [tmp_path / "own"])

@@ -88,6 +88,7 @@ def study(
     import_libraries()
     from surgery.study.carry_out import carry_out
     from surgery.study.cells import cells
+    from surgery.study.judging import check
     from surgery.study.made_with import refuse_other_settings
 
     for cell in cells(asked, methods, place):
@@ -103,16 +104,22 @@ def study(
         where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
         modules[cell.method.name].run(model, tokenizer, settings, **where)
 
-    print(carry_out(asked, methods, place, run, share=share, device=device, progress=progress))
+    def untouched(found: Any) -> None:
+        from surgery.study.taking import refuse_another
+
+        refuse_another(found, asked, methods, check(asked)[0], take or [])
+
+    print(carry_out(asked, methods, place, run, untouched, share=share, device=device, progress=progress))
 
 
 def _taken(asked: Any, methods: Any, ready: Any, sources: list[Path], out: Path, progress: Any) -> set[str]:
     """The models of which nothing is left to measure once the cells of ``sources`` are copied into ``out``."""
     import_libraries()
     from surgery.study.judging import check
-    from surgery.study.taking import take, whole
+    from surgery.study.taking import take, unfinished, whole
 
     judges, _ = check(asked)
+    left = unfinished(asked, methods, ready, judges, sources, out)
     for source in sources:
-        take(asked, methods, ready, judges, source, out, progress)
+        take(asked, methods, ready, judges, source, out, progress, left)
     return whole(asked, methods, judges, out)

@@ -41,6 +41,7 @@ def carry_out(
     methods: Sequence[Method],
     out: Path,
     run: RunRecipe,
+    untouched: Callable[[Judged], None] = lambda _: None,
     *,
     share: bool = False,
     device: str | None = None,
@@ -49,7 +50,8 @@ def carry_out(
     """Run, judge, report; the page's path. Runs and judgements that exist are taken, interrupted ones go on.
 
     A method that is refused on a model (no head, wrong family) becomes a row that says so. A cell for which the
-    accelerator is too full is tried once more behind all others. ``share``: several processes work on the folder; each
+    accelerator is too full is tried once more behind all others. ``untouched`` is called with each untouched model's
+    numbers before any edit of it is run. ``share``: several processes work on the folder; each
     takes the cells that no other holds.
 
     Raises ``SurgeryError`` for judges without their data, before anything is run, and for a folder in which another
@@ -72,6 +74,8 @@ def carry_out(
                 try:
                     with held(cell.folder / "cell.lock", shared=False):
                         judged[cell.folder] = _one(cell, study, judges, run, opened, device, progress, label)
+                    if cell.method is None:
+                        untouched(judged[cell.folder])
                 except BlockedError:
                     elsewhere.append(label)
                     again.append((number, cell))

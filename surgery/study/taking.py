@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,22 @@ Ready = Mapping[tuple[str, int, str], Settings]
 
 
 def take(
-    asked: Study, methods: Sequence[Method], ready: Ready, judges: Judges, source: Path, out: Path, progress: Progress
+    asked: Study,
+    methods: Sequence[Method],
+    ready: Ready,
+    judges: Judges,
+    source: Path,
+    out: Path,
+    progress: Progress,
+    unfinished: Collection[str] = (),
 ) -> None:
     """Copy what is judged in ``source`` by the same judges, and not in ``out``; what is left there is said.
 
     Runs are taken that were made with the settings ``ready``, whatever a recipe's defaults were then. Models and data
     may lie elsewhere there: a model is known by the last part of its path. Every cell is paired with the untouched
     model as it was measured in ``source``, and keeps these differences; its details come along, and its run's recipe
-    and delta.
+    and delta. Of the models ``unfinished``, some cells of which are still to be measured, the untouched model is left
+    there: what is measured here is paired with the model as it is here (``refuse_another``).
 
     Raises ``SurgeryError`` for a folder without a cell of this study, and where its untouched model is another one
     than that of ``out``: a number differs beyond noise and by more than a point.
@@ -47,6 +55,8 @@ def take(
         known += 1
         if there.method is None:
             before[there.model] = found
+            if here.model in unfinished and kept(here, asked, judges) is None:
+                continue
         try:
             with held(here.folder / "cell.lock", shared=False):
                 if (ours := kept(here, asked, judges)) is not None:
@@ -69,6 +79,33 @@ def take(
             "study of the same methods, settings and judges"
         )
     progress.say(f"{count} cells taken from {source}" + (f", {len(left)} not: {left[0]}" if left else ""))
+
+
+def unfinished(
+    asked: Study, methods: Sequence[Method], ready: Ready, judges: Judges, sources: Sequence[Path], out: Path
+) -> set[str]:
+    """The models with an edit that neither ``out`` nor any of ``sources`` has judged."""
+    every = [cells(asked, methods, place) for place in (out, *sources)]
+    return {
+        here.model
+        for here, *there in zip(*every, strict=True)
+        if here.method is not None
+        and not here.method.absent
+        and _judges(here.folder) != identity(here, asked, judges)
+        and all(_there(cell, asked, ready, judges)[0] is None for cell in there)
+    }
+
+
+def refuse_another(
+    ours: Judged, asked: Study, methods: Sequence[Method], judges: Judges, sources: Sequence[Path]
+) -> None:
+    """Raises ``SurgeryError`` where the untouched model ``ours`` is another one than that of ``sources``."""
+    for source in sources:
+        for cell in cells(asked, methods, source):
+            if cell.method is None and cell.model == ours.cell.model:
+                found, _ = _there(cell, asked, {}, judges)
+                if found is not None:
+                    _same(ours, found, source)
 
 
 def whole(asked: Study, methods: Sequence[Method], judges: Judges, out: Path) -> set[str]:
