@@ -88,7 +88,6 @@ def study(
     import_libraries()
     from surgery.study.carry_out import carry_out
     from surgery.study.cells import cells
-    from surgery.study.judging import check
     from surgery.study.made_with import refuse_other_settings
 
     for cell in cells(asked, methods, place):
@@ -104,10 +103,10 @@ def study(
         where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
         modules[cell.method.name].run(model, tokenizer, settings, **where)
 
-    def untouched(found: Any) -> None:
+    def untouched(found: Any, judges: Any) -> None:
         from surgery.study.taking import refuse_another
 
-        refuse_another(found, asked, methods, check(asked)[0], take or [])
+        refuse_another(found, asked, methods, judges, take or [])
 
     print(carry_out(asked, methods, place, run, untouched, share=share, device=device, progress=progress))
 
