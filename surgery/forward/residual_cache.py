@@ -143,11 +143,6 @@ def _cutting(model: PreTrainedModel) -> tuple[bool, str | None]:
     """Whether the norms may be cut, too, and why nothing may be."""
     ids = short_rows(model)
 
-    def plain() -> Iterator[Tensor]:
-        for row in ids:
-            own = torch.tensor([row], device=model.device)
-            yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
-
     def compared(early: bool) -> str | None:
         try:
             with shortcut(model, _early=early) as run:
@@ -155,8 +150,7 @@ def _cutting(model: PreTrainedModel) -> tuple[bool, str | None]:
                 logs = [_logs(run(pad(ids, rows, model.device))) for rows in groups]
         except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
             return f"{type(error).__name__}: {error}"[:200]
-        quick = dict(zip([row for rows in groups for row in rows], torch.cat(logs), strict=True))
-        return errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
+        return _departs(model, ids, groups, logs)
 
     def find() -> tuple[bool, str | None]:
         with probe.unchanged(model), unhooked(model):
@@ -205,11 +199,6 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4, exa
     ids = prefix.ids[:rows]
     exact = torch.get_float32_matmul_precision() == "highest" if exact is None else exact
 
-    def plain() -> Iterator[Tensor]:
-        for row in ids:
-            own = torch.tensor([row], device=model.device)
-            yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
-
     groups = batches_for(model, ids)
     with matrix_products("highest"):  # whether it is the same computation, whatever a caller lets products round to
         try:
@@ -218,9 +207,22 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4, exa
                 fast = [_logs(run(kept.batch(group))) for group in groups]
         except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
             return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
-        quick = dict(zip([row for group in groups for row in group], torch.cat(fast), strict=True))
-        reason = errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
+        reason = _departs(model, ids, groups, fast)
     return None if reason is None else f"log-probabilities differ from the plain forward pass: {reason}"
+
+
+def _departs(
+    model: PreTrainedModel, ids: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], logs: Sequence[Tensor]
+) -> str | None:
+    """By how much the quick passes' ``logs`` of ``groups`` of prompts err more than each prompt's own plain pass."""
+
+    def plain() -> Iterator[Tensor]:
+        for row in ids:
+            own = torch.tensor([row], device=model.device)
+            yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
+
+    quick = dict(zip([row for group in groups for row in group], torch.cat(list(logs)), strict=True))
+    return errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
 
 
 def _entering(model: PreTrainedModel, ids: Sequence[tuple[int, ...]], block: int) -> ResidualCache:
