@@ -23,7 +23,7 @@ from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved, 
 from surgery.processes import count as processes
 from surgery.processes import first as is_first
 from surgery.processes import joined, mine, wait
-from surgery.training_state import TrainingState
+from surgery.training_state import Mean, TrainingState
 
 Log = Callable[[dict[str, Any]], None]
 # Called after each step with the number of steps done and the optimizer; True ends the training there. For the steps
@@ -49,6 +49,8 @@ class Plan:
     """Take the examples of each epoch in an order drawn by the seed, not as they are numbered."""
     parts: int = 1
     """In how many passes a step's examples are taken: so many processes can share them. To rounding the same result."""
+    average: float = 0.0
+    """The last share of the steps, of which the mean of the parameters is what is learnt; 0: the last step's own."""
     asked: int = ASKED
     """On how many examples, in whole batches and at least one, the objective is asked before and after; 0: on none."""
 
@@ -114,7 +116,7 @@ def train(
     That is asked of the first examples before and after (``surgery.objective``), by ``asked`` where ``losses`` change
     between the steps; where the plan asks none, it is None. ``rates`` multiply the plan's learning rate for the
     parameters that they name.
-    ``after`` may evaluate the model between steps, and ends the training when it returns True.
+    ``after`` may evaluate the model between steps (before any averaging), and ends the training when it returns True.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
     every 20 seconds and taken up from there, to the same result; the file is removed at the end.
@@ -133,9 +135,10 @@ def train(
         check_gradient(before, len(parameters))
     model.train(plan.dropout)
     optimizer = _optimizer(parameters, plan, rates or {}, device)
-    kept = TrainingState(state, parameters, optimizer, plan, seed) if state is not None else None
-    done = kept.take_up() if kept else []
     steps = steps_of(count, plan)
+    mean = Mean(parameters, plan.average, steps)
+    kept = TrainingState(state, parameters, optimizer, mean, plan, seed) if state is not None else None
+    done = kept.take_up() if kept else []
     ended = [after(step + 1, None) for step in range(len(done))] if after else []
     if processes() > 1:
         wait()  # the state was read by all before one writes it anew
@@ -153,6 +156,7 @@ def train(
             value = _gradients(model, parameters, losses, rows, plan.parts, half, drawn)
             _check_loss(value, plan, step + 1)
             optimizer.step()
+            mean.add(step)
             done.append(value)
             if log:
                 log({"step": step + 1, "loss": value, "lr": rate})
@@ -163,6 +167,7 @@ def train(
                 model.train(plan.dropout)
             if kept and is_first():
                 kept.save_when_due(done)
+    mean.put()
     _check_finite(parameters, plan, len(done))
     optimizer.zero_grad()
     with _deterministic(device):

@@ -1,5 +1,6 @@
-"""The file that keeps a training between its steps, so that another process can go on with it."""
+"""What a training keeps beside its parameters: the mean over its last steps, and a file by which another can go on."""
 
+import math
 import os
 import pickle
 import time
@@ -13,6 +14,35 @@ from surgery.errors import SurgeryError
 SAVE_EVERY = 20.0  # seconds between saved states, more where saving is slow; this changes no result
 
 
+class Mean:
+    """Mean of trained parameters over the last steps of a training (Izmailov et al. 2018, arXiv:1803.05407), float32.
+
+    ``share`` of the ``steps`` count, rounded up; none for 0, which keeps nothing.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], share: float, steps: int) -> None:
+        self._parameters, self._first = parameters, steps - math.ceil(share * steps)
+        self.count, self.values = 0, dict[str, torch.Tensor]()
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the parameters as they are behind step ``step`` (from 0), where it is one of the last."""
+        if step < self._first:
+            return
+        self.count += 1
+        for name, parameter in self._parameters.items():
+            if self.count == 1:
+                self.values[name] = parameter.detach().float().clone()
+            else:
+                self.values[name].lerp_(parameter.detach().float(), 1 / self.count)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Set the parameters to the mean, where it has any steps."""
+        for name, value in self.values.items():
+            self._parameters[name].copy_(value)
+
+
 class TrainingState:
     """The file that keeps a training between its steps, so that another process can go on with it."""
 
@@ -21,10 +51,11 @@ class TrainingState:
         file: Path,
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        mean: Mean,
         plan: object,
         seed: int,
     ) -> None:
-        self.file, self._parameters, self._optimizer = file, parameters, optimizer
+        self.file, self._parameters, self._optimizer, self._mean = file, parameters, optimizer, mean
         self._mark = f"{plan} {seed} {[(name, tuple(p.shape)) for name, p in parameters.items()]}"
         self._saved = time.monotonic()
 
@@ -47,6 +78,8 @@ class TrainingState:
             for name, parameter in self._parameters.items():
                 parameter.copy_(kept["parameters"][name])
         self._optimizer.load_state_dict(kept["optimizer"])
+        self._mean.count = kept["averaged"]
+        self._mean.values = {name: value.to(self._parameters[name].device) for name, value in kept["mean"].items()}
         return list(kept["losses"])
 
     def save_when_due(self, done: list[float]) -> None:
@@ -60,6 +93,8 @@ class TrainingState:
                 "of": self._mark,
                 "parameters": {name: p.detach() for name, p in self._parameters.items()},
                 "optimizer": self._optimizer.state_dict(),
+                "mean": self._mean.values,
+                "averaged": self._mean.count,
                 "losses": done,
             },
             part,

@@ -153,7 +153,7 @@ def test_bf16_models_train_in_float32_and_return() -> None:
 
 def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery.training_state.SAVE_EVERY", 0.0)
-    plan, file = Plan(1e-2, 4, 4), tmp_path / "state.pt"
+    plan, file = Plan(1e-2, 4, 4, average=0.8), tmp_path / "state.pt"  # interrupted inside what is averaged
     whole = fine_tune(build("llama"), IDS, WORDS, plan, blocks=[1], seed=0)
     taken: list[dict[str, Any]] = []
 

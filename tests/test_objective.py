@@ -64,6 +64,27 @@ def test_a_training_says_how_far_it_moved_on_the_same_examples() -> None:
     assert 0.3 < far.share <= 1 and Moved.from_dict(far.to_dict()) == far
 
 
+def test_what_is_learnt_is_the_mean_of_the_last_steps() -> None:
+    def learnt(average: float) -> tuple[list[list[float]], list[float], float, float]:
+        line, steps = Line(), []
+
+        def look(step: int, optimizer: Any) -> bool:
+            steps.append(line.w.detach().clone())
+            return False
+
+        with trainable(line, ["w"]) as parameters:
+            _, far = train(line, parameters, terms, 3, Plan(0.3, 3, 2, average=average), seed=0, after=look)
+            return torch.stack(steps).tolist(), line.w.tolist(), far.after, sum(means(line).values())
+
+    steps, last, *_ = learnt(0.0)
+    assert len(steps) == 6 and last == steps[-1]
+    for average, count in ((0.4, 3), (1.0, 6), (0.01, 1)):  # of six steps, rounded up
+        same, mean, after, now = learnt(average)
+        assert same == steps  # the way there is the same
+        np.testing.assert_allclose(mean, np.mean(steps[-count:], axis=0), rtol=1e-6)
+        assert after == pytest.approx(now)  # the objective is asked of the mean
+
+
 def test_one_example_has_no_interval_and_goes_into_json() -> None:
     line = Line()
     with trainable(line, ["w"]) as parameters:

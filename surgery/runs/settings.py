@@ -91,7 +91,8 @@ class Epochs(Rates):
         """The training that these settings ask for."""
         from surgery.training import Plan
 
-        how: Any = {"schedule": self.schedule, "warmup": self.warmup, "parts": getattr(self, "parts", 1)}
+        how: Any = {"schedule": self.schedule, "warmup": self.warmup}
+        how |= {key: getattr(self, key) for key in ("parts", "average") if hasattr(self, key)}
         return Plan(self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, **how)
 
 
@@ -107,6 +108,8 @@ class SharedTraining(Training):
     shares_work = True
     parts: Count = 1
     """Passes of a step, each over a part of its examples: so many processes share training. To rounding the same."""
+    average: Share = 0.0
+    """The last share of the steps, of which the mean of the parameters is what is learnt; 0: the last step's own."""
 
 
 class Dropout(Settings):
