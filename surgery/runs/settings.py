@@ -91,8 +91,7 @@ class Epochs(Rates):
         """The training that these settings ask for."""
         from surgery.training import Plan
 
-        how: Any = {"schedule": self.schedule, "warmup": self.warmup}
-        how |= {key: getattr(self, key) for key in ("parts", "average") if hasattr(self, key)}
+        how: Any = {key: getattr(self, key) for key in ("schedule", "warmup", "parts", "average") if hasattr(self, key)}
         return Plan(self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, **how)
 
 
