@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_configs import tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MambaForCausalLM,
     Mistral3ForConditionalGeneration,
     MixtralForCausalLM,
@@ -151,6 +152,30 @@ def test_experts_have_one_rank_and_peft_reads_them_back(tmp_path):
         wanted = {name: value.clone() for name, value in model.state_dict().items()}
     result = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
     assert all(torch.allclose(result[name], wanted[name], atol=1e-6) for name in wanted)
+    back = import_peft(tmp_path / "adapter", folder)  # peft asks it for factors of the other blocks, too
+    assert back.shapes.keys() == delta.shapes.keys()
+    assert all(np.allclose(back.tensors[name], delta.tensors[name], atol=1e-6) for name in names)
+    shorten(tmp_path / "adapter", ".layers.3.mlp.gate.lora_B.weight")
+    with pytest.raises(SurgeryError, match=r"missing adapter keys"):
+        import_peft(tmp_path / "adapter", folder)
+
+
+def shorten(adapter, ending):
+    """Takes the tensor with that ending out of an adapter's file."""
+    path = adapter / "adapter_model.safetensors"
+    held = load_file(path)
+    (lost,) = (name for name in held if name.endswith(ending))
+    save_file({name: value for name, value in held.items() if name != lost}, path)
+
+
+def test_a_model_that_writes_no_text_takes_its_adapter(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    LlamaForSequenceClassification(tiny(LlamaConfig, pad_token_id=0)).save_pretrained(folder)
+    delta = kit.edit(folder, ("model.layers.1.mlp.up_proj.weight", "score.weight"))
+    export_peft(delta, tmp_path / "adapter", checkpoint=folder)
+    back = import_peft(tmp_path / "adapter", folder, kind="dense")
+    assert all(np.allclose(back.tensors[name], delta.tensors[name], atol=1e-6) for name in delta.shapes)
 
 
 def test_an_adapter_of_which_peft_makes_something_else_is_not_left_there(tmp_path):

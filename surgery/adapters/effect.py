@@ -102,7 +102,7 @@ def refuse_unread(delta: Delta, adapter: Path, checkpoint: Path | str, lost: flo
             warnings.simplefilter("ignore")
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except Exception as error:  # peft raises all kinds about modules that it has no rule for
-        text = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        text = " ".join(str(error).split())[:240] or type(error).__name__
         raise SurgeryError(f"{checkpoint}: peft takes no such adapter of this model ({text}); {step}") from error
     made = touched(delta, merged).read()
     far = {name: float((made[name] - before[name] - wanted[name]).norm()) for name in wanted}

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from surgery.adapters import CONFIG, ROOT, WEIGHTS
 from surgery.delta.format import Delta
 from surgery.errors import SurgeryError
 from surgery.files.architecture import is_embedding
@@ -21,8 +22,6 @@ from surgery.files.copying import sync_tree
 from surgery.files.safetensors_io import file_parts
 from surgery.files.tensor_names import is_vocabulary
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ROOT = "base_model.model."
 # transformers' Conv1D stores [in, out], the transpose of nn.Linear; PEFT calls that fan_in_fan_out.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 _CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt")
@@ -82,31 +81,13 @@ def export_peft(
     check_destination(out)
     saved = _saved(delta, checkpoint) if checkpoint is not None and not (drop_vectors or served) else {}
     dropped = _dropped(delta, drop_vectors, set(saved), checkpoint is None and not served)
-    called, facts = _called(delta, checkpoint), delta.metadata["architecture"]
-    transposed = facts.get("model_type") in _CONV1D_MODELS
-    arrays: dict[str, np.ndarray] = {}
-    errors, ranks = {}, {}
-    for name, shape in delta.shapes.items():
-        if name in dropped or name in saved:
-            continue
-        if served and is_vocabulary(name):
-            raise SurgeryError(f"{name}: servers load no adapter of embedding or head; make the edit without it")
-        if is_vocabulary(name) and facts.get("tied"):
-            raise SurgeryError(
-                f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta stays dense"
-            )
-        left, right, errors[name] = _factors(delta.read(name, 0, math.prod(shape)).reshape(shape), rank)
-        module = called(name).removesuffix(".weight")
-        ranks[module] = right.shape[0]
-        key = f"{_ROOT}{module}.lora_"
-        if is_embedding(name) or _POSITIONS.search(name):  # its product is transposed in PEFT: weight + (B @ A).T
-            arrays[key + "embedding_A"], arrays[key + "embedding_B"] = left.T, right.T
-        elif transposed:
-            arrays[key + "A.weight"], arrays[key + "B.weight"] = left.T, right.T
-        else:
-            arrays[key + "A.weight"], arrays[key + "B.weight"] = right, left
-    if not arrays:
+    wrapped = _wrapped(delta, checkpoint)
+    factors, errors = _factored(
+        delta, [name for name in delta.shapes if name not in {**dropped, **saved}], rank, served
+    )
+    if not factors:
         raise SurgeryError(f"{out}: the delta has no matrix; there is nothing that LoRA can hold")
+    ranks = {wrapped.module(name): right.shape[0] for name, (_, right) in factors.items()}
     highest = max(ranks.values())
     if served:
         _refuse_high(highest, out)
@@ -117,22 +98,16 @@ def export_peft(
             "CHECKPOINT, so that what it reads is compared with the delta"
         )
     if served or of_experts:
-        arrays = {name: _padded(array, name, highest) for name, array in arrays.items()}
+        factors = {name: _padded(*both, highest) for name, both in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
-    arrays |= {_ROOT + called(name): array for name, array in saved.items()}
-    config = _config(public_name(str(delta.metadata["base"])), ranks, highest, transposed)
-    config["modules_to_save"] = sorted({called(name).rpartition(".")[0] for name in saved}) or None
-    spec = {name: ("F32", array.shape) for name, array in arrays.items()}
-
-    def data(name: str) -> list[memoryview]:
-        return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
-
+    transposed = delta.metadata["architecture"].get("model_type") in _CONV1D_MODELS
+    arrays = {ROOT + wrapped.called(name): array for name, array in saved.items()}
+    for name, both in factors.items():
+        arrays |= _in_place(name, f"{ROOT}{wrapped.module(name)}", *both, transposed)
+    whole = sorted({wrapped.called(name).rpartition(".")[0] for name in saved})
+    config = _config(public_name(str(delta.metadata["base"])), ranks, transposed, whole, wrapped.task)
     with temporary(out, folder=True) as part:
-        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        with open(part / WEIGHTS, "wb") as file:
-            file.writelines(file_parts(spec, {"format": "pt"}, data))
-        size = sum(os.path.getsize(part / name) for name in (CONFIG, WEIGHTS))
-        sync_tree(part, [CONFIG, WEIGHTS])
+        size = _write(part, config, arrays)
         if checkpoint is not None:
             from surgery.adapters.effect import refuse_unread  # which needs torch and peft
 
@@ -142,19 +117,74 @@ def export_peft(
     return PeftReport(out, highest, errors, dropped, tuple(saved), size)
 
 
-def _called(delta: Delta, checkpoint: Path | str | None) -> Callable[[str], str]:
-    """What the model that peft wraps calls a tensor: without a checkpoint, its name on disk behind the base's prefix.
+@dataclass(frozen=True)
+class _Wrapped:
+    """The model that peft wraps. called: its name for a tensor on disk. task: peft's word for what it does; None, which
+    peft takes for every model, where it writes no text or is not known."""
 
-    With one it is asked; a text model inside another is called otherwise than it is stored (Gemma 3, Mistral 3).
+    called: Callable[[str], str]
+    task: str | None
+
+    def module(self, name: str) -> str:
+        """The module whose weight the tensor is."""
+        return self.called(name).removesuffix(".weight")
+
+
+def _wrapped(delta: Delta, checkpoint: Path | str | None) -> _Wrapped:
+    """Without a checkpoint a tensor is called as on disk, behind the base's prefix.
+
+    With one the model is asked; a text model inside another is called otherwise than it is stored (Gemma 3, Mistral 3).
     """
     prefix = str(delta.metadata["prefix"])
     if checkpoint is None:
-        return lambda name: prefix + name
+        return _Wrapped(lambda name: prefix + name, None)
     from surgery.delta.naming import read_as, skeleton  # which needs transformers
 
     stored = open_checkpoint(checkpoint)
-    held = dict(read_as(skeleton(stored), stored.places).plain)
-    return lambda name: held.get(name, prefix + name)
+    model = skeleton(stored)
+    held = dict(read_as(model, stored.places).plain)
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return _Wrapped(lambda name: held.get(name, prefix + name), task if model.can_generate() else None)
+
+
+def _factored(
+    delta: Delta, names: Sequence[str], rank: int | None, served: bool
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, float]]:
+    """The two factors of each matrix, left [rows, r] and right [r, columns], and their relative error."""
+    factors, errors = {}, {}
+    for name in names:
+        if served and is_vocabulary(name):
+            raise SurgeryError(f"{name}: servers load no adapter of embedding or head; make the edit without it")
+        if is_vocabulary(name) and delta.metadata["architecture"].get("tied"):
+            raise SurgeryError(
+                f"{name}: embedding and head are tied in the base; adapters lose the tie, so this delta stays dense"
+            )
+        shape = delta.shapes[name]
+        left, right, errors[name] = _factors(delta.read(name, 0, math.prod(shape)).reshape(shape), rank)
+        factors[name] = left, right
+    return factors, errors
+
+
+def _in_place(name: str, module: str, left: np.ndarray, right: np.ndarray, transposed: bool) -> dict[str, np.ndarray]:
+    """The factors of the tensor `name` under the names, and turned as, peft reads them for its `module`."""
+    if is_embedding(name) or _POSITIONS.search(name):  # its product is transposed in PEFT: weight + (B @ A).T
+        return {f"{module}.lora_embedding_A": left.T, f"{module}.lora_embedding_B": right.T}
+    first, second = (left.T, right.T) if transposed else (right, left)
+    return {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": second}
+
+
+def _write(folder: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> int:
+    """The adapter's two files, on the disk; their bytes."""
+    spec = {name: ("F32", array.shape) for name, array in arrays.items()}
+
+    def data(name: str) -> list[memoryview]:
+        return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
+
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with open(folder / WEIGHTS, "wb") as file:
+        file.writelines(file_parts(spec, {"format": "pt"}, data))
+    sync_tree(folder, [CONFIG, WEIGHTS])
+    return sum(os.path.getsize(folder / name) for name in (CONFIG, WEIGHTS))
 
 
 def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
@@ -206,11 +236,10 @@ def _refuse_high(rank: int, out: Path) -> None:
         )
 
 
-def _padded(array: np.ndarray, name: str, rank: int) -> np.ndarray:
-    """A factor with zeros up to the rank that all share, where no rank of its own can be told."""
-    axis = 0 if name.endswith((".lora_A.weight", ".lora_embedding_A")) else 1
-    widths = [(0, rank - size if number == axis else 0) for number, size in enumerate(array.shape)]
-    return np.pad(array, widths)
+def _padded(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both factors with zeros up to the rank that all share, where no rank of its own can be told."""
+    more = (0, rank - right.shape[0])
+    return np.pad(left, ((0, 0), more)), np.pad(right, (more, (0, 0)))
 
 
 def _factors(difference: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray, float]:
@@ -228,11 +257,14 @@ def _factors(difference: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.n
     return left.astype(np.float32), right.astype(np.float32), error
 
 
-def _config(base: str, ranks: Mapping[str, int], highest: int, transposed: bool) -> dict[str, Any]:
+def _config(
+    base: str, ranks: Mapping[str, int], transposed: bool, whole: list[str], task: str | None
+) -> dict[str, Any]:
+    highest = max(ranks.values())
     odd = {module: rank for module, rank in sorted(ranks.items()) if rank != highest}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": highest,
         "lora_alpha": highest,  # alpha = r: scaling 1, per module too
@@ -245,5 +277,5 @@ def _config(base: str, ranks: Mapping[str, int], highest: int, transposed: bool)
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": whole or None,
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.adapters import CONFIG, ROOT, WEIGHTS
 from surgery.checkpoints import model_class
 from surgery.delta.extract import make
 from surgery.delta.format import Delta
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # what peft calls an adapter that is alone
 # The fields of a LoraConfig that a plain product may set, because peft reads them with the layers or they say
 # nothing about the result; any other that is not at its default goes by the merge.
@@ -238,6 +238,20 @@ def base_of(checkpoint: Path) -> "PreTrainedModel":
     return model.eval()
 
 
+def _all_named(adapter: Path) -> bool:
+    """Whether the file has all of every module that its config names, each by its whole name.
+
+    Of experts and routers peft then still asks for factors in every block, and starts those at products of zero.
+    """
+    config, held = read_json(adapter / CONFIG), read_header(adapter / WEIGHTS).tensors
+    trained, saved = config.get("target_modules"), config.get("modules_to_save") or []
+    if not isinstance(trained, list) or not trained or config.get("init_lora_weights", True) is not True:
+        return False
+    ends = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+    factors = all(any(all(f"{ROOT}{name}{end}" in held for end in pair) for pair in ends) for name in trained)
+    return factors and all(f"{ROOT}{name}.weight" in held for name in saved)
+
+
 def _attached(base: "PreTrainedModel", adapter: Path) -> "nn.Module":
     """peft's own model of base and adapter. Raises: SurgeryError where peft only warns that tensors are missing, or
     leaves some of the file's out without a word."""
@@ -249,7 +263,7 @@ def _attached(base: "PreTrainedModel", adapter: Path) -> "nn.Module":
         peft = PeftModel.from_pretrained(base, str(adapter))
     for warning in said:
         text = " ".join(str(warning.message).split())
-        if "missing adapter keys" in text:
+        if "missing adapter keys" in text and not _all_named(adapter):
             raise SurgeryError(f"{adapter}: {text[:240]} It is incomplete, or of another peft version")
     result: Any = set_peft_model_state_dict(peft, load_peft_weights(str(adapter), device="cpu"))
     if result.unexpected_keys:
