@@ -49,7 +49,7 @@ def divergence(target: Kept, logits: Float[Tensor, "places vocab"]) -> Float[Ten
     """KL(target || model) in nats at each place, the tokens that were not kept taken together as one outcome."""
     tokens, log_q = target
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+    logs = logits.log_softmax(-1).gather(1, tokens)  # with its gradient half the time of gather minus logsumexp
     if tokens.shape[1] == logits.shape[1]:  # every token kept: there is no rest
         return (log_q[:, :-1].exp() * (log_q[:, :-1] - logs)).sum(-1)
     return (log_q.exp() * (log_q - torch.cat([logs, _log_rest(logs)], -1))).sum(-1)
