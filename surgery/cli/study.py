@@ -12,6 +12,7 @@ from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from surgery.study.cells import Cell
+    from surgery.study.taking import Source
 
 
 @command(
@@ -79,7 +80,7 @@ def study(
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
 
     place = out or Path("runs") / file.stem
-    known = _taken(asked, methods, ready, take, place, progress) if take else set()
+    sources, known = _taken(asked, methods, ready, take, place, progress) if take else ([], set())
     for where in (where for where in asked.models if where not in known):
         check_opening(where, device)
     for settings in (one for (_, _, where), one in ready.items() if where not in known):
@@ -103,22 +104,25 @@ def study(
         where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
         modules[cell.method.name].run(model, tokenizer, settings, **where)
 
-    def untouched(found: Any, judges: Any) -> None:
+    def untouched(found: Any) -> None:
         from surgery.study.taking import refuse_another
 
-        refuse_another(found, asked, methods, judges, take or [])
+        refuse_another(found, sources)
 
     print(carry_out(asked, methods, place, run, untouched, share=share, device=device, progress=progress))
 
 
-def _taken(asked: Any, methods: Any, ready: Any, sources: list[Path], out: Path, progress: Any) -> set[str]:
-    """The models of which nothing is left to measure once the cells of ``sources`` are copied into ``out``."""
+def _taken(
+    asked: Any, methods: Any, ready: Any, folders: list[Path], out: Path, progress: Any
+) -> tuple[list["Source"], set[str]]:
+    """Copy the cells of ``folders`` into ``out``: what they had, and the models of which nothing is left to measure."""
     import_libraries()
     from surgery.study.judging import check
-    from surgery.study.taking import take, unfinished, whole
+    from surgery.study.taking import look, take, unfinished, whole
 
     judges, _ = check(asked)
-    left = unfinished(asked, methods, ready, judges, sources, out)
+    sources = [look(asked, methods, ready, judges, folder) for folder in folders]
+    left = unfinished(asked, methods, judges, sources, out)
     for source in sources:
-        take(asked, methods, ready, judges, source, out, progress, left)
-    return whole(asked, methods, judges, out)
+        take(asked, methods, judges, source, out, progress, left)
+    return sources, whole(asked, methods, judges, out)

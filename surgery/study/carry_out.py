@@ -41,7 +41,7 @@ def carry_out(
     methods: Sequence[Method],
     out: Path,
     run: RunRecipe,
-    untouched: Callable[[Judged, Judges], None] = lambda *_: None,
+    untouched: Callable[[Judged], None] = lambda _: None,
     *,
     share: bool = False,
     device: str | None = None,
@@ -51,7 +51,7 @@ def carry_out(
 
     A method that is refused on a model (no head, wrong family) becomes a row that says so. A cell for which the
     accelerator is too full is tried once more behind all others. ``untouched`` is called with each untouched model's
-    numbers, and the judges, before any edit of it is run. ``share``: several processes work on the folder; each
+    numbers before any edit of it is run. ``share``: several processes work on the folder; each
     takes the cells that no other holds.
 
     Raises ``SurgeryError`` for judges without their data, before anything is run, and for a folder in which another
@@ -75,7 +75,7 @@ def carry_out(
                     with held(cell.folder / "cell.lock", shared=False):
                         judged[cell.folder] = _one(cell, study, judges, run, opened, device, progress, label)
                     if cell.method is None:
-                        untouched(judged[cell.folder], judges)
+                        untouched(judged[cell.folder])
                 except BlockedError:
                     elsewhere.append(label)
                     again.append((number, cell))

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data.prompts import load_prompt_set
+from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.metrics.judges import Judges, ledger
 from surgery.metrics.metric import Difference, flat, from_dict
@@ -66,8 +67,18 @@ def judge(
 def kept(cell: Cell, study: Study, judges: Judges) -> Judged | None:
     """What ``keep`` wrote for the same judges, model and method, or None."""
     known = written(cell.folder)
-    if known is None or known["judges"] != identity(cell, study, judges):
-        return None
+    return None if known is None or known["judges"] != identity(cell, study, judges) else _read(cell, known)
+
+
+def judged_in(cell: Cell) -> Judged:
+    """What ``keep`` wrote into the cell's folder, by whatever judges. Raises ``SurgeryError`` where nothing is."""
+    known = written(cell.folder)
+    if known is None:
+        raise SurgeryError(f"{cell.folder}: is not judged; was it removed meanwhile? run the command again")
+    return _read(cell, known)
+
+
+def _read(cell: Cell, known: Mapping[str, Any]) -> Judged:
     pairs = known.get("differences")
     with np.load(cell.folder / "judged.npz") as draws:
         return Judged(

@@ -1,8 +1,10 @@
 """The page of a study: the recommendation first, then a table, a picture per pair of axes, and what got worse."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 from surgery.files.atomic import write_json
 from surgery.runs.report import Table, cell, page, save
@@ -200,14 +202,14 @@ def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> d
             said[row.model] = f"To ship it: decode by {row.method.decoding} (surgery.edits.{row.method.decoding})."
             continue
         first = next(one.cell for one in judged if one.cell.model == row.model and one.cell.name == row.name)
-        scale = f" --scale {row.method.scale:g}" if row.method.scale != 1 else ""
-        brought = first.folder / TAKEN
-        file = row.method.delta or str(first.folder / "run" / DELTA)
-        if (brought / DELTA).is_file():
-            file = str(brought / DELTA)
-        apply = f"surgery apply {file} {row.model} --out EDITED{scale}"
-        if not Path(file).is_file() and (brought / "recipe.toml").is_file():  # taken without its delta
-            apply = f"surgery run {brought / 'recipe.toml'} --model {row.model} --out RUN"
-            apply += f" && surgery apply RUN/{DELTA} {row.model} --out EDITED{scale}"
-        said[row.model] = f"To ship it: {apply}"
+        brought, recipe = first.folder / TAKEN / DELTA, first.folder / TAKEN / "recipe.toml"
+        file = brought if brought.is_file() else Path(row.method.delta or first.folder / "run" / DELTA)
+        words: list[object] = []
+        if not file.is_file() and recipe.is_file():  # taken without its delta; its data lies elsewhere here
+            data = ["--set", f"data={study.folder}"] if tomllib.loads(recipe.read_text("utf-8")).get("data") else []
+            file = Path("RUN") / DELTA
+            words = ["surgery", "run", recipe, "--model", row.model, *data, "--out", "RUN", "&&"]
+        words += ["surgery", "apply", file, row.model, "--out", "EDITED"]
+        words += ["--scale", f"{row.method.scale:g}"] if row.method.scale != 1 else []
+        said[row.model] = f"To ship it: {' '.join(word if word == '&&' else quote(str(word)) for word in words)}"
     return said

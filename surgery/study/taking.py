@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from surgery.metrics.metric import difference, points
 from surgery.progress import Progress
 from surgery.runs.settings import Settings
 from surgery.study.cells import TAKEN, Cell, Judged, cells
-from surgery.study.judging import details_of, identity, keep, kept, written
+from surgery.study.judging import details_of, identity, judged_in, keep, kept, written
 from surgery.study.locks import BlockedError, held
 from surgery.study.made_with import other
 from surgery.study.settings import Method, Study
@@ -24,45 +24,72 @@ Ready = Mapping[tuple[str, int, str], Settings]
 """The settings of every recipe's run, by method, seed and model."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Another folder of the study, as it was looked through once."""
+
+    folder: Path
+    cells: Mapping[Path, Cell]
+    """By its place in the folder every cell that this study would measure in the same way."""
+    others: tuple[str, ...]
+    """What differs in those that are judged there in another way."""
+
+
+def look(asked: Study, methods: Sequence[Method], ready: Ready, judges: Judges, folder: Path) -> Source:
+    """What ``folder`` has judged by the same judges, of runs with the settings ``ready``, their defaults included.
+
+    Models and data may lie elsewhere there: a model is known by the last part of its path.
+
+    Raises ``SurgeryError`` for a folder without a cell of this study.
+    """
+    every = cells(asked, methods, folder)
+    differs = [_differs(cell, asked, ready, judges) for cell in every]
+    found = {cell.folder.relative_to(folder): cell for cell, why in zip(every, differs, strict=True) if why == ""}
+    others = tuple(why for why in differs if why)
+    if not found:
+        raise SurgeryError(
+            f"--take {folder}: has no cell of this study{f' ({others[0]})' if others else ''}; expected the folder of "
+            "a study of the same methods, settings and judges"
+        )
+    return Source(folder, found, others)
+
+
 def take(
     asked: Study,
     methods: Sequence[Method],
-    ready: Ready,
     judges: Judges,
-    source: Path,
+    source: Source,
     out: Path,
     progress: Progress,
     unfinished: Collection[str] = (),
 ) -> None:
-    """Copy what is judged in ``source`` by the same judges, and not in ``out``; what is left there is said.
+    """Copy the cells of ``source`` that are not in ``out``; how many, and what is left there, is said.
 
-    Runs are taken that were made with the settings ``ready``, whatever a recipe's defaults were then. Models and data
-    may lie elsewhere there: a model is known by the last part of its path. Every cell is paired with the untouched
-    model as it was measured in ``source``, and keeps these differences; its details come along, and its run's recipe
-    and delta. Of the models ``unfinished``, some cells of which are still to be measured, the untouched model is left
-    there: what is measured here is paired with the model as it is here (``refuse_another``).
+    Every cell is paired with the untouched model as it was measured there, and keeps these differences; its details
+    come along, and its run's recipe and delta. Of the models ``unfinished``, some cells of which are still to be
+    measured, the untouched model is left there: what is measured here is paired with the model as it is here
+    (``refuse_another``).
 
-    Raises ``SurgeryError`` for a folder without a cell of this study, and where its untouched model is another one
-    than that of ``out``: a number differs beyond noise and by more than a point.
+    Raises ``SurgeryError`` where the untouched model of ``source`` is another one than that of ``out``: a number
+    differs beyond noise and by more than a point.
     """
-    count, known, left = 0, 0, []
+    count, left = 0, list(source.others)
     before: dict[str, Judged] = {}
-    for there, here in zip(cells(asked, methods, source), cells(asked, methods, out), strict=True):
-        found, differs = _there(there, asked, ready, judges)
-        if found is None:
-            left += [differs] if differs else []
+    for here in cells(asked, methods, out):
+        there = source.cells.get(here.folder.relative_to(out))
+        if there is None:
             continue
-        known += 1
         if there.method is None:
-            before[there.model] = found
+            before[there.model] = judged_in(there)
             if here.model in unfinished and kept(here, asked, judges) is None:
                 continue
         try:
             with held(here.folder / "cell.lock", shared=False):
                 if (ours := kept(here, asked, judges)) is not None:
                     if there.method is None:
-                        _same(ours, found, source)
+                        _same(ours, before[there.model], source.folder)
                     continue
+                found = judged_in(there)
                 if found.differences is None and there.method is not None:
                     if there.model not in before:
                         left.append(f"{there.folder}: no untouched model beside it to pair it with")
@@ -72,40 +99,30 @@ def take(
                 _bring(there.folder, here.folder)
                 count += 1
         except BlockedError:
-            continue  # another process is at it
-    if not known:
-        raise SurgeryError(
-            f"--take {source}: has no cell of this study{f' ({left[0]})' if left else ''}; expected the folder of a "
-            "study of the same methods, settings and judges"
-        )
-    progress.say(f"{count} cells taken from {source}" + (f", {len(left)} not: {left[0]}" if left else ""))
+            left.append(f"{there.folder}: another process is at work on it here")
+    progress.say(f"{count} cells taken from {source.folder}" + (f", {len(left)} not: {left[0]}" if left else ""))
 
 
 def unfinished(
-    asked: Study, methods: Sequence[Method], ready: Ready, judges: Judges, sources: Sequence[Path], out: Path
+    asked: Study, methods: Sequence[Method], judges: Judges, sources: Sequence[Source], out: Path
 ) -> set[str]:
     """The models with an edit that neither ``out`` nor any of ``sources`` has judged."""
-    every = [cells(asked, methods, place) for place in (out, *sources)]
     return {
         here.model
-        for here, *there in zip(*every, strict=True)
+        for here in cells(asked, methods, out)
         if here.method is not None
         and not here.method.absent
         and _judges(here.folder) != identity(here, asked, judges)
-        and all(_there(cell, asked, ready, judges)[0] is None for cell in there)
+        and not any(here.folder.relative_to(out) in source.cells for source in sources)
     }
 
 
-def refuse_another(
-    ours: Judged, asked: Study, methods: Sequence[Method], judges: Judges, sources: Sequence[Path]
-) -> None:
+def refuse_another(ours: Judged, sources: Sequence[Source]) -> None:
     """Raises ``SurgeryError`` where the untouched model ``ours`` is another one than that of ``sources``."""
     for source in sources:
-        for cell in cells(asked, methods, source):
+        for cell in source.cells.values():
             if cell.method is None and cell.model == ours.cell.model:
-                found, _ = _there(cell, asked, {}, judges)
-                if found is not None:
-                    _same(ours, found, source)
+                _same(ours, judged_in(cell), source.folder)
 
 
 def whole(asked: Study, methods: Sequence[Method], judges: Judges, out: Path) -> set[str]:
@@ -120,26 +137,24 @@ def _judges(folder: Path) -> dict[str, Any] | None:
     return None if found is None else found["judges"]
 
 
-def _there(cell: Cell, asked: Study, ready: Ready, judges: Judges) -> tuple[Judged | None, str]:
-    """The cell as it is judged there, or None and what differs."""
+def _differs(cell: Cell, asked: Study, ready: Ready, judges: Judges) -> str | None:
+    """What differs in the cell as it is judged there, "" for nothing; None where it is not judged."""
     there = _judges(cell.folder)
     if there is None:
-        return None, ""
-    expected = identity(cell, asked, judges)
-    for key, value in expected.items():
+        return None
+    for key, value in identity(cell, asked, judges).items():
         got = there.get(key)
         if key == "folder" or (key == "model" and Path(str(got)).name == Path(cell.model).name):
             continue
         if got != value:
-            return None, f"{cell.folder}: {key} is {str(got)[:200]}, expected {str(value)[:200]}"
+            return f"{cell.folder}: {key} is {str(got)[:200]}, expected {str(value)[:200]}"
     if cell.method and cell.method.recipe:
         file = _brought(cell.folder, "recipe.toml")
         if file is None:
-            return None, f"{cell.folder}: without its run's recipe.toml, by which its settings are known"
+            return f"{cell.folder}: without its run's recipe.toml, by which its settings are known"
         if differs := other(file, ready[cell.name, cell.seed, cell.model]):
-            return None, f"{file}: {differs}"
-    found = kept(replace(cell, model=there["model"]), asked.model_copy(update={"folder": there["folder"]}), judges)
-    return found and replace(found, cell=cell), ""
+            return f"{file}: {differs}"
+    return ""
 
 
 def _same(ours: Judged, theirs: Judged, source: Path) -> None:
