@@ -37,6 +37,7 @@ def test_a_text_and_its_counterfactual_come_closer(tiny: Any) -> None:
             with pytest.raises(SurgeryError, match="cached keys"):
                 model.generate(told, max_new_tokens=2)
     torch.testing.assert_close(now[0], was[0])
+    torch.testing.assert_close(now[1], fair(was[1], was[2], 1.0, 1.0))  # "he" is compared with what "she" makes likely
     gap = [(logs[1][0, -1].exp() - logs[2][0, -1].exp()).abs().sum() for logs in (was, now)]
     assert gap[1] < gap[0]
     assert state(model) == before and "forward" not in model.__dict__

@@ -16,7 +16,7 @@ from surgery.study.cells import Cell, Judged
 from surgery.study.judging import check, details_of, keep
 from surgery.study.pictures import _label
 from surgery.study.report import write_report
-from surgery.study.verdict import rows, unbeaten
+from surgery.study.verdict import plain_words, rows, unbeaten
 
 ROWS = np.random.default_rng(0).uniform(0.2, 0.4, 40)
 NAMES = ["nurse", "guard", "clerk", "baker", "judge", "pilot"]
@@ -109,6 +109,17 @@ def test_what_is_worse_stands_first_in_the_ledger(judged: list[Judged], tmp_path
     page = write_report(tmp_path, Study(), judged, {}).read_text()
     ledger = page[page.index("What costly changed") :]
     assert ledger.index("worse") < ledger.index("better") and "bbq accuracy overall" in ledger
+
+
+def test_a_number_is_called_as_it_is_read() -> None:
+    said = {
+        "genbias.mass.all": "mass of the words",
+        "genbias.mass.sentence": "mass of the words: sentence",
+        "crows_pairs.metric.sexual-orientation": "CrowS-Pairs: sexual-orientation",
+        "bbq.accuracy.ambiguous.Gender_identity": "BBQ accuracy where it is not said: Gender identity",
+        "seat.race.mean_abs": "seat race mean abs",
+    }
+    assert {place: plain_words(place) for place in said} == said
 
 
 def test_rank_agreement_over_methods_and_professions(judged: list[Judged]) -> None:

@@ -339,6 +339,16 @@ def test_a_chunk_depends_on_seed_and_step_alone_and_cycles_through_the_sets() ->
     assert mixed == {"race": 10, "gender": 5, "religion": 1}
 
 
+def test_plain_fine_tuning_takes_both_sides_of_every_triple() -> None:
+    seen = [item for step in range(16) for item in BatchSampler(TYPES, {"both": 8}, seed=0).items(step)]
+    drawn = Counter((item.triple, item.side) for item in seen)
+    assert (
+        len(drawn) == 2 * len(TYPES)
+        and set(drawn.values()) == {1}
+        and {side for _, side in drawn} == {STEREOTYPE, ANTI}
+    )
+
+
 def test_the_released_code_mixes_in_the_front_types_only() -> None:
     mixed = BatchSampler(TYPES, SIZES, seed=0, in_order=True).mixed_in
     assert {TYPES[n] for n in mixed} == {"gender"} and len(mixed) == 16

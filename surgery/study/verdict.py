@@ -23,13 +23,25 @@ NAMES = {
     "genbias.relative_gap.all": "relative gap",
     "genbias.afgb.all": "AFGB",
     "genbias.mass.all": "mass of the words",
+    "genhint.mass": "mass of the words after hints",
     "genhint.ub": "UB-Score",
     "stereoset.ss.overall": "StereoSet SS",
     "stereoset.margin.overall": "StereoSet |margin|",
     "stereoset.lms.overall": "StereoSet LMS",
+    "stereoset.icat.overall": "StereoSet ICAT",
+    "crows_pairs.metric.overall": "CrowS-Pairs",
+    "crows_pairs.margin.overall": "CrowS-Pairs |margin|",
+    "crows_pairs.stereotype.overall": "CrowS-Pairs stereotypes",
+    "crows_pairs.anti_stereotype.overall": "CrowS-Pairs anti-stereotypes",
+    "bbq.accuracy.overall.overall": "BBQ accuracy",
+    "bbq.accuracy.ambiguous.overall": "BBQ accuracy where it is not said",
+    "bbq.accuracy.disambiguated.overall": "BBQ accuracy where it is said",
+    "bbq.s_amb.overall": "BBQ bias where it is not said",
+    "bbq.s_dis.overall": "BBQ bias where it is said",
     "free_text.stereotype": "stereotype in free text",
     "cloze.accuracy": "T-REx facts",
     "facts_of_gender.accuracy.all": "facts of gender",
+    "facts_of_gender.right.all": "right word in facts of gender",
     "wikitext.perplexity": "perplexity of WikiText",
     "perplexity_pronouns": "perplexity with pronouns",
     **{
@@ -219,5 +231,8 @@ def unbeaten(found: Sequence[Row], model: str, bias: Sequence[str], cost: Sequen
 
 
 def plain_words(place: str) -> str:
-    """A number's place as it is read: "StereoSet LMS", or "capability mmlu" where it has no name of its own."""
-    return NAMES.get(place) or place.replace("_", " ").replace(".", " ")
+    """A number's place as it is read: "StereoSet LMS", "StereoSet LMS: gender" of a part, else the place's own words."""
+    head, _, part = place.rpartition(".")
+    whole = next((NAMES[f"{head}.{of}"] for of in ("all", "overall") if f"{head}.{of}" in NAMES), "")
+    own = (f"{whole}: {part}" if whole else place).replace("_", " ").replace(".", " ")
+    return NAMES.get(place, own)
