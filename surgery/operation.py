@@ -12,7 +12,7 @@ A recipe is its settings, its own steps, and these calls:
                 return Made(trained.differences, Edit.of(trained, part="all", objective="cross-entropy"))
 
             main = op.carry_out("mine", train, lambda: measure(model, data), trains=names, steps=steps_of(...))
-            other = op.carry_out("random", ..., keep=False)      # a control: measured in memory, no file
+            other = op.carry_out("random", ..., keep=False)      # a control: measured in memory
             summary = Summary(**op.about(main), before=before, after=main.measured,
                               controls={"random": control(other, other.measured)})
             return op.finish(summary, write_report)
@@ -22,15 +22,13 @@ keeps it, and ``--resume`` goes on behind it (``surgery.runs.folder``). Headers 
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any
 
-import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.natural_gain import Objective
@@ -39,64 +37,22 @@ from surgery import delta as deltas
 from surgery import processes
 from surgery.apply.engine import Undo
 from surgery.checkpoints import checkpoint_dir, tensors_of
-from surgery.delta.module import NewPart, module_delta
+from surgery.delta.module import module_delta
 from surgery.devices import peak_memory
 from surgery.files.atomic import write_json
 from surgery.files.checkpoint_files import open_checkpoint
 from surgery.files.rounding import Rounding
-from surgery.progress import Advance, Progress
+from surgery.progress import Progress
 from surgery.runs.folder import AGAIN, Folder, Run, check_apart, run_folder
+from surgery.runs.interface import Made, Report, Tracking, Train, Where
 from surgery.runs.paired import differences, without_samples
 from surgery.runs.settings import Settings, dump
 from surgery.runs.sharing import Shared
 from surgery.runs.summary import Applied, Edit, Outcome, OwnPart, Summary, control
-from surgery.training import Log
 
 __all__ = [
     "Edit", "Made", "Operation", "Outcome", "OwnPart", "Run", "Summary", "Tracking", "Where", "control", "operation",
 ]  # fmt: skip
-
-
-class Where(TypedDict, total=False):
-    """Keyword arguments of every recipe's ``run`` beside the model, the tokenizer and the settings."""
-
-    out: Required[str | Path]
-    """The run's folder, which must not exist."""
-    checkpoint: str | Path | None
-    """The directory that the model was loaded from; the one of ``settings.model`` where nothing is said."""
-    resume: bool
-    """Go on with what an earlier call left in ``out`` with ``.part``."""
-    progress: Progress | None
-    opened: float
-    """How many seconds opening the model took, if that is to stand among the stages."""
-    again: str
-    """The command that takes up an interrupted one, where it is not ``surgery run``."""
-    shared: Shared
-    """What the runs of a sweep share on this model."""
-
-
-class Tracking(TypedDict):
-    """Keyword arguments of every training here: where it keeps its state, where it logs, whom it tells of a step."""
-
-    state: Path
-    log: Log
-    step_done: Advance
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a training gave: differences as ``surgery.delta.make`` takes them (and their kind), and what was done."""
-
-    differences: Mapping[str, Tensor | np.ndarray]
-    edit: Edit
-    kind: str = "dense"
-    module: NewPart | None = None
-    """Weights of a new module, with which the delta is of kind "module"."""
-
-
-Train = Callable[[Tracking], Made]
-Then = Callable[[Made], dict[str, Any]]
-Report = Callable[[Path, dict[str, Any], str], None]  # folder, the contents of run.json, the recipe as TOML
 
 
 @dataclass(frozen=True)
@@ -197,28 +153,36 @@ class Operation:
 
         With ``keep`` this is the run's edit: the file is ``delta.safetensors`` and is applied to the checkpoint on
         disk, which is measured with the tensors read back from there. A control, and a module, is put onto the model
-        in memory, rounded as the checkpoint's dtype rounds it; a control is never a file.
+        in memory, rounded as the checkpoint's dtype rounds it; a control's file is gone when it is measured.
 
         ``trains`` are the parameters that ``train`` changes, ``steps`` the steps that it takes. Raises ``SurgeryError``
         as ``surgery.delta.check_edit`` and the steps themselves do.
         """
-        plain, file = _plain(name), self.folder.path / "delta.safetensors"
+        plain = _plain(name)
         if not keep:
-            then: Then = lambda made: self._in_memory(self.delta(made), measure)  # noqa: E731
-            with self.folder.stage("control"):
-                tried = self.folder.once(f"control-{plain}", partial(self._done, name, train, trains, steps, then))
-            return Outcome(Edit.from_dict(tried["edit"]), tried["measured"], None, Applied(**tried["applied"]))
-        then = lambda made: {"delta": processes.told(lambda: self.delta(made).record(file))}  # noqa: E731
-        made = self.folder.once(f"trained-{plain}", partial(self._done, name, train, trains, steps, then))
+            return self._control(plain, partial(self._done, name, train, trains, steps), measure)
+        file = self.folder.path / "delta.safetensors"
+        made = self.folder.once(f"trained-{plain}", partial(self._done, name, train, trains, steps, file))
         found = self.folder.once(f"measured-{plain}", partial(self._as_saved, file, measure, undo))
         return Outcome(Edit.from_dict(made["edit"]), found["measured"], made["delta"], Applied(**found["applied"]))
 
-    def _done(self, name: str, train: Train, trains: Sequence[str], steps: int, then: Then) -> dict[str, Any]:
+    def _control(self, plain: str, train: Callable[[Path], Any], measure: Callable[[], Any]) -> Outcome:
+        """A control's delta stands among what outlives an interruption until it is measured."""
+        file = self.folder.state(f"control-{plain}.safetensors")
+        with self.folder.stage("control"):
+            made = self.folder.once(f"trained-control-{plain}", partial(train, file))
+            found = self.folder.once(f"control-{plain}", lambda: self._in_memory(deltas.Delta.load(file), measure))
+        processes.wait()
+        if processes.first():
+            file.unlink(missing_ok=True)
+        return Outcome(Edit.from_dict(made["edit"]), found["measured"], None, Applied(**found["applied"]))
+
+    def _done(self, name: str, train: Train, trains: Sequence[str], steps: int, file: Path) -> dict[str, Any]:
         with self.folder.stage("train"), self.tracking(name, steps) as track:
             deltas.check_edit(self.model, trains, self.directory, out=self.folder.path, whole=self.keep_checkpoint)
             made = train(track)
         with self.folder.stage("write"):
-            return {"edit": made.edit.to_dict(), **then(made)}
+            return {"edit": made.edit.to_dict(), "delta": processes.told(lambda: self.delta(made).record(file))}
 
     def _as_saved(self, file: Path, measure: Callable[[], Any], undo: Undo) -> dict[str, Any]:
         saved, delta = self.folder.path / "checkpoint", deltas.open_delta(file)

@@ -116,6 +116,27 @@ def test_a_delta_that_is_made_is_kept_and_what_is_half_written_goes(
     assert len(trained) == 1  # the control alone
 
 
+def test_a_control_that_cannot_be_measured_is_not_trained_again(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
+    model, left = tiny[0], set[str]()
+
+    def control_of(run: str, train: Any, measure: Any, **more: Any) -> Any:
+        where: Any = {"checkpoint": checkpoint, "out": tmp_path / run}
+        with operation("toy", model, Settings(model="toy"), **where, **more) as op:
+            found = op.carry_out("random:0", train, measure, trains=[NAME], steps=1, keep=False)
+            left.update(path.name for path in op.folder.state("").iterdir())
+        return found
+
+    def broken() -> Any:
+        raise SurgeryError("nothing can be measured today")
+
+    measure = lambda: model.get_parameter(NAME)[0].tolist()  # noqa: E731
+    with pytest.raises(SurgeryError, match=r"measured today; what was finished is kept"):
+        control_of("run", adds(0.3, model), broken)
+    again = control_of("run", lambda _: pytest.fail("trained"), measure, resume=True)
+    assert again == control_of("whole", adds(0.3, model), measure) and again.measured != measure()
+    assert left == {"trained-control-random-0.json", "control-random-0.json", "pid"}  # the control's file is gone
+
+
 def test_what_would_fail_after_the_training_is_refused_before_the_first_step(
     tiny: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
