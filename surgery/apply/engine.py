@@ -10,10 +10,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from surgery.apply.plan import Edit, Plan, Tied, Vocabulary, make_plan
+from surgery.apply.plan import Edit, Plan, make_plan
 from surgery.apply.record import RecordWriter, next_record_name, refuse_held
 from surgery.apply.report import ApplyReport, TensorChange
 from surgery.apply.requantise import rewrite_layer
+from surgery.apply.targets import Tied, Vocabulary
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.delta.metadata import rounding_of

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from surgery.apply.gguf_plan import Choice, Target, choose, look, notes
-from surgery.apply.plan import Edit, Tied
+from surgery.apply.plan import Edit
 from surgery.apply.record import KEY, RecordWriter
 from surgery.apply.report import ApplyReport, TensorChange
 from surgery.apply.requantise import CLIPPED
+from surgery.apply.targets import Tied
 from surgery.delta.differences import Differences
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
@@ -69,12 +70,10 @@ def apply_gguf(
     for destination in (out, *([record] if record else [])):
         check_destination(destination)
     choices = choose(delta, file, tied=tied, touched_type=touched_type)
-    rewrite = _Rewriter(delta, file, scale, rounding, seed)
+    settings: dict[str, Any] = {"scale": scale, "rounding": rounding, "seed": seed}
     with temporary(out, folder=True) as part:
-        original = {name: [tensor.type, tensor.begin - file.data] for name, tensor in file.tensors.items()}
-        settings: dict[str, Any] = {"scale": scale, "rounding": rounding, "seed": seed}
-        settings |= {"gguf": {"tensors": original, "size": file.size}}
-        writer = RecordWriter(part / "undo.surgery", undo, path, settings, packed=False) if record else None
+        rewrite = _Rewriter(delta, file, scale, rounding, seed)
+        writer = _record(part / RECORD, file, undo, settings) if record else None
         with _copied(file, part / out.name, choices, delta, progress) as (source, fd, places, seen):
             found, changes = look(delta, file, choices, force=force), []
             for target in found.targets:
@@ -85,8 +84,8 @@ def apply_gguf(
         if writer and record:
             settings["delta"] = delta.sha256
             writer.finish()
-            sync_file(part / "undo.surgery")
-            publish(part / "undo.surgery", record)
+            sync_file(part / RECORD)
+            publish(part / RECORD, record)
         publish(part / out.name, out)
     return ApplyReport(
         out=out,
@@ -104,6 +103,13 @@ def apply_gguf(
         undo=record,
         notes=notes(choices, touched_type is not None),
     )
+
+
+def _record(path: Path, file: GgufFile, undo: str, settings: dict[str, Any]) -> RecordWriter:
+    """What an undo needs, to be filled: where each tensor stood, and as what. `settings` may still be added to."""
+    tensors = {name: [tensor.type, tensor.begin - file.data] for name, tensor in file.tensors.items()}
+    settings["gguf"] = {"tensors": tensors, "size": file.size}
+    return RecordWriter(path, undo, file.path, settings, packed=False)
 
 
 def _refuse_held(path: Path, delta: Differences, scale: float) -> None:

@@ -2,7 +2,7 @@
 
 import re
 
-from surgery.apply.plan import Tied
+from surgery.apply.targets import Tied
 from surgery.delta.differences import Differences
 from surgery.errors import SurgeryError
 from surgery.files.architecture import differences, is_embedding, is_head

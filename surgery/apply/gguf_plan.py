@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from surgery.apply.gguf_names import EXPERT, check_architecture, names_in_file
-from surgery.apply.plan import Tied, check_finite
+from surgery.apply.plan import check_finite
+from surgery.apply.targets import Tied
 from surgery.delta.differences import Differences
 from surgery.delta.metadata import unpack_sketch
 from surgery.errors import SurgeryError

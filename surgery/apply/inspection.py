@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.apply.plan import Tied, Vocabulary, check_architecture, make_plan
+from surgery.apply.plan import check_architecture, make_plan
+from surgery.apply.targets import Tied, Vocabulary
 from surgery.delta.describe import TensorView, describe
 from surgery.delta.format import open_delta
 from surgery.errors import SurgeryError
