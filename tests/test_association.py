@@ -74,6 +74,8 @@ def test_sampled_p_says_so_and_is_near_the_exact_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(association, "EXACT", 100)
     drawn = association.p_value(x, y, seed=3)
     assert not drawn.exact and drawn.partitions == association.DRAWN + 1
+    alone = association.p_value(np.arange(9.0) + 100, np.arange(9.0))  # no draw reaches it: the observed one counts
+    assert alone.p == pytest.approx(1 / (association.DRAWN + 1), rel=1e-9)
     assert drawn.p == pytest.approx(exact.p, abs=0.015) and drawn == association.p_value(x, y, seed=3)
 
 

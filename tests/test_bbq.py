@@ -85,6 +85,7 @@ def test_scores_are_those_of_the_printed_formulas() -> None:
     assert found["accuracy"]["disambiguated"]["overall"].value == 7 / 8
     assert found["accuracy"]["overall"]["overall"].value == 10 / 16
     assert found["s_dis"]["overall"].n == 7 and found["s_amb"]["overall"].n == 8
+    assert (found["s_dis"]["overall"].groups, found["accuracy"]["overall"]["overall"].groups) == (7, 8)  # questions
 
 
 @pytest.mark.parametrize("follows, expected", [(True, 1.0), (False, -1.0)])

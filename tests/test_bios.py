@@ -94,3 +94,8 @@ def test_a_measurement_has_accuracy_gap_and_perplexity(tmp_path: Path) -> None:
     assert few["accuracy"].n == 10 and "10 of 20 rows" in few["accuracy"].data  # a whole profession
     asked = metric.questions(bios.load(tmp_path)[:1], ["dj x", "poet x"])[0]
     assert asked.prompt.endswith("Answer:") and asked.options == (" dj x", " poet x") and asked.answer == 0
+    alone = [f"She is cook number {n}.,cook,Female" for n in range(4)]  # of one gender: a gap of it says nothing
+    write(tmp_path, bios.FILE, "\n".join(["hard_text,profession,gender", *alone, *rows]))
+    for seed in range(4):
+        chosen = metric._professions(bios.load(tmp_path), 20, seed)
+        assert {row.profession for row in chosen} == {"dj x", "poet x"}

@@ -25,6 +25,8 @@ def test_a_text_and_its_counterfactual_come_closer(tiny: Any) -> None:
     model, tokenizer = tiny
     before = state(model)
     table = swaps(tokenizer)
+    him, his, her = (tokenizer(word)["input_ids"][0] for word in ("him", "his", "her"))
+    assert (table[him], table[his], table[her]) == (her, her, him)
     he, she = (tokenizer(word)["input_ids"][0] for word in ("he", "she"))
     assert table[he] == she and table[she] == he
     plain = tokenizer("The nurse smiled because", return_tensors="pt")["input_ids"]

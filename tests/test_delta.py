@@ -141,7 +141,8 @@ def test_names_of_a_live_gpt2_become_those_of_the_hub_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("how", ["nearest", "stochastic", "auto"])
-def test_memory_and_disk_give_the_same_bytes(tmp_path, dtype, how):
+def test_memory_and_disk_give_the_same_bytes(tmp_path, dtype, how, monkeypatch):
+    monkeypatch.setattr("surgery.delta.live.PIECE", 50)  # of which a matrix here has several
     model = tiny_llama(dtype=dtype)
     model.save_pretrained(tmp_path / "base")
     names = [kit.DOWN, kit.NORM, kit.EMBED]
@@ -283,6 +284,7 @@ def test_compose_is_one_fp32_sum_rounded_once(base, tmp_path):
     assert [p["weight"] for p in both.metadata["parents"]] == [0.5, -2.0]
     assert [p["sha256"] for p in both.metadata["parents"]] == [a.sha256, b.sha256]
     assert both.metadata["parents"][0]["recipe"] == "x = 1\n"
+    assert a.metadata["rounding"] == "nearest" and "rounding" not in both.metadata  # each part's own was measured
 
 
 def test_compose_refuses_what_does_not_add_up(base, tmp_path):
@@ -313,6 +315,20 @@ def test_diff_finds_what_apply_did(tmp_path, dtype):
     assert kit.hashes(tmp_path / "again")["model.safetensors"] == kit.hashes(tmp_path / "edited")["model.safetensors"]
     with pytest.raises(SurgeryError, match=r"no tensor differs"):
         deltas.diff(base, base)
+
+
+def test_diff_of_tied_checkpoints_of_which_one_stores_the_matrix_twice(tmp_path):
+    once = kit.weights(tie_word_embeddings=True)
+    base = kit.save(tmp_path / "base", once | {kit.HEAD: once[kit.EMBED].clone()}, tie_word_embeddings=True)
+    edited = kit.save(tmp_path / "edited", once | {kit.EMBED: once[kit.EMBED] + 1}, tie_word_embeddings=True)
+    for left, right in ((base, edited), (edited, base)):
+        found = deltas.diff(left, right)
+        assert len(found.shapes) == 1
+        disk.apply(found, left, tmp_path / f"of {left.name}")
+        held = kit.load(tmp_path / f"of {left.name}")
+        assert all(
+            torch.equal(held[name], kit.load(right)[kit.EMBED]) for name in held if name in (kit.EMBED, kit.HEAD)
+        )
 
 
 def test_diff_refuses_other_names_and_shapes(base, tmp_path):

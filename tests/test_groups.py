@@ -16,6 +16,7 @@ def test_gaps_of_one_positive_class_over_three_groups() -> None:
     assert found["accuracy"].value == pytest.approx(6 / 11)
     assert found["tpr_gap"]["max"].value == pytest.approx(0.75)
     assert found["tpr_gap"]["mean"].value == pytest.approx(0.5)
+    assert found["tpr_gap"]["mean"].samples is found["tpr_gap"]["max"].samples is None  # two models' are no pairs
     assert found["tpr_gap"]["max"].high == 1.0 > found["tpr_gap"]["mean"].high
     assert found["tpr_gap"]["max"].n == 8 and "3 gaps of 1 classes" in found["tpr_gap"]["max"].data
 

@@ -33,6 +33,8 @@ def test_afgb_mass_and_gap_of_constant_models() -> None:
         assert table["mass"][scale].value == pytest.approx(0.4)
         assert table["relative_gap"][scale].value == pytest.approx(0.5)
         assert table["afgb"][scale].low == pytest.approx(0.2)
+        assert (table["afgb"][scale].ideal, table["relative_gap"][scale].ideal) == (0, 0)
+        assert table["mass"][scale].ideal == pytest.approx(0.4)  # what it is, before an edit
     assert table["afgb"]["all"].n == 945 and table["afgb"]["word"].n == 315
 
 
@@ -81,6 +83,10 @@ def test_three_words_reduce_to_the_two_word_definitions() -> None:
     two, three = constant(0.3, 0.1, len(PROMPTS)), np.tile([0.3, 0.2, 0.1], (len(PROMPTS), 1))
     gap = genbias_metric.score(three, PROMPTS, data="x")["afgb"]["all"].value
     assert gap == genbias_metric.score(two, PROMPTS, data="x")["afgb"]["all"].value
+    follows = np.where(np.arange(3) == np.array([row.hint for row in HINTS])[:, None], 0.5, 0.2)
+    hinted = genhint_metric.score(follows, HINTS, data="x", words=("he", "she", "they"))["ub"]
+    assert hinted.value == pytest.approx(0.3)  # the hinted word's less the mean of the two others'
+    assert hinted.groups == len({row.profession for row in HINTS})
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary_size() -> None:

@@ -45,6 +45,9 @@ def test_the_verdict_follows_the_direction() -> None:
     assert (verdict(high, low), verdict(low, high)) == ("better", "worse")
     low, high = (of(np.full(9, value), direction="higher") for value in (0.2, 0.8))
     assert (verdict(high, low), verdict(low, high)) == ("worse", "better")
+    same = [of(np.full(9, value), direction="same", ideal=0.2) for value in (0.2, 0.8, 0.2)]
+    assert (verdict(same[0], same[1]), verdict(same[1], same[0])) == ("worse", "worse")  # "same" as it was before
+    assert verdict(same[0], same[2]) == "within noise"
     near = [of(np.full(9, value), direction="nearer", ideal=50.0) for value in (60.0, 52.0, 49.0)]
     assert verdict(near[0], near[1]) == "better" and verdict(near[2], near[1]) == "worse"
 
@@ -63,6 +66,19 @@ def test_looking_at_many_axes_widens_every_interval() -> None:
     one, many = (difference(*pair, axes=axes) for axes in (1, 20))
     assert one is not None and many is not None and many.low < one.low and many.high > one.high
     assert (one.verdict, many.verdict) == ("worse", "within noise")
+
+
+def test_many_axes_take_the_draws_quantile_or_where_few_lie_beyond_it_the_normal_tail() -> None:
+    draw = np.random.default_rng(0)
+    before, after = (of(values) for values in (np.zeros(8), draw.exponential(1, 8)))  # far from a normal number's shape
+    drawn = after.samples - before.samples  # type: ignore[operator]
+    for axes in (2, 10):
+        found = difference(before, after, axes=axes)
+        assert found is not None
+        assert (found.low, found.high) == tuple(np.quantile(drawn, [0.025 / axes, 1 - 0.025 / axes]))
+    found = difference(before, after, axes=190)  # of 2,000 draws a quarter of one lies there
+    assert found is not None and found.low == pytest.approx(after.value - 3.65 * drawn.std(), rel=0.01)
+    assert found.low < drawn.min()
 
 
 def test_a_tree_of_scores_gives_a_tree_of_differences() -> None:

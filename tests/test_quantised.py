@@ -185,6 +185,20 @@ def test_a_quantised_directory_is_edited_and_undone(
     assert again.out.is_dir()
 
 
+def test_a_weight_without_a_difference_keeps_its_code_where_two_mean_the_same(
+    checkpoint: Path, delta: deltas.Delta, tmp_path: Path
+) -> None:
+    """FP8 has a code for 0 and one for -0."""
+    folder = quantised(checkpoint, tmp_path / "q", "fp8 by block")
+    stored = load(folder)
+    stored[MATRIX].view(torch.uint8)[:2, :5] = 128
+    save_file(stored, folder / "model.safetensors")
+    apply(delta, folder, tmp_path / "edited")
+    codes = load(tmp_path / "edited")[MATRIX].view(torch.uint8)
+    assert torch.equal(codes[::2], stored[MATRIX].view(torch.uint8)[::2])
+    assert (codes[1, :5] != 128).any()
+
+
 def test_the_nearest_codes_lose_what_chance_keeps(checkpoint: Path, tmp_path: Path) -> None:
     folder = quantised(checkpoint, tmp_path / "q", "int8")
     small = np.full((32, 48), 0.0005, np.float32)  # a tenth of a code
