@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from surgery import SurgeryError
+from surgery.adapters.effect import effect
 from surgery.adapters.exporting import _refuse_high, export_peft
 from surgery.adapters.importing import import_peft
 
@@ -176,6 +177,7 @@ def test_a_model_that_writes_no_text_takes_its_adapter(tmp_path):
     export_peft(delta, tmp_path / "adapter", checkpoint=folder)
     back = import_peft(tmp_path / "adapter", folder, kind="dense")
     assert all(np.allclose(back.tensors[name], delta.tensors[name], atol=1e-6) for name in delta.shapes)
+    assert effect(delta, tmp_path / "adapter", folder) is None  # on next tokens, of which it predicts none
 
 
 def test_an_adapter_of_which_peft_makes_something_else_is_not_left_there(tmp_path):

@@ -18,7 +18,9 @@ from surgery.data import genbias
 from surgery.data.prompts import load_prompt_set
 from surgery.delta.format import Delta
 from surgery.delta.live import touched
+from surgery.delta.naming import skeleton
 from surgery.errors import SurgeryError
+from surgery.files.checkpoint_files import open_checkpoint
 from surgery.forward.batching import Ids
 from surgery.forward.tokens import encode, word_ids
 
@@ -45,10 +47,15 @@ class Effect:
     """The mean relative gap of the base, of the edit and of the adapter."""
 
 
-def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts: int = 96) -> Effect:
-    """The edit on the checkpoint beside the adapter on it, in fp32 on the CPU; each prompt on its own."""
+def effect(delta: Delta, adapter: Path | str, checkpoint: Path | str, *, prompts: int = 96) -> Effect | None:
+    """The edit on the checkpoint beside the adapter on it, in fp32 on the CPU; each prompt on its own.
+
+    None for a model that predicts no next token: a classifier, an encoder, one that answers a text with another.
+    """
     from peft import PeftModel
 
+    if not predicts_next(checkpoint):
+        return None
     model, tokenizer = load(checkpoint, device="cpu")
     rows = genbias.records("profession", "dev")[:prompts]
     ids = encode(tokenizer, [row.text for row in rows])
@@ -113,6 +120,12 @@ def refuse_unread(delta: Delta, adapter: Path, checkpoint: Path | str, lost: flo
             f"norm is off, most in {max(far, key=lambda name: far[name])!r}, where the factors leave out {lost:.0%}; "
             f"{step}"
         )
+
+
+def predicts_next(checkpoint: Path | str) -> bool:
+    """Whether the checkpoint's model goes on with a text, by its config."""
+    model = skeleton(open_checkpoint(checkpoint))
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def _next(model: nn.Module, ids: Ids) -> list[Tensor]:

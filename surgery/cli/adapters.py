@@ -64,17 +64,9 @@ def export(
         )
     found = Delta.load(delta)
     if transformers is not None:
-        from surgery.apply.export import export_transformers
-
         if checkpoint is None:
             raise SurgeryError("export --transformers: needs the base or a relative of it; add --checkpoint CHECKPOINT")
-        options: dict[str, Any] = {"scale": scale, "rounding": rounding, "seed": seed, "force": force}
-        written = export_transformers(found, local(checkpoint), transformers, **options)
-        print(
-            f"{written.out}: {written.bytes:,} bytes, module of {written.parameters:,} parameters, {written.changed:,} "
-            f"entries of the base changed, {written.lost:,} left as they were by rounding; open it with "
-            f"{written.auto_class}.from_pretrained({str(written.out)!r}, trust_remote_code=True)"
-        )
+        _with_module(found, local(checkpoint), transformers, scale=scale, rounding=rounding, seed=seed, force=force)
         return
     assert peft is not None
     from surgery.adapters.exporting import export_peft
@@ -94,20 +86,38 @@ def export(
     print(f"{report.out}: rank {report.rank}, largest relative error {max(report.errors.values(), default=0.0):.4f}")
     if place is None:
         print("its effect was not measured: add --checkpoint CHECKPOINT")
-        return
+    else:
+        _tell_effect(found, report.out, place)
+
+
+def _with_module(delta: Any, checkpoint: Path, out: Path, **options: Any) -> None:
+    from surgery.apply.export import export_transformers
+
+    written = export_transformers(delta, checkpoint, out, **options)
+    print(
+        f"{written.out}: {written.bytes:,} bytes, module of {written.parameters:,} parameters, {written.changed:,} "
+        f"entries of the base changed, {written.lost:,} left as they were by rounding; open it with "
+        f"{written.auto_class}.from_pretrained({str(written.out)!r}, trust_remote_code=True)"
+    )
+
+
+def _tell_effect(delta: Any, adapter: Path, checkpoint: Path) -> None:
     from surgery.adapters.effect import effect
 
-    kept = effect(found, report.out, place)
+    kept = effect(delta, adapter, checkpoint)
+    if kept is None:
+        print(f"its effect was not measured: the model of {checkpoint} predicts no next token")
+        return
     print(
         f"effect kept, through peft: {kept.kept:.1%} [{kept.low:.1%}, {kept.high:.1%}] of the edit's KL of the next "
         f"token ({kept.edit:.4f} nats, of which {kept.lost:.4f} are missing; {kept.prompts} dev prompts of genbias)"
     )
     if kept.gap_kept and kept.gaps:
         share, low, high = kept.gap_kept
-        base, edit, adapter = kept.gaps
+        base, edit, adapted = kept.gaps
         print(
             f"gap reduction kept: {share:.1%} [{low:.1%}, {high:.1%}] (relative gap {base:.3f} untouched, {edit:.3f} "
-            f"with the edit, {adapter:.3f} with the adapter, same prompts)"
+            f"with the edit, {adapted:.3f} with the adapter, same prompts)"
         )
 
 
