@@ -32,7 +32,9 @@ def test_forms_are_single_tokens_of_the_word() -> None:
     for wrong, message in (([], "at least one"), (["engineer"], "splits it into"), (["xyz"], "expected one token")):
         with pytest.raises(SurgeryError, match=message):
             word_forms(tokenizer, wrong)
-    for wrong, message in ((["he"], "expected pairs"), (["he", "engineer"], "not one token each")):
+    for wrong, message in (
+        (["he"], "expected pairs"), (["he", "engineer"], "not one token each"), (["he", "he"], "choose other words"),
+    ):  # fmt: skip
         with pytest.raises(SurgeryError, match=message):
             word_pairs(tokenizer, wrong)
 

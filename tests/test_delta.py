@@ -301,6 +301,19 @@ def test_compose_refuses_what_does_not_add_up(base, tmp_path):
         deltas.compose([a, other])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_where_nothing_is_added_the_bits_stay(tmp_path, dtype):
+    """Minus zero plus zero is zero."""
+    weights = kit.weights(dtype=dtype)
+    weights[kit.DOWN][0] = -0.0
+    base = kit.save(tmp_path / "base", weights)
+    difference = np.full(weights[kit.DOWN].shape, 0.1, np.float32)
+    difference[0, :-1] = 0
+    delta = deltas.make({kit.DOWN: difference}, base, base="tiny", recipe="", seed=0)
+    disk.apply(delta, base, tmp_path / "out")
+    assert torch.equal(kit.load(tmp_path / "out")[kit.DOWN][0].signbit(), torch.arange(24) < 23)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_diff_finds_what_apply_did(tmp_path, dtype):
     base = kit.save(tmp_path / "base", kit.weights(dtype=dtype))

@@ -74,8 +74,8 @@ def test_a_token_over_the_boundary_is_counted_as_in_lm_eval(share: bool) -> None
 
 
 def test_both_norms_choose_as_defined_and_the_mode_is_kept() -> None:
-    asked = (Question("x", (" ab", " abcdefgh"), 1),)
-    scores = multiple_choice.Scores(asked, (np.array([-4.0, -8.0]),), cut=(False,))
+    asked = (Question("x", (" a", " abcd"), 1),)  # the space before an option does not count
+    scores = multiple_choice.Scores(asked, (np.array([-2.0, -6.0]),), cut=(False,))
     assert scores.chosen("sum").tolist() == [0] and scores.chosen("characters").tolist() == [1]
     right = multiple_choice.accuracy(scores, "characters", data="d")
     assert right.value == 1.0 and "per character" in right.scorer

@@ -10,12 +10,13 @@ import torch
 from families import build, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import letters
 
 from surgery import SurgeryError
 from surgery.catalogue import SCORERS
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.forward.trees import packs, sees
-from surgery.metrics.sentences import DEFINITIONS, sentence_scores
+from surgery.metrics.sentences import DEFINITIONS, fitting, sentence_scores
 
 SENTENCES = [
     "The nurse said that he",
@@ -184,6 +185,13 @@ def test_mistakes_say_what_and_where(opened: Any) -> None:
         with pytest.raises(SurgeryError, match=f"neither BOS nor EOS, and scorer '{scorer}'"):
             sentence_scores(model, tokenizer, SENTENCES, scorer=scorer)
     assert len(sentence_scores(model, tokenizer, SENTENCES, scorer="no-start")) == len(SENTENCES)
+
+
+def test_a_text_fits_with_the_start_token_that_a_scorer_puts_before_it() -> None:
+    model, tokenizer = build("gpt2", n_positions=8), letters()
+    kept, out = fitting(model, tokenizer, [("a" * 7, "b"), ("c", "d" * 8)], ["file, line 1", "file, line 2"])
+    assert kept == [0] and out == ["file, line 2: 9 tokens with a start token, the model takes 8"]
+    sentence_scores(model, tokenizer, ["a" * 7], scorer="bos")
 
 
 def test_broken_weights_and_a_missing_head_are_named() -> None:

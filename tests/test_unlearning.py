@@ -311,6 +311,19 @@ def test_in_the_scorers_unit_every_loss_is_of_means_over_tokens() -> None:
     assert values.tolist() == pytest.approx([value.item() for value in expected], rel=1e-6)
 
 
+def test_the_released_codes_loss_takes_means_over_tokens() -> None:
+    frozen: Any = build("llama")
+    model = nudged(frozen).to(F64)
+    kept = reference(frozen.to(F64), ROWS, *KEPT)
+    items = [item for item in ITEMS if item.role == "forget"]
+    values, _ = batch_losses(model, model, items, ROWS, kept, Objective({}, "npo_batch", 0.3))
+    rows = [ROWS[item.triple][item.side] for item in items]
+    nll, ref = (
+        torch.stack([-summed(net, row) / (len(row.ids) - row.start) for row in rows]) for net in (model, frozen)
+    )
+    assert values.tolist() == pytest.approx(npo_batch(nll, ref, 0.3).tolist(), rel=1e-6)
+
+
 def test_a_push_sets_the_ratio_of_the_gradients() -> None:
     one, two = (torch.tensor(values, requires_grad=True) for values in ([3.0, 4.0], [1.0]))
     items = [Item("forget", 0, STEREOTYPE), Item("retain", 0, ANTI), Item("retain", 1, ANTI)]
@@ -319,6 +332,8 @@ def test_a_push_sets_the_ratio_of_the_gradients() -> None:
     assert found == pytest.approx({"forget": 10.0, "retain": math.sqrt(2.5**2 + 0.5**2)})
     objective = Objective({"forget": 0.4, "retain": 0.4, "unrelated": 0.2}, ratio=2.0)
     assert push(objective, {"forget": 10.0, "retain": 4.0}) == pytest.approx(0.8)  # 4 to 1.6 before
+    both = Objective({"forget": 0.4, "prefer": 0.1, "retain": 0.4}, ratio=2.0)
+    assert push(both, {"forget": 10.0, "prefer": 20.0, "retain": 4.0}) == pytest.approx(3.2 / 6)
 
 
 # BatchSampler

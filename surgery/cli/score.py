@@ -1,7 +1,8 @@
 """The command ``surgery attribute score``: how far each training text's gradient points along a bias."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,11 +88,7 @@ def score(
     def texts() -> Iterator[str]:
         return (example.answer for example in stream(data, columns=columns))
 
-    biased, antis = read_probe(probe)
-    if contrast is not None:
-        if antis:
-            raise SurgeryError(f"--contrast {contrast}: {probe} has twins of its own in the column anti; drop one")
-        antis = read_probe(contrast)[0]
+    biased, antis = _probe(probe, contrast)
     pairs = read_probe(twins) if twins else ([], [])
     if twins and not pairs[1]:
         raise SurgeryError(f"{twins}: holds no twins; expected pairs with the columns text and anti")
@@ -104,7 +101,7 @@ def score(
         similar = scorer(_passing(texts(), digest, step), biased)
 
     import_libraries()
-    from hooks.gradient_influence import check_texts, influence, influence_probe, influence_windows
+    from hooks.gradient_influence import check_texts, influence, influence_probe
     from surgery.attribution import score_file as scored
 
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)
@@ -122,40 +119,15 @@ def score(
     with progress.work("check the texts", None) as step:  # now, not after hours
         step(check_texts(opened, tokenizer, texts(), found, cut=cut or None))
     with progress.work("score", None) as step:
-
-        def windows(start: int) -> Iterator[Any]:
-            told = [start]
-            kept: list[float] = []
-
-            def passing() -> Iterator[str]:
-                for text in islice(texts(), start, None):
-                    kept.append(similar(text))
-                    yield text
-
-            step(start)
-            for part in influence_windows(opened, tokenizer, passing(), found, first=start, **options):
-                count = len(part.scores)
-                yield part, kept[:count]
-                del kept[:count]
-                step(part.first + count - told[0])
-                told[0] = part.first + count
-
         header = {
             "model": model, "adapter": str(adapter) if adapter else None, "data": str(data), "probe": str(probe),
             "data_sha256": digest.hexdigest(),
             "scores": list(found.names), "normalise": normalise, "batch_unit": unit, "targets": targets, "cut": cut,
             "dtype": dtype, "batch_tokens": batch_tokens, "layers": len(found.vectors), "probe_texts": len(biased),
         }  # fmt: skip
+        windows = partial(_windows, opened, tokenizer, found, texts, similar, step, options)
         summary = scored.write_scores(json_file, header, windows, resume=resume)
-    if unit:
-        progress.say(
-            "scores of batches: where rows of a kind stand together, they give the kind away; shuffle the file"
-        )
-    for name, gaps in summary["correlation"].items():
-        print(f"{name}: correlation with minus the loss {gaps['minus_loss']:+.2f}, with TF-IDF {gaps['tfidf']:+.2f}")
-    for place, text in _at(texts(), [row["row"] for row in summary["top"]["influence"][:10]]):
-        value = next(row["score"] for row in summary["top"]["influence"] if row["row"] == place)
-        print(f"{value:+.4f}  row {place}  {' '.join(text.split())[:100]}")
+    _tell(summary, texts(), by_batch=bool(unit), progress=progress)
     if html:
         shown = _at(texts(), [row["row"] for row in summary["top"][found.names[-1]][:50]])
         _show(html, opened, tokenizer, shown, found, normalise, cut)
@@ -167,6 +139,58 @@ def score(
             tested = (pairs, both)
         _judge(json_file, labels, similar, tested, found.names, data.name, top, seed)
     print(json_file)
+
+
+def _probe(file: Path, contrast: Path | None) -> tuple[list[str], list[str]]:
+    """The probe's texts and their twins, of its own column or of another file; no twins where there are none."""
+    biased, antis = read_probe(file)
+    if contrast is None:
+        return biased, antis
+    if antis:
+        raise SurgeryError(f"--contrast {contrast}: {file} has twins of its own in the column anti; drop one")
+    return biased, read_probe(contrast)[0]
+
+
+def _windows(
+    model: Any,
+    tokenizer: Any,
+    probe: Any,
+    texts: Callable[[], Iterator[str]],
+    similar: Callable[[str], float],
+    step: Callable[[int], None],
+    options: dict[str, Any],
+    start: int,
+) -> Iterator[Any]:
+    """Scores of the texts from row ``start`` on, some at a time, and those texts' similarities to the probe."""
+    from hooks.gradient_influence import influence_windows
+
+    told, kept = start, list[float]()
+
+    def passing() -> Iterator[str]:
+        for text in islice(texts(), start, None):
+            kept.append(similar(text))
+            yield text
+
+    step(start)
+    for part in influence_windows(model, tokenizer, passing(), probe, first=start, **options):
+        count = len(part.scores)
+        yield part, kept[:count]
+        del kept[:count]
+        step(part.first + count - told)
+        told = part.first + count
+
+
+def _tell(summary: Any, texts: Iterator[str], *, by_batch: bool, progress: Any) -> None:
+    """The scores' correlations with the controls, and the ten texts with the highest ones."""
+    if by_batch:
+        progress.say(
+            "scores of batches: where rows of a kind stand together, they give the kind away; shuffle the file"
+        )
+    for name, gaps in summary["correlation"].items():
+        print(f"{name}: correlation with minus the loss {gaps['minus_loss']:+.2f}, with TF-IDF {gaps['tfidf']:+.2f}")
+    highest = {row["row"]: row["score"] for row in summary["top"]["influence"][:10]}
+    for place, text in _at(texts, list(highest)):
+        print(f"{highest[place]:+.4f}  row {place}  {' '.join(text.split())[:100]}")
 
 
 def _passing(texts: Iterator[str], digest: Any, step: Any) -> Iterator[str]:
