@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from surgery.data.free_text import KINDS, Pair, Start, open_starts, pairs, words
-from surgery.metrics.free_text import evaluate, score, spoken_of, who
+from surgery.metrics import free_text
+from surgery.metrics.free_text import evaluate, generate, score, spoken_of, who
 from surgery.metrics.judges import ledger
 from surgery.metrics.ledger import LEDGER, ROWS, absent
 
@@ -63,7 +64,11 @@ def test_words_of_a_list_are_counted_as_whole_words() -> None:
 
 
 def test_scores_by_hand() -> None:
-    starts = [Start("", "bio", "nurse", -0.9), Start("", "bio", "guard", 0.8), Start("", "bio", "clerk", 0.0)]
+    starts = [
+        Start("", "bio", "nurse", -0.9),
+        Start("", "bio", "guard", 0.8),
+        Start("", "bio", "clerk", 0.1),
+    ]  # the last has none
     beside = [Pair("", "", "bio", "cook")]
     found = score(starts, ["she left", "she left", "he left"], beside, [("strong and kind", "kind and kind")], "how")
     assert found["stereotype"].value == 0.0 and found["stereotype"].n == 2
@@ -71,9 +76,15 @@ def test_scores_by_hand() -> None:
     assert found["agency"].value == pytest.approx(100 / 3) and found["warmth"].value == pytest.approx(-100 / 3)
 
 
-def test_the_judge_writes_the_same_twice_and_leaves_its_texts(tiny: Any) -> None:
+def test_the_judge_writes_the_same_twice_and_leaves_its_texts(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     details: dict[str, Any] = {}
-    first = evaluate(*tiny, limit=8, details=details)
+    drawn: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            free_text, "generate", lambda *given, **more: drawn.extend(more["numbers"]) or generate(*given, **more)
+        )
+        first = evaluate(*tiny, limit=8, details=details)
+    assert drawn == [*range(10), 8, 9]  # two pairs, whose two texts have the same random numbers
     again = evaluate(*tiny, limit=8)
     assert first == again and len(details["texts"]) == 8
     kind, profession, start, text, told = details["texts"][0]

@@ -1,6 +1,7 @@
 """The shortcuts give what the plain forward pass gives, in every family, and leave nothing behind."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import FAMILIES, build, state
 
 from hooks.errors import Note
 from surgery.edits.block import fine_tune
+from surgery.edits.kept_streams import KeptStreams
 from surgery.errors import SurgeryError
 from surgery.forward import last_position
 from surgery.forward.batching import by_length, pad
@@ -16,6 +18,7 @@ from surgery.forward.precision import matrix_products
 from surgery.forward.residual_cache import shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
 from surgery.forward.trees import as_batch, trees_for, why_no_trees
+from surgery.progress import Progress
 from surgery.training import Plan
 
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if kind.endswith(("CausalLM", "GPT2LMHeadModel"))]
@@ -114,6 +117,17 @@ def test_cached_and_plain_training_have_the_same_losses(family: str, block: int)
     assert len(fast.losses) == 8
     assert fast.losses == pytest.approx(slow.losses, abs=1e-5)
     assert fast.losses[-1] < fast.losses[0]
+
+
+def test_streams_behind_an_edit_are_not_kept() -> None:
+    model, plan = build("llama"), Plan(lr=1e-2, epochs=1, batch_size=4)
+    streams = KeptStreams(model, IDS, SimpleNamespace(words=WORDS), Progress(quiet=True), keep=(1, 2))  # type: ignore[arg-type]
+    streams.training(1, edited=True)
+    assert set(streams.trained) == {1}
+    later = streams.training(2)
+    assert set(streams.trained) == {1, 2} and later.block == 2
+    with pytest.raises(SurgeryError, match="enters block 2, behind the first trained one"):
+        fine_tune(model, IDS, WORDS, plan, blocks=[1, 2], seed=3, prefix=later)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gptj"])
