@@ -79,7 +79,7 @@ def test_the_page_answers_first_and_needs_nothing_else(judged: list[Judged], tmp
         "The numbers that decide",
     ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
-    assert "costly removes 90 %, but spoils perplexity (+20.0 %)" in text
+    assert "costly removes 90 %, but spoils perplexity +20.0 %" in text
     assert "needs what is not here" in text
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "http" not in page  # no network
     assert page.count("<script>") == 1 and "<b>" not in page  # a text is no markup
@@ -114,9 +114,9 @@ def test_what_is_worse_stands_first_in_the_ledger(judged: list[Judged], tmp_path
 def test_a_number_is_called_as_it_is_read() -> None:
     said = {
         "genbias.mass.all": "mass of the words",
-        "genbias.mass.sentence": "mass of the words: sentence",
-        "crows_pairs.metric.sexual-orientation": "CrowS-Pairs: sexual-orientation",
-        "bbq.accuracy.ambiguous.Gender_identity": "BBQ accuracy where it is not said: Gender identity",
+        "genbias.mass.sentence": "mass of the words (sentence)",
+        "crows_pairs.metric.sexual-orientation": "CrowS-Pairs (sexual-orientation)",
+        "bbq.accuracy.ambiguous.Gender_identity": "BBQ accuracy where it is not said (Gender identity)",
         "seat.race.mean_abs": "seat race mean abs",
     }
     assert {place: plain_words(place) for place in said} == said

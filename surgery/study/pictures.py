@@ -65,7 +65,8 @@ def _label(plot: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
 
         def covered(side: int, shift: int, left: float = left, bottom: float = bottom, width: float = width) -> int:
             start = left + 5 if side > 0 else left - 5 - width
-            return sum(start < b and a < start + width and abs(bottom + shift - c) < 8 for a, b, c in taken)
+            over = sum(start < b and a < start + width and abs(bottom + shift - c) < 8 for a, b, c in taken)
+            return over + (start < plot.bbox.x0 * scale)  # on the axis
 
         side, shift = min(sides, key=lambda place: covered(*place))
         start = left + 5 if side > 0 else left - 5 - width

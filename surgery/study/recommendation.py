@@ -138,11 +138,11 @@ def _values(before: Row, after: Row, place: str) -> str:
 
 
 def _listed(row: Row, places: Sequence[str], most: int = 4) -> str:
-    """Such as "perplexity (+3.1 %), right pronoun after things (-2.0 points) and 3 others"."""
+    """Such as "perplexity +3.1 %, right pronoun after things -2.0 points and 3 others"."""
     said = []
     for place in places[:most]:
         percent = row.scores[place]["direction"] == "lower" and row.scores[place]["ideal"] == 1
         unit = "%" if percent else "points"
-        said.append(f"{plain_words(place)} ({row.points(place):+.1f} {unit})")
+        said.append(f"{plain_words(place)} {row.points(place):+.1f} {unit}")
     more = f" and {len(places) - most} others" if len(places) > most else ""
     return ", ".join(said) + more

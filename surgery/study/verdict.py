@@ -231,8 +231,8 @@ def unbeaten(found: Sequence[Row], model: str, bias: Sequence[str], cost: Sequen
 
 
 def plain_words(place: str) -> str:
-    """A number's place as it is read: "StereoSet LMS", "StereoSet LMS: gender" of a part, else its own words."""
+    """A number's place as it is read: "StereoSet LMS", "StereoSet LMS (gender)" of a part, else its own words."""
     head, _, part = place.rpartition(".")
     whole = next((NAMES[f"{head}.{of}"] for of in ("all", "overall") if f"{head}.{of}" in NAMES), "")
-    own = (f"{whole}: {part}" if whole else place).replace("_", " ").replace(".", " ")
+    own = (f"{whole} ({part})" if whole else place).replace("_", " ").replace(".", " ")
     return NAMES.get(place, own)
