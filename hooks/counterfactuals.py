@@ -73,7 +73,10 @@ def aligned(
 def pairs_in_batches(
     model: nn.Module, tokenizer: Any, pairs: list[tuple[list[int], list[int]]], batch_tokens: int
 ) -> Iterator[tuple[Prompts, Prompts]]:
-    """Clean prompts, and the corrupted ones in the same rows and columns."""
+    """Clean prompts, and the corrupted ones in the same rows and columns.
+
+    Raises `HookError` where the mask tokens of a pair stand at different places.
+    """
     for first in prompts_in_batches(model, tokenizer, [p[0] for p in pairs], batch_tokens=batch_tokens):
         ids = first.inputs["input_ids"].clone()
         for row, place in enumerate(first.places):

@@ -86,7 +86,10 @@ def block_bars(raw: Ranking, other: Ranking | None = None, *, edited: list[int] 
 
 
 def head_map(ranking: Ranking, *, mark: int = 3) -> Figure:
-    """Blocks x heads as a map, lighter is more; the `mark` best heads are framed. Takes a ranking of heads."""
+    """Blocks x heads as a map, lighter is more; the `mark` best heads are framed. Takes a ranking of heads.
+
+    Raises `HookError` for a ranking of anything else.
+    """
     if ranking.unit != "head":
         raise HookError(f"head_map: the ranking is of unit {ranking.unit!r}; expected 'head'")
     blocks, heads = ranking.scores.shape
@@ -112,6 +115,8 @@ def attention_pattern(
 
     pattern: (head query key) or (query key), as `hooks.capture` gives at `blocks.I.attn.hook_pattern` for one
     row of the batch; heads: their numbers for the titles (all from 0 on if left out).
+
+    Raises `HookError` for weights or head numbers that are not those of the tokens.
     """
     values = as_array(pattern)
     values = values[None] if values.ndim == 2 else values
@@ -180,7 +185,10 @@ def lens_curve(result: Lens) -> Figure:
 
 
 def patching_grid(result: Patching) -> Figure:
-    """Interchange effects: a grid of blocks by positions or heads, else one bar a block; minus marks harm."""
+    """Interchange effects: a grid of blocks by positions or heads, else one bar a block; minus marks harm.
+
+    Raises `HookError` for heads by position, which are three axes.
+    """
     name = f"{result.method} by {result.unit}"
     label = f"effect on {result.contrast[0]} - {result.contrast[1]} (0 corrupted, 1 clean)"
     title = f"{name}, {result.data}, n = {result.count}"
@@ -216,6 +224,8 @@ def cross_attention_map(weights: CrossWeights, *, block: int | None = None, head
     """CrAWD's beta of one text: its tokens by the reference words, lighter is more; means where none is named.
 
     block, head: of which to show the weights; left out, the mean over blocks or heads.
+
+    Raises `HookError` for a block or head that the model does not have.
     """
     values = as_array(weights.weights)
     for name, number, size in (("block", block, values.shape[0]), ("head", head, values.shape[1])):

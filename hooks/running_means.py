@@ -111,7 +111,10 @@ class Tally:
 def locate_words(
     tokenizer: Any, text: str, finder: Callable[[str], list[tuple[int, int]]], *, closed: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Token ids (`hooks.tokens.text_tokens`), and which of them hold characters of the words that `finder` finds."""
+    """Token ids (`hooks.tokens.text_tokens`), and which of them hold characters of the words that `finder` finds.
+
+    Raises `HookError` for a prompt that is no text, and a tokenizer that gives no character offsets.
+    """
     if not isinstance(text, str):
         raise HookError(f"a prompt is a {type(text).__name__}; words are found in texts, expected a string")
     if not getattr(tokenizer, "is_fast", False):

@@ -57,6 +57,8 @@ def normalize(norm: nn.Module, stream: Tensor) -> Tensor:
 
     A norm subtracts the mean (LayerNorm) if it maps a constant vector to what it maps zero to; RMS norms do
     not.
+
+    Raises `HookError` for a norm without eps.
     """
     epsilon = next((float(getattr(norm, k)) for k in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, k)), None)
     if epsilon is None:

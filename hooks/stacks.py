@@ -17,7 +17,10 @@ MAPPING_HELP = (
 
 
 def stack_lists(model: nn.Module, events: list[probe.Event], given: Any, model_type: str) -> dict[str, list[str]]:
-    """Site prefix -> block names: the outermost ModuleLists whose children map the stream to itself."""
+    """Site prefix -> block names: the outermost ModuleLists whose children map the stream to itself.
+
+    Raises `HookError` where none or several qualify, or a block runs more than once in a pass.
+    """
     called: dict[str, list[probe.Event]] = {}
     for event in events:
         called.setdefault(event.name, []).append(event)

@@ -112,6 +112,8 @@ def stream(
 
     reducers: pairs of sites (see `hooks.capture`) and reducer(site, tensor, mask). Nothing else is kept, no
     logits over the vocabulary are computed, and no KV cache is built: memory is that of one batch.
+
+    Raises `HookError` for a text that is longer than the model's learned positions.
     """
     limit = positions_limit(model)
     total = len(texts) if isinstance(texts, Sequence) else None

@@ -78,11 +78,13 @@ def input_device(core: Any) -> torch.device:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """The `known` names that are most like `name`, as the end of a sentence; nothing where none is."""
     close = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
     return f"; the nearest are {', '.join(close)}" if close else ""
 
 
 def no_such(name: str, known: Iterable[str], kind: str = "module") -> str:
+    """That a name of a mapping is not in the model, and which are near it."""
     return f"mapping: the model has no {kind} {name!r}{nearest(name, known)}"
 
 

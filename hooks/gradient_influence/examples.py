@@ -120,6 +120,8 @@ def windows(found: Iterable[Unit], *, batch_tokens: int, window: int = WINDOW) -
     """Batches of each window of about `window` texts: of like length, at most `batch_tokens` with padding.
 
     A unit that is longer goes alone. The batches of a window depend on nothing but its texts.
+
+    Raises `HookError` for fewer than 1 token a batch.
     """
     if batch_tokens < 1:
         raise HookError(f"batch_tokens is {batch_tokens}; expected at least 1")

@@ -126,6 +126,8 @@ def influence_windows(
     """`influence` in pieces of about `window` texts, in the order of the data: flat memory for any length.
 
     first: the place of the first text, where `texts` are the rest of a longer file.
+
+    Raises `HookError` for another `normalise` or `unit`, and as `influence` does.
     """
     if normalise not in ("cosine", "dot"):
         raise HookError(f"normalise is {normalise!r}; expected 'cosine' or 'dot'")
@@ -181,6 +183,7 @@ class _Scored:
 
 
 def job_of(model: nn.Module, probe: Probe, checkpointing: bool) -> Job:
+    """What has to be computed for the layers of `probe`. Raises `HookError` where they are not those of the model."""
     work = job(model, loss=probe.settings["loss"], checkpointing=checkpointing)
     work = replace(work, layers=tuple(layer for layer in work.layers if layer.name in probe.vectors))
     if set(work.names) != set(probe.vectors):

@@ -108,6 +108,8 @@ def highlighted(texts: Iterable[TokenInfluence], *, probe: int = 0, title: str =
     """A page (HTML, without scripts or links) with each text's tokens shaded by what they add to its score.
 
     Orange adds, purple (underlined) takes away; the scale is the same for all texts. Hover over a token for its value.
+
+    Raises `HookError` for no texts.
     """
     given = list(texts)
     if not given:

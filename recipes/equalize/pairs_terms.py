@@ -34,6 +34,8 @@ def terms_of(
     (On Gemma 3 270M a hold with the start token only left the other form to drift.) ``texts`` are ordinary ones and
     those that end where the pronoun is ``settled``, which are held there. ``own`` are token ids of texts that the model
     wrote, of which every other one has its start token. A held sentence that is also a side of a pair is left out.
+
+    Raises ``SurgeryError`` for a held text that is longer than the model takes.
     """
     begin, longest = start_token(tokenizer), context_limit(model)
     starts = STARTS if begin is not None else (False,)

@@ -19,6 +19,7 @@ _PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "mod
 
 
 def check_architecture(delta: Differences, file: GgufFile) -> None:
+    """Raises ``SurgeryError`` where the file says that it holds another model than the delta's base."""
     base = delta.metadata["architecture"]
     model = str(base.get("model_type", ""))
     wanted = _ARCHITECTURES.get(model, model.replace("_", "").replace("-", ""))
@@ -36,7 +37,10 @@ def check_architecture(delta: Differences, file: GgufFile) -> None:
 
 
 def names_in_file(delta: Differences, file: GgufFile, tied: Tied | None) -> dict[str, tuple[str, ...]]:
-    """{tensor of the file: the delta's tensors to add}, by the gguf library's tables."""
+    """{tensor of the file: the delta's tensors to add}, by the gguf library's tables.
+
+    Raises ``SurgeryError`` for an architecture that the library does not know, and a tensor that the file lacks.
+    """
     from gguf.constants import MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 

@@ -93,6 +93,7 @@ class Looked:
 
 
 def type_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor of this shape in the GGUF type ``kind``."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

@@ -41,11 +41,13 @@ _NAME = re.compile(r"undo(?:-([2-9]|[1-9][0-9]{1,4}))?\.surgery")
 
 
 def records(stored: CheckpointFiles) -> list[int]:
+    """The numbers of the undo records in the checkpoint's folder, rising."""
     matches = [_NAME.fullmatch(name) for name in stored.files]
     return sorted(int(match.group(1) or 1) for match in matches if match)
 
 
 def record_name(number: int) -> str:
+    """The file of the record with this number."""
     return "undo.surgery" if number == 1 else f"undo-{number}.surgery"
 
 
@@ -153,6 +155,7 @@ class Record:
 
 
 def read_record(stored: CheckpointFiles, name: str) -> Record:
+    """The undo record in the file ``name``. Raises ``SurgeryError`` where it is broken, or the checkpoint has changed."""
     path = stored.path / name
     header = read_header(path)
     content = parse_json(header.metadata.get(KEY, "null").encode("utf-8", "surrogatepass"), str(path))

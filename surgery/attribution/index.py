@@ -165,19 +165,23 @@ def open_index(path: Path) -> Index:
 
 
 def file_of(folder: Path, kind: str, number: int) -> Path:
+    """The file of shard ``number``: its ``kind`` is rows or facts."""
     return folder / f"{kind}-{number:06}.npy"
 
 
 def files_of(folder: Path, rows: int, shard: int) -> list[Path]:
+    """All files of an index of so many rows."""
     return [file_of(folder, kind, number) for number in range(-(-rows // shard)) for kind in ("rows", "facts")]
 
 
 def described(path: Path) -> dict[str, Any]:
+    """A file's size and hash, as the manifest keeps them."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """An index's manifest. Raises ``SurgeryError`` for what is none, and for another format."""
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -188,9 +192,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str] | None = None) -> str | None:
+    """The first of ``keys`` (default: all) whose value is not the same in both."""
     return next((key for key in (keys or {**one, **other}) if one.get(key) != other.get(key)), None)
 
 
 def short(value: Any) -> str:
+    """A manifest's value for an error: a hash by its beginning."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if len(text) == 64 else text[:120]

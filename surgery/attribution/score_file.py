@@ -135,7 +135,10 @@ def _taken_up(part: Path, first: str, totals: Totals) -> int:
 
 
 def read_scores(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a result, one at a time."""
+    """The rows of a result, one at a time.
+
+    Raises ``SurgeryError`` for a file that ends within them.
+    """
     with path.open("rb") as file:
         file.readline()
         for line in file:

@@ -72,14 +72,20 @@ def subject_order(prompts: PromptSet, seed: int) -> list[str]:
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:
-    """``names`` sorted by the SHA-256 of "seed, newline, name": the same on every machine and Python."""
+    """``names`` sorted by the SHA-256 of "seed, newline, name": the same on every machine and Python.
+
+    Raises ``SurgeryError`` for a seed that is no integer.
+    """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise SurgeryError(f"bad seed of a data split: got {seed!r}, expected an integer; for example {SEED}")
     return sorted(names, key=lambda name: sha256(f"{seed}\n{name}".encode()).digest())
 
 
 def part_of(order: Sequence[str], part: str, where: str) -> Sequence[str]:
-    """The slice of ``order`` that is ``part``, 2:1:2: 943/471/944 of 2,358 and 105/52/105 of 262."""
+    """The slice of ``order`` that is ``part``, 2:1:2: 943/471/944 of 2,358 and 105/52/105 of 262.
+
+    Raises ``SurgeryError`` for an unknown part, and one that would be empty.
+    """
     if part not in PARTS:
         raise SurgeryError(f"unknown part of {where}: got {part!r}, expected one of {', '.join(PARTS)}; take one")
     # Rounding the first part to nearest and the second down is what gives the sizes of LFTF Table 1.

@@ -148,6 +148,8 @@ def crows_pairs(path: Path) -> tuple[list[Pair], int]:
 
     ``sent_more`` is always the more stereotyping sentence; ``stereo_antistereo`` says only whether the disadvantaged
     group is the one that it is about (Nangia et al. 2020).
+
+    Raises ``SurgeryError`` for a file without its columns.
     """
     pairs, seen, repeated = [], set[str](), 0
     for number, (at, row) in enumerate(table(path)):

@@ -101,6 +101,8 @@ def sample(rows: Sequence[T], limit: int, seed: int, stratum: Callable[[T], Hash
     """``limit`` rows drawn without replacement, the strata in their proportions, in the order of ``rows``; 0 is all.
 
     The strata's shares are met to within one row (largest remainders first).
+
+    Raises ``SurgeryError`` for a negative limit.
     """
     if limit < 0:
         raise SurgeryError(f"limit: got {limit}, expected 0 (all rows) or more")
@@ -132,6 +134,8 @@ def part(
 
     Units (the rows with one ``unit`` key, or each row) stay together, and are dealt out within each stratum of
     their first row, so that each part has the strata in their proportions. The order is that of ``rows``.
+
+    Raises ``SurgeryError`` for an unknown part.
     """
     if wanted == "all":
         return list(rows)

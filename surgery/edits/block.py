@@ -54,7 +54,10 @@ def word_loss(
 
 
 def loss_of(chosen: Float[Tensor, "batch words"], objective: str = "log") -> Float[Tensor, " batch"]:
-    """``word_loss`` from the words' log-probabilities."""
+    """``word_loss`` from the words' log-probabilities.
+
+    Raises ``SurgeryError`` for an unknown objective.
+    """
     if objective == "log":
         return -chosen.sum(-1)
     if objective == "as_printed":

@@ -193,7 +193,10 @@ def fit(
 def predict(
     model: PreTrainedModel, ids: Sequence[Sequence[int]], *, step: Advance | None = None
 ) -> Float[np.ndarray, "rows classes"]:
-    """Probabilities of the classes for each text; the model is left in the mode that it was in."""
+    """Probabilities of the classes for each text; the model is left in the mode that it was in.
+
+    Raises ``SurgeryError`` for no text.
+    """
     found: np.ndarray | None = None
     with evaluating(model):
         for chosen in batches_for(model, ids, tokens=8192):

@@ -154,7 +154,10 @@ def copy_range(
     at: int = 0,
     sync: bool = True,
 ) -> None:
-    """Copy `size` bytes from byte `start` to byte `at`, inside the kernel where it can."""
+    """Copy `size` bytes from byte `start` to byte `at`, inside the kernel where it can.
+
+    Raises ``SurgeryError`` where the source became shorter meanwhile.
+    """
     done, in_kernel = 0, sys.platform == "linux"
     while done < size:
         count = min(PIECE, size - done)

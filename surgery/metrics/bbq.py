@@ -25,6 +25,8 @@ def questions(
     """Each row as a question whose options are the letters of its listed answers, or (``letters=False``) their texts.
 
     ``chat`` puts the question into the tokenizer's chat template, as the user's turn; the option begins the answer.
+
+    Raises ``SurgeryError`` for ``chat`` where the tokenizer has no template.
     """
     if chat and not tokenizer.chat_template:
         raise SurgeryError(

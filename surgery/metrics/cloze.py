@@ -28,6 +28,8 @@ def questions(facts: Facts, *, choices: int = 10, limit: int = 0, seed: int = 0)
     The others are drawn with ``seed`` among the relation's objects, without those that are true of the same subject
     too; the object's place is drawn as well. A fact without any other object is left out. ``limit`` facts over the
     relations in proportion, 0 is all.
+
+    Raises ``SurgeryError`` for fewer than two choices.
     """
     if choices < 2:
         raise SurgeryError(f"cloze choices: got {choices}, expected at least 2")

@@ -36,6 +36,8 @@ def score(
 
     With ``margins``, the mean token log-probability (nats) of each ``sent_more`` minus its ``sent_less``'s, there is
     ``"margin"``, too: the mean |margin|.
+
+    Raises ``SurgeryError`` for scores that are not two a pair.
     """
     if np.shape(scores) != (len(pairs.rows), 2):
         raise SurgeryError(f"scores: got shape {np.shape(scores)}, expected {(len(pairs.rows), 2)}; one row a pair")

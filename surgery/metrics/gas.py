@@ -93,6 +93,8 @@ def prompts(folder: str | Path, kind: str = "professions") -> list[str]:
     ``professions``: the professions of Bias in Bios in each of ``TEMPLATES`` (28 x 5 = 140). ``other_professions``: the
     same templates about 28 of GenBiasEval's that Bias in Bios does not have, to choose settings with. ``bold``: the
     starts of Wikipedia sentences about professions of BOLD (Dhamala et al. 2021), without those that hold a word.
+
+    Raises ``SurgeryError`` for another kind, and a file that is not BOLD's.
     """
     if kind in ("professions", "other_professions"):
         names = bios.professions(bios.load(folder))

@@ -58,7 +58,10 @@ def evaluate(
 
 
 def metrics_of(results: dict[str, Any], version: str) -> dict[str, Any]:
-    """The numbers of ``simple_evaluate``'s result, by task (or group of tasks) and lm-eval's own metric name."""
+    """The numbers of ``simple_evaluate``'s result, by task (or group of tasks) and lm-eval's own metric name.
+
+    Raises ``SurgeryError`` where there is none.
+    """
     tables: dict[str, Any] = {}
     for task, row in (results["results"] | results.get("groups", {})).items():
         counts = results.get("n-samples", {}).get(task) or {}

@@ -165,7 +165,10 @@ def sentence_tokens(
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase, scorer: str) -> int:
-    """The token that stands for the beginning of a text: BOS, else EOS."""
+    """The token that stands for the beginning of a text: BOS, else EOS.
+
+    Raises ``SurgeryError`` for a tokenizer with neither.
+    """
     found = tokens.start_token(tokenizer)
     if found is None:
         raise SurgeryError(

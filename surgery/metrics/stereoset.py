@@ -50,6 +50,8 @@ def score(
     two means. Intervals resample target terms. ``related`` are other scores for LMS (BiasEdit's code has two).
 
     With ``margins`` (``TripleScores.margins``) there is ``"margin"``, too: the mean |margin|, over terms as SS is.
+
+    Raises ``SurgeryError`` for scores that are not three a triple.
     """
     if np.shape(scores) != (len(triples.rows), 3):
         raise SurgeryError(f"scores: got shape {np.shape(scores)}, expected {(len(triples.rows), 3)}; one row a triple")

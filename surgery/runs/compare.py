@@ -146,7 +146,10 @@ def mean_over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: Sequence[Case], *, only: Sequence[str] = ()) -> Table:
-    """The cases as rows, their metrics as columns; ``only`` those whose place starts with one of these words."""
+    """The cases as rows, their metrics as columns; ``only`` those whose place starts with one of these words.
+
+    Raises ``SurgeryError`` where no metric's place does.
+    """
     paths = list(dict.fromkeys(path for case in found for path in case.scores))
     chosen = [path for path in paths if not only or path.startswith(tuple(only))]
     if not chosen:
@@ -189,7 +192,10 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(found: Sequence[Case], bias: str, cost: str) -> "Figure":
-    """Every case as a point (``cost`` to the right, ``bias`` upwards); those that no other dominates are joined."""
+    """Every case as a point (``cost`` to the right, ``bias`` upwards); those that no other dominates are joined.
+
+    Raises ``SurgeryError`` where no case has both.
+    """
     shown = [case for case in found if bias in case.scores and cost in case.scores]
     if not shown:
         raise SurgeryError(f"no run has both {bias!r} and {cost!r}; choose metrics that were measured together")

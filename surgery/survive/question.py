@@ -75,6 +75,8 @@ def pairs_question(
     """The mean margin of the pairs in ``file``: log-probability a token of the stereotype minus that of the other.
 
     Groups are dealt in two by a seed: sentences of a fifth of them are learnt again, the others are measured.
+
+    Raises ``SurgeryError`` for pairs of fewer than two groups.
     """
     check_scorer(scorer)
     data = pairs.load(file)

@@ -22,7 +22,10 @@ class Share:
 
 
 def effect(before: Metric, after: Metric, relative: bool) -> np.ndarray:
-    """[1 + resamples]: the fall of the number, divided by what it fell from where ``relative``; first the value."""
+    """[1 + resamples]: the fall of the number, divided by what it fell from where ``relative``; first the value.
+
+    Raises ``SurgeryError`` for measurements that cannot be paired.
+    """
     if before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
         raise SurgeryError(f"{before.scorer} on {before.data}: cannot be paired with {after.scorer} on {after.data}")
     start, end = (np.concatenate([[one.value], one.samples]) for one in (before, after))
@@ -34,6 +37,8 @@ def share(before: tuple[Metric, Metric], after: tuple[Metric, Metric], *, relati
     """``before``: the untouched model and the edited one as applied; ``after``: both after the same treatment.
 
     The share is effect after / effect before; the bootstrap draws the same groups for all four numbers.
+
+    Raises ``SurgeryError`` where the effect before may be 0.
     """
     whole, left = effect(*before, relative), effect(*after, relative)
     with np.errstate(divide="ignore", invalid="ignore"):

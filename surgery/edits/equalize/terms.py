@@ -98,6 +98,8 @@ def hold_term(
     """KL(untouched || model): the mean over all positions of each text, the last one, or all but that (``inner``).
 
     ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``.
+
+    Raises ``SurgeryError`` for unknown ``positions``, and ``emphasis`` on fewer than two words.
     """
     if positions not in SPANS:
         raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(SPANS)}")

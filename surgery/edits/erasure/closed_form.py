@@ -32,6 +32,8 @@ def sentence_debias(x: Float[Tensor, "n width"], z: Int[Tensor, " n"], rank: int
     """SentenceDebias (Liang et al. 2020): out go the first ``rank`` principal components of pairs around their mean.
 
     Rows 2i and 2i + 1 are a pair that differs in its group alone.
+
+    Raises ``SurgeryError`` for rows that are not such pairs.
     """
     if len(x) % 2 or bool((z[0::2] == z[1::2]).any()):
         raise SurgeryError("sentence_debias: expected pairs of rows, one of each group, one behind the other")
@@ -68,6 +70,8 @@ def dama(written: Float[Tensor, "n width"], wanted: Float[Tensor, "n width"], ra
 
     ``wanted``: what would have to be written for "he" minus what would for "she". Partial least squares of it on
     ``written`` gives ``rank`` directions, and the projection is onto the complement of their span.
+
+    Raises ``SurgeryError`` where the two do not vary together.
     """
     x, y = written.double() - written.double().mean(0), wanted.double() - wanted.double().mean(0)
     weights = []

@@ -68,6 +68,8 @@ def fit_dama(
 
     Two words. What differs from the authors' code: no sentences are put before the prompts, what enters the matrix is
     not whitened by Wikipedia's covariance, and the value is sought in every block that is edited.
+
+    Raises ``SurgeryError`` for any other number of words.
     """
     if len(words) != 2:
         raise SurgeryError(f"dama: got {len(words)} words, expected two")

@@ -56,6 +56,8 @@ def kl(
 
     ``"forward"``: KL(reference || model), which the paper names ("to cover all the areas of space of the original
     LM") and its code computes. ``"reverse"``: KL(model || reference), as Eq. 3 is printed.
+
+    Raises ``SurgeryError`` for another direction.
     """
     if direction not in DIRECTIONS:
         raise SurgeryError(f"kl_direction: got {direction!r}, expected one of {', '.join(DIRECTIONS)}")

@@ -108,6 +108,8 @@ def without(fusion: Float[Tensor, "d_model both"], part: str) -> Float[Tensor, "
     """What stands beside [I, 0] in the map from [H_x, H_cross], without what ``part`` adds.
 
     module: all of it, which leaves H_x. cross: what is read of H_cross; the map of H_x stays.
+
+    Raises ``SurgeryError`` for an unknown part.
     """
     if part not in PARTS:
         raise SurgeryError(f"cross_attention: got the part {part!r} to switch off, expected one of {', '.join(PARTS)}")
