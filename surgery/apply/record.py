@@ -155,7 +155,7 @@ class Record:
 
 
 def read_record(stored: CheckpointFiles, name: str) -> Record:
-    """The undo record in the file ``name``. Raises ``SurgeryError`` where it is broken, or the checkpoint has changed."""
+    """The undo record in the file ``name``. Raises ``SurgeryError`` where it is broken or the checkpoint is another."""
     path = stored.path / name
     header = read_header(path)
     content = parse_json(header.metadata.get(KEY, "null").encode("utf-8", "surrogatepass"), str(path))
