@@ -98,7 +98,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
-    hold_texts: float = Field(2.0, ge=0)
+    hold_texts: float = Field(3.0, ge=0)
     hold_emphasis: float = Field(0.0, ge=0)
     """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
     hold_file: str = ""
@@ -144,7 +144,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
         changed: dict[str, Any] = {"block": "blocks", "lr": 2e-4, "epochs": 2, "batch_size": 64, "controls": []}
-        changed |= {"samples": 800, "hold_texts": 3.0, "settled": 400}
+        changed |= {"samples": 800, "settled": 400}
         if values.get("pairs"):
             return changed
         return {"lr": 1e-3} if values.get("block_part") == "auto" else {}

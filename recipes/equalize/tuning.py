@@ -36,7 +36,7 @@ from surgery.runs.tuning import TOLERANCE, Tried, Tuned, finish
 DEMO = read_toml(Path(__file__).parents[1] / "demo.toml")
 FEW = {key: DEMO[key] for key in ("own", "shapes", "each", "hints", "settled", "hints_each", "settled_each")}
 """Of the finalists, where a run is to take a few minutes on a CPU: the demo's amounts."""
-OF_THE_RUN = ("recipe", "model", "block", "test_rows", "controls")
+OF_THE_RUN = ("recipe", "model", "block", "test_rows", "controls", "scales")
 SUITED_TO_FEW = {key: value for key, value in DEMO.items() if key not in (*FEW, *OF_THE_RUN)}
 """And what was chosen with them there, at the last quarter of the blocks."""
 SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
