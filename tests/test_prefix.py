@@ -13,9 +13,10 @@ from surgery.edits.kept_streams import KeptStreams
 from surgery.errors import SurgeryError
 from surgery.forward import last_position
 from surgery.forward.batching import by_length, pad
+from surgery.forward.last_query import queries
 from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.precision import matrix_products
-from surgery.forward.residual_cache import shortcut, why_not
+from surgery.forward.residual_cache import cut_depth, shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
 from surgery.forward.trees import as_batch, trees_for, why_no_trees
 from surgery.progress import Progress
@@ -76,15 +77,31 @@ def test_most_families_take_the_shortcut_and_trees() -> None:
     """The fallback is for the odd one: a change that silently sends every family there has to fail."""
     refused = {}
     alone = {}
+    shallow = []
     for family in CAUSAL:
         model = build(family)
+        shallow += [family] if cut_depth(model) < 2 else []
         if reason := why_no_trees(model, max(map(len, IDS))):
             alone[family] = reason
         reason = why_not(model, next_words(model, IDS, WORDS, keep=[1]).prefixes[1])
         if reason:
             refused[family] = reason
     assert len(refused) <= 1, refused
+    assert not shallow, shallow
     assert sorted(alone) == ["bloom", "mpt"], alone  # whose distances are counted along the row
+
+
+def test_queries_are_told_from_keys_and_values() -> None:
+    """As many heads of keys as of queries: the shapes do not tell, the gradient does."""
+    model = build("phi")
+    (name,) = queries(model)
+    assert name.endswith("self_attn.q_proj") and model.get_submodule(name.replace("q_", "k_")).weight.shape[0] == 32
+    assert queries(build("phi3")) == [] == queries(build("gpt_neox"))  # one matrix gives queries, keys and values
+    before = state(model)
+    with shortcut(model) as run, torch.no_grad():
+        found = run(pad(IDS, range(6), "cpu")).softmax(-1)
+    assert torch.allclose(found, plain(model, IDS), atol=1e-6)
+    assert state(model) == before
 
 
 def test_what_prompts_begin_alike_runs_once() -> None:

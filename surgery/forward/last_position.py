@@ -15,6 +15,7 @@ from hooks.gradient_influence.jobs import plain_head
 from hooks.logit_difference import forward_as
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch
+from surgery.forward.last_query import cut_queries, queries
 from surgery.forward.word_logs import words_of_head
 
 
@@ -33,15 +34,17 @@ def head_of(model: PreTrainedModel) -> str:
 
 
 def cut_to_last(
-    model: PreTrainedModel, running: list[Batch], stack: ExitStack, early: bool, words: Sequence[int] | None
+    model: PreTrainedModel, running: list[Batch], stack: ExitStack, depth: int, words: Sequence[int] | None
 ) -> bool:
     """Until ``stack`` closes, the last block's writers and the head see each prompt's last position only.
 
-    ``early``: so do the norms before its MLP and before the head. Whether the head gives the log-probabilities of
-    ``words`` in place of logits.
+    ``depth`` 2: so do its queries; 3: so do the norms before its MLP and before the head. Whether the head gives the
+    log-probabilities of ``words`` in place of logits.
     """
+    early = depth > 2
     parts, head_name = anatomy.find(model), head_of(model)
-    done = words is not None and _in_one(model, head_name)  # found out before anything of the model is changed
+    # Found out before anything of the model is changed.
+    done, asking = words is not None and _in_one(model, head_name), queries(model) if depth > 1 else []
     final = parts.final_norm if early else None
     if final:
         stack.callback(_cut(model, final, lambda stream: running[-1].at_last(stream)[:, None]).remove)
@@ -55,6 +58,8 @@ def cut_to_last(
         stack.enter_context(replaced(head, partial(_few_rows, head), as_tuple=False))
     for name in _last_only(parts, early):
         stack.callback(_cut(model, name, lambda stream: running[-1].only_last(stream)).remove)
+    if depth > 1:
+        cut_queries(model, asking, running, stack)
     return done
 
 

@@ -5,7 +5,7 @@ Blocks before the first edited one never change, so the stream that enters it is
 is asked, the last block needs its queries, its MLP and the head at one position only.
 
 Nothing of a block is rewritten: the model's own forward pass runs, with the blocks before the start handing their
-input through, and with three inputs cut to the last position. ``why_not`` and ``why_no_cut`` compare both ways with
+input through, and with a few inputs cut to the last position. ``why_not`` and ``why_no_cut`` compare both ways with
 the plain pass of each prompt alone.
 """
 
@@ -85,7 +85,7 @@ def shortcut(
     last: bool = True,
     call: nn.Module | None = None,
     words: Sequence[int] | None = None,
-    _early: bool | None = None,
+    _depth: int | None = None,
 ) -> Iterator[Run]:
     """Inside, ``run(batch)`` gives the model's logits, from block ``start`` on and (``last``) of the last position.
 
@@ -101,9 +101,9 @@ def shortcut(
     running: list[Batch] = []
     why_alone(model)  # found out before anything of the model is changed
     with ExitStack() as stack:
-        early, reason = (_early, None) if _early is not None else _cutting(model) if last else (False, "")
-        cut = last and reason is None
-        done = cut and cut_to_last(model, running, stack, early, words)
+        depth = 0 if not last else cut_depth(model) if _depth is None else _depth
+        cut = depth > 0
+        done = cut and cut_to_last(model, running, stack, depth, words)
         parts = anatomy.find(model) if start else None
         for index in range(start):
             assert parts is not None
@@ -134,29 +134,39 @@ def shortcut(
         yield run
 
 
+def cut_depth(model: PreTrainedModel) -> int:
+    """How much of the last block is computed at the last position alone (``last_position.cut_to_last``)."""
+    return _cutting(model)[0]
+
+
 def why_no_cut(model: PreTrainedModel) -> str | None:
     """Why the last position must not be computed alone in this model, or None; compared once with rows alone."""
     return _cutting(model)[1]
 
 
-def _cutting(model: PreTrainedModel) -> tuple[bool, str | None]:
-    """Whether the norms may be cut, too, and why nothing may be."""
+def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
+    """How deep to cut (``cut_to_last``; 0: not at all), and why nothing may be cut."""
     ids = short_rows(model)
 
-    def compared(early: bool) -> str | None:
+    def compared(depth: int) -> str | None:
         try:
-            with shortcut(model, _early=early) as run:
+            with shortcut(model, _depth=depth) as run:
                 groups = batches_for(model, ids)
                 logs = [_logs(run(pad(ids, rows, model.device))) for rows in groups]
         except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
             return f"{type(error).__name__}: {error}"[:200]
         return _departs(model, ids, groups, logs)
 
-    def find() -> tuple[bool, str | None]:
+    def find() -> tuple[int, str | None]:
+        reason = None
         with probe.unchanged(model), unhooked(model):
-            return (True, None) if compared(True) is None else (False, compared(False))
+            for depth in (3, 2, 1):
+                reason = compared(depth)
+                if reason is None:
+                    return depth, None
+        return 0, reason
 
-    found: tuple[bool, str | None] = remembered(model, "cut", find)
+    found: tuple[int, str | None] = remembered(model, "cut", find)
     return found
 
 
