@@ -83,6 +83,7 @@ def mean_metric(
             f"{scorer} on {data}: row {where} has the value {values[where]}; expected finite numbers; "
             "the model's outputs are broken, try float32"
         )
+    alike = weights is None and groups is None  # then every resample has the same mass, which need not be added up
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     totals, masses = values * weights, weights
     if groups is not None:
@@ -95,7 +96,7 @@ def mean_metric(
     for start in range(0, RESAMPLES, rows):
         stop = min(RESAMPLES, start + rows)
         picks = generator.integers(0, totals.size, size=(stop - start, totals.size))
-        samples[start:stop] = totals[picks].sum(axis=1) / masses[picks].sum(axis=1)
+        samples[start:stop] = totals[picks].sum(axis=1) / (totals.size if alike else masses[picks].sum(axis=1))
     samples = apply(samples)
     low, high = np.quantile(samples, [0.025, 0.975])
     return Metric(
