@@ -141,6 +141,14 @@ def test_what_is_not_of_this_study_is_named(tmp_path: Path, capsys: pytest.Captu
     assert "0 cells taken" in (said := capsys.readouterr().err) and "no untouched model beside it" in said
 
 
+@pytest.mark.parametrize("name", ["judged.json", "judged.npz", "details.json", "run/recipe.toml"])
+def test_a_damaged_cell_is_named(tmp_path: Path, name: str) -> None:
+    judge(tmp_path / "there")
+    (tmp_path / "there/model=m/edit/seed=1" / name).write_text("{")
+    with pytest.raises(SurgeryError, match=f"seed=1/{name}: (is damaged|not valid TOML)"):
+        take(HERE, METHODS, JUDGES, seen(tmp_path / "there"), tmp_path / "out", Progress(quiet=True))
+
+
 def test_the_command_takes_what_another_folder_has(checkpoint: Path, tmp_path: Path) -> None:
     text = 'suites = ["perplexity"]\nrows = { perplexity = 9 }\nmodels = [MODEL]\n[[methods]]\nname = "p"\n'
     file = tmp_path / "s.toml"

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,23 +79,41 @@ def judged_in(cell: Cell) -> Judged:
     return _read(cell, known)
 
 
-def _read(cell: Cell, known: Mapping[str, Any]) -> Judged:
-    pairs = known.get("differences")
-    with np.load(cell.folder / "judged.npz") as draws:
-        return Judged(
-            cell,
-            {place: replace(from_dict(fields), samples=draws.get(place)) for place, fields in known["scores"].items()},
-            differences=None if pairs is None else {place: Difference(**one) for place, one in pairs.items()},
-        )
-
-
 def written(folder: Path) -> dict[str, Any] | None:
-    """What ``keep`` wrote into ``folder`` as plain JSON values, or None."""
+    """What ``keep`` wrote into ``folder`` as plain JSON, or None. Raises ``SurgeryError`` where it is damaged."""
+    return _json(folder / "judged.json", ("judges", "scores"))
+
+
+def _read(cell: Cell, known: Mapping[str, Any]) -> Judged:
+    pairs, file = known.get("differences"), cell.folder / "judged.npz"
     try:
-        found: dict[str, Any] = json.loads((folder / "judged.json").read_text("utf-8"))
+        with np.load(file) as draws:
+            scores = {
+                place: replace(from_dict(one), samples=draws.get(place)) for place, one in known["scores"].items()
+            }
+        differences = None if pairs is None else {place: Difference(**one) for place, one in pairs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, EOFError) as error:
+        raise _damaged(file, error) from None
+    return Judged(cell, scores, differences=differences)
+
+
+def _json(file: Path, keys: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The table in ``file``, or None where there is no such file."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:  # no JSON, no UTF-8
+        raise _damaged(file, error) from None
+    if not isinstance(found, dict) or any(key not in found for key in keys):
+        raise _damaged(file, f"expected a table with {', '.join(keys) or 'names'}")
     return found
+
+
+def _damaged(file: Path, why: object) -> SurgeryError:
+    return SurgeryError(
+        f"{file}: is damaged ({why}); copy the folder anew, or remove {file.parent} to measure it again"
+    )
 
 
 def keep(one: Judged, study: Study, judges: Judges, details: Mapping[str, Any]) -> None:
@@ -114,11 +133,7 @@ def keep(one: Judged, study: Study, judges: Judges, details: Mapping[str, Any]) 
 
 def details_of(folder: Path) -> dict[str, Any]:
     """What ``keep`` wrote for the page; nothing where the cell was not judged."""
-    try:
-        found: dict[str, Any] = json.loads((folder / "details.json").read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
+    return _json(folder / "details.json") or {}
 
 
 def identity(cell: Cell, study: Study, judges: Judges) -> dict[str, Any]:

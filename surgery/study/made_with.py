@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.runs.settings import Settings, build, dump
+from surgery.runs.settings import Settings, build, dump, read_toml
 from surgery.study.cells import TAKEN, Cell
 
 PLACES = ("model", "data")  # settings that say where something lies, which is elsewhere on another machine
@@ -24,8 +24,8 @@ def other(file: Path, settings: Settings, places: tuple[str, ...] = PLACES) -> s
 
     A recipe is written with every setting that its run read, so that one it lacks came later, and has its default.
     """
-    values = tomllib.loads(file.read_text("utf-8"))
-    name = values.pop("recipe")
+    values = read_toml(file)
+    name = values.pop("recipe", "")
     try:
         there = tomllib.loads(dump(name, build(type(settings), values, str(file))))
     except SurgeryError as error:  # a setting that there is no more

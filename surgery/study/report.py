@@ -1,6 +1,5 @@
 """The page of a study: the recommendation first, then a table, a picture per pair of axes, and what got worse."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from shlex import quote
 
 from surgery.files.atomic import write_json
 from surgery.runs.report import Table, cell, page, save
+from surgery.runs.settings import read_toml
 from surgery.study.agreement import TEMPLATES, over_methods, over_professions
 from surgery.study.cells import TAKEN, Judged
 from surgery.study.judging import details_of
@@ -206,7 +206,7 @@ def _commands(found: Sequence[Row], judged: Sequence[Judged], study: Study) -> d
         file = brought if brought.is_file() else Path(row.method.delta or first.folder / "run" / DELTA)
         words: list[object] = []
         if not file.is_file() and recipe.is_file():  # taken without its delta; its data lies elsewhere here
-            data = ["--set", f"data={study.folder}"] if tomllib.loads(recipe.read_text("utf-8")).get("data") else []
+            data = ["--set", f"data={study.folder}"] if read_toml(recipe).get("data") else []
             file = Path("RUN") / DELTA
             words = ["surgery", "run", recipe, "--model", row.model, *data, "--out", "RUN", "&&"]
         words += ["surgery", "apply", file, row.model, "--out", "EDITED"]
