@@ -62,12 +62,13 @@ class _Targets:
 
     def losses(self, nll: Float[Tensor, " target"], found: Sequence[Row]) -> Float[Tensor, " row"]:
         """The loss of each row. Raises HookError for one that is not finite."""
-        zero = torch.zeros(len(found), device=self.owner.device)
-        losses = zero.index_add_(0, self.owner, nll.detach().to(zero.device) * self.share[self.owner])
+        each = nll.detach().to(self.owner.device) * self.share[self.owner]
+        # Added up on the processor: an accelerator adds in no fixed order, and an index would differ in its last bits.
+        losses = torch.zeros(len(found)).index_add_(0, self.owner.cpu(), each.cpu())
         if not bool(torch.isfinite(losses).all()):
             place = found[int((~torch.isfinite(losses)).int().argmax())].place
             raise HookError(f"the loss of text {place} is not finite; check the weights, or use float32 or bfloat16")
-        return losses
+        return losses.to(self.owner.device)
 
 
 def differentiate(
