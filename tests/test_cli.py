@@ -30,7 +30,7 @@ from surgery.delta import Delta
 
 COMMANDS = (
     "locate", "run", "sweep", "compare", "eval", "list", "apply", "undo", "inspect", "diff", "compose", "export",
-    "import", "card", "dose",
+    "import", "card", "dose", "fit",
 )  # fmt: skip
 QUICK = ["--set", "lr=1e-2", "--set", "epochs=1", "--set", "batch_size=256", "--set", "controls=[]", "--device", "cpu"]
 
