@@ -46,23 +46,7 @@ TOP = 0.35
 
 def main(arguments: Sequence[str] = ("demo",)) -> None:
     """Print a line for each way, best twin AUC first; ``--json`` keeps all of them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.twins")
-    parser.add_argument("model")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--mixture", default="crows_agnews")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=0, help="of the mixture; 0 is as large as the files allow")
-    parser.add_argument("--pairs", type=int, default=0, help="of probe and test each; 0 is all")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--content", action="store_true", help="the loss of content words alone (hooks.content_tokens)")
-    parser.add_argument(
-        "--places", nargs="*", default=[":".join(place) for place in PLACES], help="where and optimizer"
-    )
-    asked = parser.parse_args(list(arguments))
+    asked = _asked(arguments)
     if asked.data is None:
         print("twins: needs CrowS-Pairs; run: python -m benchmarks.twins MODEL --data DIR")
         return
@@ -111,6 +95,31 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
             print(f"{at}, {optimizer}: {len(passes)} passes done", file=sys.stderr)
             for when, parts in _states(passes, epochs):
                 found += _ways(parts, material, sides, at=at, optimizer=optimizer, model=when)
+    _tell(found, asked)
+
+
+def _asked(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.twins")
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--mixture", default="crows_agnews")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=0, help="of the mixture; 0 is as large as the files allow")
+    parser.add_argument("--pairs", type=int, default=0, help="of probe and test each; 0 is all")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--content", action="store_true", help="the loss of content words alone (hooks.content_tokens)")
+    parser.add_argument(
+        "--places", nargs="*", default=[":".join(place) for place in PLACES], help="where and optimizer"
+    )
+    return parser.parse_args(list(arguments))
+
+
+def _tell(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+    """Every way's line, the best first; what its choice is worth on other pairs; and the file, where one is named."""
     found.sort(key=lambda each: -each["twin_auc"]["value"])
     for each in found:
         print(_line(each))
