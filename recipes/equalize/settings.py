@@ -94,7 +94,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     Beside pairs 400 settled subjects, drawn from all together."""
     settled: int = Field(0, ge=0)
     more_nouns: bool = False
-    """Also hold about 250 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
+    """Also hold about 540 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)

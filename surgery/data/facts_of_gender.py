@@ -20,7 +20,7 @@ def records(part: str = "test") -> list[Row]:
 
 
 def more_nouns() -> list[str]:
-    """About 250 further nouns whose gender is a matter of definition (ringmaster, doyenne, male clerk), for training.
+    """About 540 further nouns whose gender is a matter of definition (ringmaster, doyenne, male clerk), for training.
 
     None of them is a subject of a part of ``records`` or of ``surgery.data.locality``.
     """
