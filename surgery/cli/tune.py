@@ -31,7 +31,7 @@ def tune(
         str,
         typer.Option(
             "--texts",
-            help="What finalists, and then the tuned recipe, train on: few, the amounts of recipes/demo.toml; all, "
+            help="What finalists, and then the tuned recipe, train on: few, for minutes on two cores; all, "
             "the recipe's own.",
         ),
     ] = "few",
