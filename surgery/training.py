@@ -51,6 +51,8 @@ class Plan:
     """In how many passes a step's examples are taken: so many processes can share them. To rounding the same result."""
     average: float = 0.0
     """The last share of the steps, of which the mean of the parameters is what is learnt; 0: the last step's own."""
+    clip: float = 0.0
+    """The largest norm of a step's gradient, all parameters together; a longer one is shortened to it. 0: none is."""
     asked: int = ASKED
     """On how many examples, in whole batches and at least one, the objective is asked before and after; 0: on none."""
 
@@ -121,8 +123,7 @@ def train(
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
     every 20 seconds and taken up from there, to the same result; the file is removed at the end.
 
-    Raises ``SurgeryError`` for an objective without a gradient, and at the first loss or parameter that is not finite,
-    with the step and the learning rate.
+    Raises ``SurgeryError`` for an objective without a gradient, and for a loss or parameter that is not finite.
     """
     if plan.schedule not in ("constant", "linear"):
         raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
@@ -155,6 +156,8 @@ def train(
             drawn = seed * 1_000_003 + step if plan.dropout else None
             value = _gradients(model, parameters, losses, rows, plan.parts, half, drawn)
             _check_loss(value, plan, step + 1)
+            if plan.clip:
+                nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
             optimizer.step()
             mean.add(step)
             done.append(value)

@@ -85,6 +85,24 @@ def test_what_is_learnt_is_the_mean_of_the_last_steps() -> None:
         assert after == pytest.approx(now)  # the objective is asked of the mean
 
 
+def test_a_long_gradient_is_shortened_and_keeps_its_direction() -> None:
+    def gradients(clip: float) -> torch.Tensor:
+        line, found = Line(), []
+
+        def look(step: int, optimizer: Any) -> bool:
+            found.append(line.w.grad.clone())
+            return True
+
+        with trainable(line, ["w"]) as parameters:
+            train(line, parameters, terms, 3, Plan(0.3, 1, 3, clip=clip), seed=0, after=look)
+        return found[0]
+
+    free = gradients(0.0)
+    norm = float(free.norm())
+    assert norm > 0 and torch.equal(gradients(2 * norm), free)
+    torch.testing.assert_close(gradients(norm / 4), free / 4)
+
+
 def test_one_example_has_no_interval_and_goes_into_json() -> None:
     line = Line()
     with trainable(line, ["w"]) as parameters:

@@ -113,6 +113,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Products of float32 matrices while targets are computed and blocks train (torch's float32_matmul_precision):
     medium is faster on a CPU with AMX. Everything is measured with highest."""
+    clip: float = Field(0.0, ge=0)
+    """The largest norm of a step's gradient, all parameters together; 0: as it is; 1 for pairs, which without it can be
+    thrown far off by a single step, at one seed and rounding and not at another."""
     kept_tokens: int = Field(256, ge=2)
     """Tokens kept of a target, the others together as one."""
     split: Literal["both", "profession", "pairs"] = "both"
@@ -144,7 +147,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     def usual(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What pairs change (all blocks train, longer, at a lower rate, without LFTF), and named matrices alone."""
         changed: dict[str, Any] = {"block": "blocks", "lr": 2e-4, "epochs": 2, "batch_size": 64, "controls": []}
-        changed |= {"samples": 800, "settled": 400}
+        changed |= {"samples": 800, "settled": 400, "clip": 1.0}
         if values.get("pairs"):
             return changed
         return {"lr": 1e-3} if values.get("block_part") == "auto" else {}

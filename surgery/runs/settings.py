@@ -91,7 +91,7 @@ class Epochs(Rates):
         """The training that these settings ask for."""
         from surgery.training import Plan
 
-        how: Any = {key: getattr(self, key) for key in ("schedule", "warmup", "parts", "average") if hasattr(self, key)}
+        how: Any = {k: getattr(self, k) for k in ("schedule", "warmup", "parts", "average", "clip") if hasattr(self, k)}
         return Plan(self.lr, self.epochs, self.batch_size, optimizer, self.weight_decay, dropout, **how)
 
 
