@@ -6,6 +6,7 @@ that no number depends on how many processes there are. What is decided or writt
 (``told``, ``first``). ``started`` puts a watch beside the work: where one process ends, the others end with it.
 """
 
+import heapq
 import os
 import sys
 import threading
@@ -46,9 +47,19 @@ def first() -> bool:
     return index() == 0
 
 
-def mine(items: Sequence[Item]) -> list[Item]:
-    """Those of the items, such as batches, that this process computes; there may be none."""
-    return list(items[index() :: count()])
+def mine(items: Sequence[Item], costs: Sequence[float] | None = None) -> list[Item]:
+    """Those of the items, such as batches, that this process computes; there may be none.
+
+    Each goes to the process with the least to do so far, by ``costs`` or where there are none by number.
+    """
+    least = [(0.0, process) for process in range(count())]
+    own, this = [], index()
+    for item, cost in zip(items, costs or [1.0] * len(items), strict=True):
+        load, process = heapq.heappop(least)
+        heapq.heappush(least, (load + cost, process))
+        if process == this:
+            own.append(item)
+    return own
 
 
 def joined(found: Array) -> Array:
@@ -84,8 +95,9 @@ def together(items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence
     >>> together([1, 2, 3], lambda some: [each**2 for each in some])
     [1, 4, 9]
     """
-    shares = gathered(list(compute(items[index() :: count()])))  # turn by turn, as neighbours are of like length
-    return [shares[number % count()][number // count()] for number in range(len(items))]
+    processes = count()
+    shares = gathered(list(compute(items[index() :: processes])))  # turn by turn, as neighbours are of like length
+    return [shares[number % processes][number // processes] for number in range(len(items))]
 
 
 def told(decide: Callable[[], Item]) -> Item:

@@ -46,3 +46,17 @@ class Progress:
 
             yield count
             self.say(f"{label}: {done[0] if total is None else total} in {time.monotonic() - start:.1f} s")
+
+
+def in_proportion(step: Advance, parts: int, things: int) -> Advance:
+    """Tells ``step`` of things, in proportion to how many of all ``parts`` are finished, such as questions' options."""
+    done = told = 0
+
+    def finished(count: int) -> None:
+        nonlocal done, told
+        done += count
+        now = done * things // parts
+        step(now - told)
+        told = now
+
+    return finished

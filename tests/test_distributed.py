@@ -148,3 +148,12 @@ def test_what_does_not_share_its_work_refuses_several_processes(
     monkeypatch.setattr(processes, "count", lambda: 2)
     found = CliRunner().invoke(surgery.cli.app, ["run", "finetune", "--model", str(checkpoint)])
     assert found.exit_code == 1 and "finetune: got 2 processes, and this recipe works in one" in found.output
+
+
+def test_the_next_batch_goes_to_whoever_has_least_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    shares = []
+    for index in range(3):
+        monkeypatch.setattr(processes, "index", lambda own=index: own)
+        shares.append(["".join(processes.mine("abcdef", costs)) for costs in ([5, 4, 3, 3, 2, 1], None)])
+    assert shares == [["af", "ad"], ["be", "be"], ["cd", "cf"]]

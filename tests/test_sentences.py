@@ -14,8 +14,8 @@ from letters import letters
 
 from surgery import SurgeryError
 from surgery.catalogue import SCORERS
-from surgery.forward.token_logprobs import token_log_probabilities
-from surgery.forward.trees import packs, sees
+from surgery.forward.token_logprobs import _batches, token_log_probabilities
+from surgery.forward.trees import packs, plans, sees
 from surgery.metrics.sentences import DEFINITIONS, fitting, sentence_scores
 
 SENTENCES = [
@@ -150,7 +150,11 @@ def test_dropout_is_off_inside_and_every_mode_comes_back() -> None:
 def test_every_sequence_stands_in_its_pack_as_a_path_from_a_root(
     rows: list[list[int]], size: int, shared: bool
 ) -> None:
-    found = packs(rows, [1] * len(rows), size=size, shared=shared)
+    starts = [1 + sum(row) % (len(row) - 1) for row in rows]
+    found = packs(rows, starts, size=size, shared=shared)
+    for pack, plan in zip(found, plans(rows, starts, size=size, shared=shared), strict=True):
+        assert (plan.rows, plan.nodes) == (pack.rows, len(pack.ids))
+        assert plan.read >= len({node for node, *_ in pack.wanted})
     assert sorted(row for pack in found for row in pack.rows) == list(range(len(rows)))
     seen = set()
     for pack in found:
@@ -160,13 +164,13 @@ def test_every_sequence_stands_in_its_pack_as_a_path_from_a_root(
         for node, token, row, place in pack.wanted:
             seen.add((row, place))
             path = [other for other in range(len(pack.ids)) if seen_by[node, other]]
-            assert [pack.ids[other] for other in path] == rows[row][: place + 1]
-            assert [pack.depths[other] for other in path] == list(range(place + 1))
-            assert token == rows[row][place + 1]
+            assert [pack.ids[other] for other in path] == rows[row][: place + starts[row]]
+            assert [pack.depths[other] for other in path] == list(range(place + starts[row]))
+            assert token == rows[row][place + starts[row]]
         if shared:
             paths = [tuple(np.flatnonzero(line)) for line in seen_by[: len(pack.ids)]]
             assert len({tuple(pack.ids[node] for node in path) for path in paths}) == len(paths)
-    assert seen == {(row, place) for row, ids in enumerate(rows) for place in range(len(ids) - 1)}
+    assert seen == {(row, place) for row, ids in enumerate(rows) for place in range(len(ids) - starts[row])}
 
 
 def test_mistakes_say_what_and_where(opened: Any) -> None:
@@ -212,3 +216,12 @@ def test_sequences_that_differ_in_their_last_token_only_are_run_once() -> None:
         ([1], [(0, 2, 2, 0)]),
         ([1, 2], [(1, 3, 0, 0), (1, 4, 1, 0)]),
     ]
+    assert plans([[1, 2, 3], [1, 2, 4], [1, 2]], [2, 2, 1]) == [([2, 0, 1], 2, 2)]
+
+
+def test_small_batches_come_last_so_that_shares_end_together() -> None:
+    every = plans([[row, *range(40)] for row in range(300)], [41 - 10] * 300, size=40)
+    found = _batches(build("gpt2"), every)
+    assert sorted(each.rows for batch in found for each in batch) == [[row] for row in range(300)]
+    sizes = [len(batch) * 40 for batch in found]
+    assert sizes == [1800, 2040, 160, *[1000] * 8]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -92,3 +93,9 @@ def logit_budget(model: PreTrainedModel) -> int:
     """How many positions may go through the head at once: 256 MB of float32 logits on a CPU, 1 GB elsewhere."""
     vocabulary = model.config.get_text_config().vocab_size
     return max(1, (2**26 if model.device.type == "cpu" else 2**28) // vocabulary)
+
+
+def sent(numbers: Any, device: torch.device | str) -> Tensor:
+    """Whole numbers as a tensor on the device. A CUDA device gets them when it comes to it, and nobody waits for it."""
+    found = torch.as_tensor(numbers)
+    return found.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else found.to(device)

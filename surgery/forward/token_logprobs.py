@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,13 +20,14 @@ from hooks import anatomy
 from hooks.batching import context_limit
 from hooks.errors import Note
 from surgery.errors import SurgeryError
-from surgery.forward.batching import batches_for, logit_budget
+from surgery.forward.batching import batches_for, logit_budget, sent
 from surgery.forward.evaluation import evaluating
-from surgery.forward.trees import PACK, Ids, Pack, packs, sees, why_no_trees
+from surgery.forward.trees import PACK, Ids, Pack, Plan, filled, plans, sees, why_no_trees
 from surgery.processes import joined, mine
 from surgery.progress import Advance
 
 CPU_TOKENS, CARD_TOKENS = 2048, 4096  # of a batch: on one H100 as quick as 16384, and shared out more evenly
+LAST, LAST_TOKENS = 4, 1024  # how many batches are cut into smaller ones, which are dealt last
 
 
 def token_log_probabilities(
@@ -63,13 +64,14 @@ def token_log_probabilities(
             said = f"{type(model).__name__}: shared beginnings are encoded each time: {reason}"
             warnings.warn(said, Note, stacklevel=2)
         found = _run(model, rows, starts, _size(model, size), shared=share and reason is None, step=step)
-    broken = next((row for row, values in enumerate(found) if not np.isfinite(values).all()), None)
-    if broken is not None:
+    ends = np.cumsum([len(ids) - start for ids, start in zip(rows, starts, strict=True)])
+    if not np.isfinite(found).all():
+        broken = np.searchsorted(ends, np.flatnonzero(~np.isfinite(found))[0], side="right")
         raise SurgeryError(
             f"{type(model).__name__}: log-probabilities of sequence {broken} are not finite; the weights or the dtype "
             f"({model.dtype}) are broken, try float32"
         )
-    return found
+    return [found[end - len(ids) + start : end] for ids, start, end in zip(rows, starts, ends.tolist(), strict=True)]
 
 
 def continuation_probabilities(
@@ -95,31 +97,34 @@ def _run(
     *,
     shared: bool,
     step: Advance | None = None,
-) -> list[Float[np.ndarray, " tokens"]]:
-    """The values of each sequence, shared over the processes."""
-    found = [np.zeros(len(ids) - start) for ids, start in zip(rows, starts, strict=True)]
-    for batch in mine(_batches(model, packs(rows, starts, size=size, shared=shared))):
+) -> Float[np.ndarray, " tokens"]:
+    """The values of all sequences, one after the other, shared over the processes."""
+    offsets = np.cumsum([0, *(len(ids) - start for ids, start in zip(rows, starts, strict=True))])
+    found, where, values = np.zeros(offsets[-1]), [], []
+    batches = _batches(model, plans(rows, starts, size=size, shared=shared))
+    costs = [len(batch) * max(each.nodes for each in batch) for batch in batches]
+    for planned in mine(batches, costs):
+        batch = [filled(rows, starts, each.rows) for each in planned]
         width = max(len(pack.ids) for pack in batch)
-        nodes = [
-            (place * width + node, token, row, at)
+        wanted = [
+            (place * width + node, token, offsets[row] + at)
             for place, pack in enumerate(batch)
             for node, token, row, at in pack.wanted
         ]
-        index, inverse = np.unique([node for node, *_ in nodes], return_inverse=True)
-        logits = _logits(model, batch, width, torch.from_numpy(index), shared=shared)
+        nodes, tokens, places = np.array(wanted).T
+        index, inverse = np.unique(nodes, return_inverse=True)
+        logits = _logits(model, batch, width, index, shared=shared)
         # A few rows at a time: their float32 copy stays small, and on a CPU in the cache.
         wide = torch.promote_types(logits.dtype, torch.float32)
         totals = torch.cat([few.to(wide).logsumexp(-1) for few in logits.split(64)])
-        chosen = torch.from_numpy(inverse).to(logits.device)
-        tokens = torch.tensor([token for _, token, *_ in nodes], device=logits.device)
-        values = (logits[chosen, tokens].to(wide) - totals[chosen]).double().cpu().numpy()
-        for (_, _, row, at), value in zip(nodes, values, strict=True):
-            found[row][at] = value
+        chosen, token = sent(np.stack([inverse, tokens]), logits.device)
+        values.append((logits[chosen, token].to(wide) - totals[chosen]).double())
+        where.append(places)
         if step:
             step(sum(len(pack.rows) for pack in batch))
-    if not found:
-        return found
-    return np.split(joined(np.concatenate(found)), np.cumsum([len(values) for values in found])[:-1])
+    if values:  # read at the end: an accelerator works on while the next batch is laid out
+        found[np.concatenate(where)] = torch.cat(values).cpu().numpy()
+    return joined(found) if len(rows) else found
 
 
 def _head(model: PreTrainedModel) -> str:
@@ -136,31 +141,39 @@ def _size(model: PreTrainedModel, size: int) -> int:
     return min(size, context_limit(model) or size)
 
 
-def _batches(model: PreTrainedModel, every: list[Pack]) -> list[list[Pack]]:
-    """Packs of like size, as many as the budget of logits allows and the model takes at once."""
-    longest_first = sorted(every, key=lambda pack: -len(pack.ids))
+def _batches(model: PreTrainedModel, every: list[Plan]) -> list[list[Plan]]:
+    """Trees of like size, as many as the budget of logits allows and the model takes at once; small batches last."""
+    longest_first = sorted(every, key=lambda each: -each.nodes)
     # Only some tokens go through the head: few of prompts with their options, most of sentences.
-    read = sum(len({node for node, *_ in pack.wanted}) for pack in every)
-    share = read / sum(len(pack.ids) for pack in every) if read else 1.0
+    read = sum(each.read for each in every)
+    share = read / sum(each.nodes for each in every) if read else 1.0
     most = CPU_TOKENS if model.device.type == "cpu" else CARD_TOKENS
     tokens = min(most, int(logit_budget(model) / share))
-    groups = batches_for(model, [pack.ids for pack in longest_first], tokens=tokens)
-    return [[longest_first[place] for place in group] for group in reversed(groups)]
+    groups = _grouped(model, longest_first, tokens)
+    few = [each for group in groups[:LAST] for each in group]
+    if len(groups) > LAST:  # every process then ends at about the same time
+        groups = _grouped(model, few, min(tokens, LAST_TOKENS)) + groups[LAST:]
+    return groups[::-1]
+
+
+def _grouped(model: PreTrainedModel, every: list[Plan], tokens: int) -> list[list[Plan]]:
+    groups = batches_for(model, [range(each.nodes) for each in every], tokens=tokens)
+    return [[every[place] for place in group] for group in groups]
 
 
 def _logits(
-    model: PreTrainedModel, batch: list[Pack], width: int, index: Tensor, *, shared: bool
+    model: PreTrainedModel, batch: list[Pack], width: int, index: Int[np.ndarray, " nodes"], *, shared: bool
 ) -> Float[Tensor, "nodes vocab"]:
     """The logits of the nodes ``index`` of the flattened batch; nothing else goes through the head."""
     device, dtype = model.device, model.dtype
-    ids = torch.tensor([pack.ids + [0] * (width - len(pack.ids)) for pack in batch], device=device)
-    inputs = {"input_ids": ids}  # padded on the right, where no causal model looks
+    # Padded on the right, where no causal model looks.
+    inputs = {"input_ids": sent([pack.ids + [0] * (width - len(pack.ids)) for pack in batch], device)}
     if shared:
         seen = sees(batch, width, device)
         closed = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
         depths = [pack.depths + [0] * (width - len(pack.ids)) for pack in batch]
-        inputs |= {"attention_mask": closed[:, None], "position_ids": torch.tensor(depths, device=device)}
-    where = index.to(device)
+        inputs |= {"attention_mask": closed[:, None], "position_ids": sent(depths, device)}
+    where = sent(index, device)
 
     def cut(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[where.to(args[0].device)], *args[1:])

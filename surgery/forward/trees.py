@@ -8,6 +8,7 @@ packs of equal size, hence little padding.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hooks.batching import context_limit, remembered, short_rows, unhooked, why_alone
 from hooks.wider import errs_more
-from surgery.forward.batching import Batch, Ids, batches_for
+from surgery.forward.batching import Batch, Ids, batches_for, sent
 
 PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
 FEW = 8  # packs, which are filled alike rather than one after the other
@@ -51,27 +52,51 @@ def sees(batch: Sequence[Pack], width: int, device: torch.device) -> Bool[Tensor
     """Which node (row) of each pack sees which (column): itself and its ancestors; padding sees itself."""
     at = torch.arange(width, device=device)
     ends = [pack.ends() + list(range(len(pack.ids) + 1, width + 1)) for pack in batch]
-    return (at[:, None] >= at) & (at[:, None] < torch.tensor(ends, device=device)[:, None])
+    return (at[:, None] >= at) & (at[:, None] < sent(ends, device)[:, None])
 
 
-def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
-    """The sequences as trees of at most ``size`` nodes (a longer sequence has its own); if not ``shared`` only those
-    that are equal but for their last token, which is never run, stand in one.
+class Plan(NamedTuple):
+    """The sequences of one tree, in order; how many nodes it has, and of how many (at most) a next token is asked."""
+
+    rows: list[int]
+    nodes: int
+    read: int
+
+
+def plans(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Plan]:
+    """Which sequences stand in one tree of at most ``size`` nodes (a longer one has its own); if not ``shared`` only
+    those that are equal but for their last token, which is never run.
 
     The log-probabilities of the tokens from ``starts[i]`` (at least 1) on are wanted of sequence i.
     """
-    found: list[Pack] = []
-    path: list[int] = []  # the nodes of the previous sequence in the open pack
-    before: tuple[int, ...] = ()  # and its tokens
+    found: list[Plan] = []
+    before: tuple[int, ...] = ()  # the tokens of the previous sequence, and the first of them after which is asked
+    asked = 0
     keys = [tuple(row) for row in rows]
     for row in sorted(range(len(rows)), key=keys.__getitem__):
-        inputs = keys[row][:-1]
+        inputs, first = keys[row][:-1], starts[row] - 1
         common = _alike(before, inputs) if found else 0
-        again = common == len(inputs) == len(path)  # the same tokens, of which another next one is asked
-        if not (again or (shared and found and len(found[-1].ids) + len(inputs) - common <= size)):
-            found.append(Pack([], [], [], [], []))
+        again = common == len(inputs) == len(before)  # the same tokens, of which another next one is asked
+        if not (again or (shared and found and found[-1].nodes + len(inputs) - common <= size)):
+            found.append(Plan([], 0, 0))
             common = 0
-        pack = found[-1]
+        own = len(inputs) - max(common, first) + max(0, min(common, asked) - first)
+        before, asked = inputs, first
+        some, nodes, read = found[-1]
+        some.append(row)
+        found[-1] = Plan(some, nodes + len(inputs) - common, read + own)
+    return found
+
+
+def filled(rows: Ids, starts: Sequence[int], some: Sequence[int]) -> Pack:
+    """The tree of the sequences ``some`` of a ``Plan``."""
+    pack = Pack([], [], [], [], [])
+    path: list[int] = []  # the nodes of the previous sequence
+    before: tuple[int, ...] = ()  # and its tokens
+    for row in some:
+        ids = tuple(rows[row])
+        inputs = ids[:-1]
+        common = _alike(before, inputs)
         nodes = range(len(pack.ids), len(pack.ids) + len(inputs) - common)
         path = path[:common]
         if nodes:
@@ -80,15 +105,20 @@ def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
         before = inputs
         pack.ids.extend(inputs[common:])
         pack.depths.extend(range(common, len(inputs)))
-        pack.wanted.extend(
-            (path[at - 1], rows[row][at], row, at - starts[row]) for at in range(starts[row], len(path) + 1)
-        )
+        pack.wanted.extend((path[at - 1], ids[at], row, at - starts[row]) for at in range(starts[row], len(ids)))
         pack.rows.append(row)
-    return found
+    return pack
+
+
+def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = True) -> list[Pack]:
+    """The trees of all ``plans``."""
+    return [filled(rows, starts, each.rows) for each in plans(rows, starts, size=size, shared=shared)]
 
 
 def _alike(one: Sequence[int], two: Sequence[int]) -> int:
     """How many tokens both begin with."""
+    if one == two:
+        return len(one)
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
@@ -134,12 +164,12 @@ def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
 
 def _even(rows: Ids, starts: Sequence[int], most: int) -> list[Pack]:
     """``packs`` of at most ``most`` nodes; a few of them filled alike, where a nearly empty one would be padded."""
-    found = packs(rows, starts, size=most)
+    found = plans(rows, starts, size=most)
     if 1 < len(found) <= FEW:
-        alike = -(-sum(len(pack.ids) for pack in found) // len(found))
-        others = [packs(rows, starts, size=min(most, alike + more)) for more in (2, 5, 10)]
-        found = min([found, *others], key=lambda each: len(each) * max(len(pack.ids) for pack in each))
-    return found
+        alike = -(-sum(each.nodes for each in found) // len(found))
+        others = [plans(rows, starts, size=min(most, alike + more)) for more in (2, 5, 10)]
+        found = min([found, *others], key=lambda every: len(every) * max(each.nodes for each in every))
+    return [filled(rows, starts, each.rows) for each in found]
 
 
 def as_batch(model: PreTrainedModel, batch: Sequence[Pack]) -> Trees:

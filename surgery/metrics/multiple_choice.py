@@ -20,9 +20,9 @@ from hooks.tokens import ids_of, text_tokens
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
 from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.forward.tokens import encoded
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.processes import together
-from surgery.progress import Advance
+from surgery.progress import Advance, in_proportion
 
 Norm = Literal["sum", "characters"]
 TREE = 512  # tokens run in one row: prompts are longer than the sentences of the default
@@ -97,33 +97,19 @@ def score(
     """
     if not questions:
         raise SurgeryError("multiple choice: got no question, expected at least 1; check the file and the limit")
-    encoded = _encode(model, tokenizer, questions, special)
-    owners = [row for row, each in enumerate(encoded) for _ in each.options]
+    asked = _encode(model, tokenizer, questions, special)
+    owners = [row for row, each in enumerate(asked) for _ in each.options]
     logs = token_log_probabilities(
         model,
-        [ids for each in encoded for ids in each.options],
-        starts=[encoded[row].start for row in owners],
+        [ids for each in asked for ids in each.options],
+        starts=[asked[row].start for row in owners],
         size=TREE,
         share=share,
-        step=step and _by_question(step, len(owners), len(questions)),
+        step=step and in_proportion(step, len(owners), len(questions)),
     )
     flat = iter(np.array([values.sum() for values in logs]))
-    sums = tuple(np.array([next(flat) for _ in each.options]) for each in encoded)
-    return Scores(tuple(questions), sums, tuple(each.cut for each in encoded))
-
-
-def _by_question(step: Advance, options: int, questions: int) -> Advance:
-    """Tells ``step`` of questions, in proportion to the options that are finished."""
-    done = told = 0
-
-    def finished(count: int) -> None:
-        nonlocal done, told
-        done += count
-        now = done * questions // options
-        step(now - told)
-        told = now
-
-    return finished
+    sums = tuple(np.array([next(flat) for _ in each.options]) for each in asked)
+    return Scores(tuple(questions), sums, tuple(each.cut for each in asked))
 
 
 def _encode(
@@ -139,7 +125,7 @@ def _encode(
         # Behind a chat template white space is part of the template.
         stripped = question.prompt.rstrip() if special else question.prompt
         texts += [stripped, *(question.prompt + option for option in question.options)]
-    ids = iter(together(texts, partial(text_tokens if special else ids_of, tokenizer)))
+    ids = iter(encoded(partial(text_tokens if special else ids_of, tokenizer), texts))
     found = []
     for row, question in enumerate(questions):
         start = len(next(ids))

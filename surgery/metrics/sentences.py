@@ -23,8 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward import tokens
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.processes import together
-from surgery.progress import Advance
+from surgery.progress import Advance, in_proportion
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,15 @@ def sentence_tokens(
     if start == "alone":
         # One distribution serves every sentence: that of the token after the start token.
         heads = sorted({ids[0] for ids, first in zip(rows, firsts, strict=True) if first == 0})
-        alone = dict(zip(heads, token_log_probabilities(model, [[*before, head] for head in heads]), strict=True))
         later = [row for row, (ids, place) in enumerate(zip(rows, places, strict=True)) if len(ids) > place]
         found = token_log_probabilities(
-            model, [rows[row] for row in later], starts=[places[row] for row in later], step=step
+            model,
+            [*([*before, head] for head in heads), *(rows[row] for row in later)],
+            starts=[*(1 for _ in heads), *(places[row] for row in later)],
+            step=step and in_proportion(step, len(heads) + len(later), len(rows)),
         )
-        logs = dict(zip(later, found, strict=True))
+        alone = dict(zip(heads, found, strict=False))
+        logs = dict(zip(later, found[len(heads) :], strict=True))
         none = np.empty(0)
         return [
             np.concatenate([alone[ids[0]] if first == 0 else none, logs.get(row, none)])
@@ -187,7 +189,7 @@ def fitting(
     where none fits.
     """
     limit = context_limit(model)
-    ids = iter(together([text for row in rows for text in row], partial(ids_of, tokenizer)))
+    ids = iter(tokens.encoded(partial(ids_of, tokenizer), [text for row in rows for text in row]))
     lengths = [1 + max(len(next(ids)) for _ in row) for row in rows]
     kept = [number for number, length in enumerate(lengths) if not limit or length <= limit]
     out = [
@@ -211,10 +213,10 @@ def _encoded(
     texts = list(sentences) if contexts is None else [f"{a} {b}" for a, b in zip(contexts, sentences, strict=True)]
     if not texts:
         raise SurgeryError("sentences: got none, expected at least 1")
-    rows = [[*before, *ids] for ids in together(texts, partial(ids_of, tokenizer))]
+    rows = [[*before, *ids] for ids in tokens.encoded(partial(ids_of, tokenizer), texts)]
     firsts = [len(before)] * len(rows)
     if contexts is not None:
-        given = [[*before, *ids] for ids in together(contexts, partial(ids_of, tokenizer))]
+        given = [[*before, *ids] for ids in tokens.encoded(partial(ids_of, tokenizer), contexts)]
         # A token across the border belongs to the sentence: the common beginning ends before it.
         firsts = [_common(ids, context) for ids, context in zip(rows, given, strict=True)]
     limit = context_limit(model)
