@@ -86,7 +86,12 @@ def continuation_probabilities(
     found = token_log_probabilities(model, rows, starts=starts)
     if step:
         step(len(prompts))
-    return np.exp([values.sum() for values in found]).reshape(len(prompts), len(words))
+    return np.exp(summed(found)).reshape(len(prompts), len(words))
+
+
+def summed(logs: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, " sequences"]:
+    """The log-probability of each sequence: the sum of those of its tokens, of which each has at least one."""
+    return np.add.reduceat(np.concatenate(logs), np.cumsum([0, *map(len, logs[:-1])]))
 
 
 def _run(

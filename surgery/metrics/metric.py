@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 
 RESAMPLES = 2000
 TAIL = 5  # draws beyond a quantile, of fewer of which it is not known
-CHUNK = 4_000_000  # resampled entries held at once
+CHUNK = 250_000  # resampled entries held at once: 2 MB, which stay in the cache
 
 
 @dataclass(frozen=True)

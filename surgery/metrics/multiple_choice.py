@@ -19,7 +19,7 @@ from hooks.batching import context_limit
 from hooks.tokens import ids_of, text_tokens
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
-from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.forward.token_logprobs import summed, token_log_probabilities
 from surgery.forward.tokens import encoded
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance, in_proportion
@@ -107,8 +107,8 @@ def score(
         share=share,
         step=step and in_proportion(step, len(owners), len(questions)),
     )
-    flat = iter(np.array([values.sum() for values in logs]))
-    sums = tuple(np.array([next(flat) for _ in each.options]) for each in asked)
+    flat, ends = summed(logs), np.cumsum([len(each.options) for each in asked]).tolist()
+    sums = tuple(flat[end - len(each.options) : end] for each, end in zip(asked, ends, strict=True))
     return Scores(tuple(questions), sums, tuple(each.cut for each in asked))
 
 

@@ -21,7 +21,7 @@ from hooks.tokens import ids_of
 from surgery.catalogue import check_scorer
 from surgery.errors import SurgeryError
 from surgery.forward import tokens
-from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.forward.token_logprobs import summed, token_log_probabilities
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Advance, in_proportion
 
@@ -84,15 +84,15 @@ def sentence_scores(
 def pooled(logs: Sequence[Float[np.ndarray, " tokens"]], pool: str) -> Float[np.ndarray, " sentences"]:
     """The token log-probabilities (nats) of each sentence as one number: see ``Scorer.pool``."""
     if pool == "sum":
-        return np.array([values.sum() for values in logs])
+        return summed(logs)
     if pool == "arithmetic":
-        return np.array([np.exp(values).mean() for values in logs])
+        return per_token([np.exp(values) for values in logs])
     return np.exp(per_token(logs))
 
 
 def per_token(logs: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, " sentences"]:
     """The mean token log-probability (nats) of each sentence."""
-    return np.array([values.mean() for values in logs])
+    return summed(logs) / np.array([len(values) for values in logs])
 
 
 def margin_metric(
