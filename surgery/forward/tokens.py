@@ -4,14 +4,12 @@ The rules are those of ``hooks.tokens``: what the tokenizer puts before a text b
 would put behind one is left out, so that the last token is the text's own.
 """
 
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from hooks.tokens import added, ids_of, text_tokens, word_pieces
 from surgery.errors import SurgeryError
-from surgery.processes import count, together
 
 Ids = tuple[tuple[int, ...], ...]
 
@@ -36,16 +34,6 @@ def encode(
                 f"text {number} ({texts[number][:40]!r}...) has {len(row)} tokens, the model takes {limit}; shorten it"
             )
     return ids
-
-
-def encoded(
-    encode: Callable[[Sequence[str]], Sequence[tuple[int, ...]]], texts: Sequence[str]
-) -> list[tuple[int, ...]]:
-    """``encode(texts)``, of which each process does a share; what it found travels as bytes, not number by number."""
-    if count() == 1:
-        return list(encode(texts))
-    found = together(texts, lambda some: [array("i", ids).tobytes() for ids in encode(some)])
-    return [tuple(array("i", each)) for each in found]
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:

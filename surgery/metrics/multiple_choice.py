@@ -20,8 +20,8 @@ from hooks.tokens import ids_of, text_tokens
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
 from surgery.forward.token_logprobs import summed, token_log_probabilities
-from surgery.forward.tokens import encoded
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.processes import together
 from surgery.progress import Advance, in_proportion
 
 Norm = Literal["sum", "characters"]
@@ -125,7 +125,7 @@ def _encode(
         # Behind a chat template white space is part of the template.
         stripped = question.prompt.rstrip() if special else question.prompt
         texts += [stripped, *(question.prompt + option for option in question.options)]
-    ids = iter(encoded(partial(text_tokens if special else ids_of, tokenizer), texts))
+    ids = iter(together(texts, partial(text_tokens if special else ids_of, tokenizer)))
     found = []
     for row, question in enumerate(questions):
         start = len(next(ids))

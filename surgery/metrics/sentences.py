@@ -23,6 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward import tokens
 from surgery.forward.token_logprobs import summed, token_log_probabilities
 from surgery.metrics.metric import Metric, mean_metric
+from surgery.processes import together
 from surgery.progress import Advance, in_proportion
 
 
@@ -189,7 +190,7 @@ def fitting(
     where none fits.
     """
     limit = context_limit(model)
-    ids = iter(tokens.encoded(partial(ids_of, tokenizer), [text for row in rows for text in row]))
+    ids = iter(together([text for row in rows for text in row], partial(ids_of, tokenizer)))
     lengths = [1 + max(len(next(ids)) for _ in row) for row in rows]
     kept = [number for number, length in enumerate(lengths) if not limit or length <= limit]
     out = [
@@ -213,10 +214,10 @@ def _encoded(
     texts = list(sentences) if contexts is None else [f"{a} {b}" for a, b in zip(contexts, sentences, strict=True)]
     if not texts:
         raise SurgeryError("sentences: got none, expected at least 1")
-    rows = [[*before, *ids] for ids in tokens.encoded(partial(ids_of, tokenizer), texts)]
+    rows = [[*before, *ids] for ids in together(texts, partial(ids_of, tokenizer))]
     firsts = [len(before)] * len(rows)
     if contexts is not None:
-        given = [[*before, *ids] for ids in tokens.encoded(partial(ids_of, tokenizer), contexts)]
+        given = [[*before, *ids] for ids in together(contexts, partial(ids_of, tokenizer))]
         # A token across the border belongs to the sentence: the common beginning ends before it.
         firsts = [_common(ids, context) for ids, context in zip(rows, given, strict=True)]
     limit = context_limit(model)
