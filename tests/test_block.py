@@ -47,13 +47,12 @@ def test_log_probabilities_of_a_few_words_have_the_gradient_of_the_softmax() -> 
     assert torch.autograd.gradcheck(lambda given: word_logs(given, words), exact)
 
 
-def test_a_frozen_head_gives_its_words_without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a later portion of the vocabulary holds the larger logits, and the last one is short."""
+def test_a_frozen_head_gives_its_words_without_logits() -> None:
+    """Also where a later part of the vocabulary holds the larger logits, and two rows are left over."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(50, 6, generator=draw).double() * torch.arange(1, 51)[:, None]
     stream, words = torch.randn(3, 6, generator=draw).double().requires_grad_(), [7, 40, 7]
     expected = word_logs(stream @ weight.T, words)
-    monkeypatch.setattr("surgery.forward.word_logs.ROWS", 16)
     assert torch.allclose(words_of_head(stream, weight, words), expected)
     assert torch.allclose(words_of_head(stream.detach(), weight, words), expected)
     assert torch.autograd.gradcheck(lambda given: words_of_head(given, weight, words), stream)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, build, state
 
+from hooks import anatomy
 from hooks.errors import Note
 from surgery.edits.block import fine_tune
 from surgery.edits.kept_streams import KeptStreams
@@ -18,7 +19,7 @@ from surgery.forward.next_token import next_words, token_losses
 from surgery.forward.precision import matrix_products
 from surgery.forward.residual_cache import cut_depth, shortcut, why_not
 from surgery.forward.tokens import encode, word_ids
-from surgery.forward.trees import as_batch, trees_for, why_no_trees
+from surgery.forward.trees import Trees, as_batch, trees_for, why_no_trees
 from surgery.progress import Progress
 from surgery.training import Plan
 
@@ -113,6 +114,25 @@ def test_what_prompts_begin_alike_runs_once() -> None:
     for row, path in zip(batch.rows, batch.paths, strict=True):
         assert tuple(batch.ids.flatten()[list(path)].tolist()) == ids[row]
         assert batch.depths.flatten()[list(path)].tolist() == list(range(len(path)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_step_of_training_is_one_tree(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 tokens 5 places, in 3 of which prompts end; one prompt stands there twice, another within a longer one."""
+    model, ids = build(family), ((8, 9), (3, 4, 5), (3, 4, 6, 7), (3, 4), (3, 4, 5))
+    cache, seen = next_words(model, ids, WORDS, keep=[2]).prefixes[2], []
+    expected, step = plain(model, ids), cache.steps(model)
+    writer = model.get_submodule(str(anatomy.find(model).blocks[-1].attention_writer))
+    with shortcut(model, start=2) as run, torch.no_grad():
+        hook = writer.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2]))
+        for rows in ([4, 1, 3, 2], [0, 3]):
+            tree, batch = step(rows), cache.batch(rows)
+            assert torch.allclose(run(tree).softmax(-1), expected[[rows[row] for row in tree.rows]], atol=1e-6)
+            assert torch.allclose(run(batch).softmax(-1), expected[rows], atol=1e-6)
+        hook.remove()
+    assert seen == [(1, 3), (4, 1), (1, 2), (2, 1)]
+    monkeypatch.setattr("surgery.forward.trees.TREE", 4)
+    assert isinstance(step([0, 3]), Trees) and not isinstance(step([4, 1, 3, 2]), Trees)
 
 
 def test_a_few_trees_are_filled_alike() -> None:

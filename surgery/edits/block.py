@@ -157,12 +157,12 @@ def fine_tune(
     base = {name: parameter.detach() for name, parameter in model.named_parameters() if name in set(names)}
     with ExitStack() as stack:
         parameters = stack.enter_context(trainable(model, names))
-
+        step = prefix.steps(model) if prefix else None
         run = stack.enter_context(shortcut(model, start=prefix.block, words=words)) if prefix else None
 
         def losses(module: nn.Module, rows: Sequence[int]) -> Tensor:
-            if prefix and run:
-                return loss_of(run(prefix.batch(rows)), objective)
+            if step and run:
+                return loss_of(run(step(rows)), objective)
             batch: Batch = pad(ids, rows, model.device)
             return word_loss(batch.at_last(module(**batch.inputs(), use_cache=False).logits), words, objective)
 

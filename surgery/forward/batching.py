@@ -41,6 +41,10 @@ class Batch:
         """The same with a dimension for the position: what a block need compute where only the next token is asked."""
         return self.at_last(tensor)[:, None]
 
+    def placed(self, tensor: Float[Tensor, "batch 1 *rest"]) -> Float[Tensor, "batch 1 *rest"]:
+        """What was computed of ``only_last``, to be added to the whole stream: as it is here, by broadcasting."""
+        return tensor
+
     def places(self) -> list[tuple[int, ...]]:
         """Where the tokens of each row stand in the flattened batch."""
         width = self.ids.shape[1]

@@ -56,8 +56,9 @@ def cut_to_last(
         stack.enter_context(replaced(head, lambda stream: words_of_head(stream, head.weight, words), as_tuple=False))
     elif type(head) is nn.Linear and head.weight.device.type == "cpu":
         stack.enter_context(replaced(head, partial(_few_rows, head), as_tuple=False))
-    for name in _last_only(parts, early):
-        stack.callback(_cut(model, name, lambda stream: running[-1].only_last(stream)).remove)
+    for entry, name in _last_only(parts, early):
+        stack.callback(_cut(model, entry, lambda stream: running[-1].only_last(stream)).remove)
+        stack.callback(_placed(model, name, lambda stream: running[-1].placed(stream)).remove)
     if depth > 1:
         cut_queries(model, asking, running, stack)
     return done
@@ -81,15 +82,15 @@ def _few_rows(head: nn.Linear, stream: Float[Tensor, "batch d_model"]) -> Float[
     return logits if head.bias is None else logits + head.bias
 
 
-def _last_only(parts: anatomy.Anatomy, early: bool) -> list[str]:
-    """Modules of the last block whose input may be cut to the last position; ``early``: the norm before the MLP.
+def _last_only(parts: anatomy.Anatomy, early: bool) -> list[tuple[str, str]]:
+    """Of the last block: modules whose input may be cut to the last position, and those that add to the stream.
 
-    Their output has one position and is added to the whole stream by broadcasting: right at the last position,
-    wrong and unused elsewhere. Keys and values still see every position.
+    ``early``: the MLP's norm is cut before it. Keys and values still see every position.
     """
     block = parts.blocks[-1]
     mlp = block.mid if early and block.mlp and block.mid in block.norms else block.mlp
-    return [name for name in (block.attention_writer, mlp) if name] if block.additive else []
+    found = [(block.attention_writer, block.attention_writer), (mlp, block.mlp)] if block.additive else []
+    return [(entry, name) for entry, name in found if entry and name]
 
 
 def _cut(model: nn.Module, name: str, cut: Callable[[Tensor], Tensor]) -> Any:
@@ -97,6 +98,13 @@ def _cut(model: nn.Module, name: str, cut: Callable[[Tensor], Tensor]) -> Any:
         return (cut(args[0]), *args[1:])
 
     return model.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def _placed(model: nn.Module, name: str, place: Callable[[Tensor], Tensor]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (place(output[0]), *output[1:]) if isinstance(output, tuple) else place(output)
+
+    return model.get_submodule(name).register_forward_hook(hook)
 
 
 @contextmanager

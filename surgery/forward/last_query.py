@@ -33,7 +33,7 @@ def cut_queries(model: PreTrainedModel, names: list[str], running: list[Batch], 
         return (running[-1].only_last(args[0]), *args[1:])
 
     def repeat(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.expand(-1, running[-1].ids.shape[1], -1)
+        return running[-1].placed(output).expand(-1, running[-1].ids.shape[1], -1)
 
     for name in names:
         stack.callback(model.get_submodule(name).register_forward_pre_hook(cut).remove)
@@ -115,7 +115,7 @@ class _LastQuery(TorchFunctionMode):
             whole = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(len(query), -1, query.shape[-2], -1)
             attn_mask = self._last(whole)
         one = scaled_dot_product_attention(self._last(query), key, value, attn_mask, dropout_p, **rest)
-        return one.expand(-1, -1, query.shape[-2], -1)
+        return self.batch.placed(one.transpose(1, 2)).transpose(1, 2).expand(-1, -1, query.shape[-2], -1)
 
     def _last(self, tensor: Tensor) -> Tensor:
         return self.batch.only_last(tensor.transpose(1, 2)).transpose(1, 2)

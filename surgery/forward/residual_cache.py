@@ -31,7 +31,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, pad
 from surgery.forward.last_position import cut_to_last, headless, replaced
 from surgery.forward.precision import matrix_products
-from surgery.forward.trees import Pack, Trees, as_batch
+from surgery.forward.trees import Pack, Trees, as_batch, one_tree, why_no_trees
 from surgery.forward.word_logs import word_logs
 
 
@@ -61,6 +61,19 @@ class ResidualCache:
         ]
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
+
+    def steps(self, model: PreTrainedModel) -> Callable[[Sequence[int]], Batch]:
+        """What gives some of the prompts for a step of training: as one tree, a third of the places, or as a batch.
+
+        To be called while the model is as it was: whether it takes trees is found out by running it.
+        """
+        trees = why_no_trees(model, max(map(len, self.ids))) is None
+
+        def step(rows: Sequence[int]) -> Batch:
+            tree = one_tree([self.ids[row] for row in rows]) if trees else None
+            return self.trees(model, tree, rows) if tree else self.batch(rows)
+
+        return step
 
     def trees(self, model: PreTrainedModel, packed: Sequence[Pack], numbers: Sequence[int] | None = None) -> Trees:
         """Packs of these prompts, or of those ``numbers`` of them, (``trees_for``) as a batch with their stream."""
@@ -147,15 +160,19 @@ def why_no_cut(model: PreTrainedModel) -> str | None:
 def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
     """How deep to cut (``cut_to_last``; 0: not at all), and why nothing may be cut."""
     ids = short_rows(model)
+    tree = None if why_no_trees(model, max(map(len, ids))) else one_tree(ids)
 
     def compared(depth: int) -> str | None:
         try:
             with shortcut(model, _depth=depth) as run:
                 groups = batches_for(model, ids)
-                logs = [_logs(run(pad(ids, rows, model.device))) for rows in groups]
+                checked = [(groups, [_logs(run(pad(ids, rows, model.device))) for rows in groups])]
+                if tree:
+                    batch = as_batch(model, tree)
+                    checked.append(([list(batch.rows)], [_logs(run(batch))]))
         except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
             return f"{type(error).__name__}: {error}"[:200]
-        return _departs(model, ids, groups, logs)
+        return next((reason for each in checked if (reason := _departs(model, ids, *each))), None)
 
     def find() -> tuple[int, str | None]:
         reason = None

@@ -8,6 +8,7 @@ packs of equal size, hence little padding.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from hooks.batching import context_limit, remembered, short_rows, unhooked, why_
 from hooks.wider import errs_more
 from surgery.forward.batching import Batch, Ids, batches_for, sent
 
+TREE = 512  # tokens of a tree that holds a whole step of training: no padding, but a square of attention
 PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
 FEW = 8  # packs, which are filled alike rather than one after the other
 SHORTEST = 32  # a model is asked once for this length, and each power of 2 times it, whether it takes such trees
@@ -143,9 +145,21 @@ class Trees(Batch):
         """What stands at each prompt's last token."""
         return tensor.flatten(0, 1)[torch.tensor([path[-1] for path in self.paths], device=tensor.device)]
 
-    def only_last(self, tensor: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch pos *rest"]:
-        """All of it: several prompts of a row end, each in another place."""
-        return tensor
+    @cached_property
+    def ends(self) -> Int[Tensor, " ends"]:
+        """Where prompts end in a batch of a single tree, each place once."""
+        return torch.tensor(sorted({path[-1] for path in self.paths}), device=self.ids.device)
+
+    def only_last(self, tensor: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch ends *rest"]:
+        """The ``ends`` of a single tree; of several all places, since not as many prompts end in each."""
+        return tensor.index_select(1, self.ends.to(tensor.device)) if len(self.ids) == 1 else tensor
+
+    def placed(self, tensor: Float[Tensor, "batch ends *rest"]) -> Float[Tensor, "batch pos *rest"]:
+        """What was computed of ``only_last`` in its places, with zeros elsewhere."""
+        if len(self.ids) > 1:
+            return tensor
+        zeros = tensor.new_zeros(1, self.ids.shape[1], *tensor.shape[2:])
+        return zeros.index_copy(1, self.ends.to(tensor.device), tensor)
 
     def places(self) -> list[tuple[int, ...]]:
         """Where the tokens of each prompt stand in the flattened batch; what is shared stands there for each."""
@@ -160,6 +174,12 @@ def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
     more = [(*row, 0) for row in ids]  # the last token of a sequence is only predicted and never run
     every = _even(more, [len(row) for row in ids], most)
     return [[every[place] for place in group] for group in batches_for(model, [pack.ids for pack in every])]
+
+
+def one_tree(ids: Ids) -> list[Pack] | None:
+    """The prompts as a single tree of at most ``TREE`` nodes, or None."""
+    found = packs([(*row, 0) for row in ids], [len(row) for row in ids], size=TREE)
+    return found if len(found) == 1 and len(found[0].ids) <= TREE else None
 
 
 def _even(rows: Ids, starts: Sequence[int], most: int) -> list[Pack]:

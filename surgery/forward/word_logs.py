@@ -37,7 +37,7 @@ class _WordLogs(torch.autograd.Function):
         return found, None
 
 
-ROWS = 4096  # of a head that are multiplied at a time: more are slower to read again, fewer cost calls
+PARTS = 16  # of a head, which threads may share; the same on every machine, so that its numbers are, too
 
 
 def words_of_head(
@@ -45,34 +45,38 @@ def words_of_head(
 ) -> Float[Tensor, "batch words"]:
     """``word_logs(stream @ weight.T, words)`` for a ``weight`` that does not train; it can be differentiated once.
 
-    The gradient at the stream is the words' rows of ``weight`` minus the mean of all rows under the softmax, which is
-    summed up together with it, as in flash attention (Dao et al. 2022, algorithm 1): the weight is read once, and no
-    logits are kept.
+    The gradient at the stream is the words' rows of ``weight`` minus the mean of all rows under the softmax. That mean
+    is attention with ``weight`` as keys and values, so torch's flash attention (Dao et al. 2022, algorithm 1) gives it:
+    512 rows at a time, both products of which find them in the cache, and no logits are kept.
     """
     found: Tensor = _WordsOfHead.apply(stream, weight, list(words))
     return found
 
 
+def _attended(stream: Tensor, weight: Tensor) -> tuple[Float[Tensor, "part batch d_model"], Float[Tensor, "part batch"]]:
+    """The mean of the rows of each part of ``weight`` under the softmax of their logits, and the log of their sum."""
+    least = len(weight) // PARTS
+    means, totals = [], []
+    for rows in weight.split(max(1, least * PARTS)):  # the second, where there is one, has fewer than PARTS rows
+        parts = rows[None].unflatten(1, (PARTS if len(rows) >= PARTS else 1, -1))
+        query = stream[None, None].expand(1, parts.shape[1], -1, -1)
+        mean, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, parts, parts, scale=1.0)
+        means.append(mean[0])
+        totals.append(total[0])
+    return torch.cat(means), torch.cat(totals)
+
+
 class _WordsOfHead(torch.autograd.Function):
-    """In full precision under autocast, too, which casts products but not the sums that they are added to."""
+    """In full precision under autocast, too."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, stream: Tensor, weight: Tensor, words: list[int]) -> Tensor:
-        columns = stream.T.contiguous()
-        top = columns.new_full((len(stream),), -torch.inf)
-        total, mean = torch.zeros_like(top), torch.zeros_like(stream)
-        for rows in weight.split(ROWS):
-            logits = rows @ columns
-            higher = torch.maximum(top, logits.amax(0))
-            fade, top = (top - higher).exp_(), higher
-            masses = logits.sub_(top).exp_()
-            total = total.mul_(fade).add_(masses.sum(0))
-            if ctx.needs_input_grad[0]:
-                mean = mean.mul_(fade[:, None]).addmm_(masses.T, rows)
-        chosen = weight[words]
-        ctx.save_for_backward(chosen, mean.div_(total[:, None]))
-        return stream @ chosen.T - (top + total.log())[:, None]
+        means, totals = _attended(stream, weight)
+        total, chosen = totals.logsumexp(0), weight[words]
+        mean = ((totals - total).exp()[..., None] * means).sum(0)
+        ctx.save_for_backward(chosen, mean)
+        return stream @ chosen.T - total[:, None]
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
