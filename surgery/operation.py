@@ -46,7 +46,8 @@ from surgery.progress import Progress
 from surgery.runs.folder import AGAIN, Folder, Run, check_apart, run_folder
 from surgery.runs.interface import Made, Report, Tracking, Train, Where
 from surgery.runs.paired import differences, without_samples
-from surgery.runs.settings import Settings, dump
+from surgery.runs.recipe_files import dump
+from surgery.runs.settings import Settings
 from surgery.runs.sharing import Shared
 from surgery.runs.summary import Applied, Edit, Outcome, OwnPart, Summary, control
 

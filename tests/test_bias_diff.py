@@ -108,10 +108,10 @@ def whole(exact: Any, files: dict[str, str], tmp_path_factory: pytest.TempPathFa
 
 def test_a_run_leaves_its_files_and_numbers(whole: tuple[Path, dict[str, Any]]) -> None:
     out, summary = whole
-    values = surgery.runs.settings.read_toml(out / "recipe.toml")
+    values = surgery.runs.recipe_files.read_toml(out / "recipe.toml")
     assert values.pop("recipe") == "bias_diff"
-    again = surgery.runs.settings.build(bias_diff.Settings, values, "recipe.toml")
-    assert surgery.runs.settings.dump("bias_diff", again) == (out / "recipe.toml").read_text()
+    again = surgery.runs.recipe_files.build(bias_diff.Settings, values, "recipe.toml")
+    assert surgery.runs.recipe_files.dump("bias_diff", again) == (out / "recipe.toml").read_text()
     for name in ("delta", "delta_from_warmed", "warmed"):
         assert surgery.Delta.load(out / f"{name}.safetensors").metadata["recipe"] == (out / "recipe.toml").read_text()
     left = {"run.json", "recipe.toml", "delta.safetensors", "delta_from_warmed.safetensors", "warmed.safetensors"}
@@ -303,7 +303,7 @@ def test_a_profile_sets_what_is_not_said() -> None:
     assert (paper.lr, paper.epochs, paper.retrain_epochs, paper.unlearn_lr) == (1.5e-6, 5, 50, 3e-7)
     assert (paper.rank, paper.alpha, paper.lora_dropout, paper.warmup, paper.weight_decay) == (16, 32, 0.05, 0.2, 1e-3)
     assert bias_diff.Settings(profile="quick", lr=1e-5).lr == 1e-5
-    values = surgery.runs.settings.read_toml(Path(bias_diff.__file__).parent.with_suffix(".toml"))
+    values = surgery.runs.recipe_files.read_toml(Path(bias_diff.__file__).parent.with_suffix(".toml"))
     changed = {key for profile in bias_diff.PROFILES.values() for key in profile}
     assert not changed & set(values)  # else the file would win over the profile
 

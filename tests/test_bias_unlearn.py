@@ -83,7 +83,7 @@ def learn(
 ) -> dict[str, Any]:
     usual = {"steps": 8, "evaluate_every": 4, "lr": 3e-3, "early_stop": False, "retain_batch": 6, "start": "always"}
     usual |= {"controls": []}
-    ready = surgery.runs.settings.build(
+    ready = surgery.runs.recipe_files.build(
         bias_unlearn.Settings, {"model": str(checkpoint), "data": str(folder)} | usual | settings, "test"
     )
     return bias_unlearn.run(*tiny, ready, out=out, resume=resume).summary
@@ -151,7 +151,7 @@ def test_the_preference_changes_in_the_model_and_in_its_child(
 
 def test_a_shipped_recipe_leaves_to_the_profile_what_it_changes() -> None:
     """A key that recipes/bias_unlearn.toml sets would win over the profile, which would then do something else."""
-    shipped = surgery.runs.settings.read_toml(Path(bias_unlearn.__file__).parent.with_suffix(".toml"))
+    shipped = surgery.runs.recipe_files.read_toml(Path(bias_unlearn.__file__).parent.with_suffix(".toml"))
     changed = {key for more in bias_unlearn.CHANGES.values() for key in more}
     assert not changed & set(shipped)
 
@@ -307,9 +307,9 @@ def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, da
     torch.manual_seed(98)
     first = learn(tiny, checkpoint, data, tmp_path / "a", seed=3, profile="quick", limit=20)
     torch.manual_seed(99)
-    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.recipe_files.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "bias_unlearn"
-    ready = surgery.runs.settings.build(bias_unlearn.Settings, values, "recipe")
+    ready = surgery.runs.recipe_files.build(bias_unlearn.Settings, values, "recipe")
     again = bias_unlearn.run(*tiny, ready, out=tmp_path / "b").summary
     assert first["delta"]["sha256"] == again["delta"]["sha256"]
     assert first["before"]["stereoset"]["ss"]["overall"]["n"] == 20

@@ -383,7 +383,7 @@ def test_settings_follow_method_and_profile() -> None:
     assert crawd.Settings(method="debias_tuning", weight=3.0).weight == 3.0
     quick = crawd.Settings(profile="quick", epochs=4)
     assert quick.suites == ["gas", "weat"] and quick.epochs == 4 and quick.lr > 1e-5
-    written = surgery.runs.settings.dump("crawd", crawd.Settings(profile="small"))
+    written = surgery.runs.recipe_files.dump("crawd", crawd.Settings(profile="small"))
     assert "lr = 0.0005" in written
 
 

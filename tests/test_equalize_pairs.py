@@ -27,7 +27,7 @@ from surgery.edits.equalize.passes import passes
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import start_token
 from surgery.runs.folder import Folder
-from surgery.runs.settings import build, parse_set
+from surgery.runs.recipe_files import build, parse_set
 
 QUICK: dict[str, Any] = {"lr": 5e-3, "epochs": 6, "batch_size": 32, "dose": [0.0], "hold_texts": 0.0, "samples": 0}
 QUICK |= {"hold_settled": 0.0}

@@ -300,9 +300,11 @@ def test_the_written_recipe_gives_the_same_delta(
     torch.manual_seed(98)
     first = learn(tiny, checkpoint, file, tmp_path / "a", method=method, seed=3, epochs=1)
     torch.manual_seed(99)
-    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.recipe_files.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "finetune"
-    again = finetune.run(*tiny, surgery.runs.settings.build(finetune.Settings, values, "recipe"), out=tmp_path / "b")
+    again = finetune.run(
+        *tiny, surgery.runs.recipe_files.build(finetune.Settings, values, "recipe"), out=tmp_path / "b"
+    )
     assert first["delta"]["sha256"] == again.summary["delta"]["sha256"]
     other = learn(tiny, checkpoint, file, tmp_path / "c", method=method, seed=4, epochs=1)
     assert first["delta"]["sha256"] != other["delta"]["sha256"]
@@ -334,7 +336,7 @@ def test_an_interrupted_run_continues_to_the_same_delta(
 def test_the_learning_rate_follows_the_method() -> None:
     assert finetune.Settings().lr == 2e-5 and finetune.Settings(method="lora").lr == 2e-4
     assert finetune.Settings(method="lora", lr=1e-3).lr == 1e-3
-    assert "lr = 0.0002" in surgery.runs.settings.dump("finetune", finetune.Settings(method="lora"))
+    assert "lr = 0.0002" in surgery.runs.recipe_files.dump("finetune", finetune.Settings(method="lora"))
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,11 @@ def test_the_report_stands_alone(finished: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_written_recipe_gives_the_same_delta(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
     first = operate(tiny, checkpoint, tmp_path / "a", block=2)
-    values = surgery.runs.settings.read_toml(tmp_path / "a" / "recipe.toml")
+    values = surgery.runs.recipe_files.read_toml(tmp_path / "a" / "recipe.toml")
     assert values.pop("recipe") == "lftf"
-    again = lftf.run(*tiny, surgery.runs.settings.build(lftf.Settings, values, "recipe"), out=tmp_path / "b").summary
+    again = lftf.run(
+        *tiny, surgery.runs.recipe_files.build(lftf.Settings, values, "recipe"), out=tmp_path / "b"
+    ).summary
     assert first["delta"]["sha256"] == again["delta"]["sha256"]
     assert (tmp_path / "a" / "delta.safetensors").read_bytes() == (tmp_path / "b" / "delta.safetensors").read_bytes()
 

@@ -11,7 +11,7 @@ import recipes
 from recipes import equalize, lftf
 from surgery.cli.models import chosen_recipe
 from surgery.errors import SurgeryError
-from surgery.runs.settings import build, dump, parse_set, read_toml
+from surgery.runs.recipe_files import build, dump, parse_set, read_toml
 
 SHIPPED = sorted(Path(recipes.__path__[0]).glob("*.toml"))
 

@@ -16,7 +16,7 @@ from surgery.cli.models import chosen_recipe
 from surgery.delta import make
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
-from surgery.runs.settings import build
+from surgery.runs.recipe_files import build
 from surgery.study import Method, Study, read
 from surgery.study.carry_out import carry_out
 from surgery.study.cells import Cell, Judged, cells

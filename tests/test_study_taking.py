@@ -15,7 +15,8 @@ from surgery.cli.models import chosen_recipe
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.progress import Progress
-from surgery.runs.settings import Settings, build, dump
+from surgery.runs.recipe_files import build, dump
+from surgery.runs.settings import Settings
 from surgery.study import Method, Study
 from surgery.study.cells import Judged, cells
 from surgery.study.judging import check, details_of, keep, kept

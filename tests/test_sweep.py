@@ -15,7 +15,8 @@ from surgery.errors import SurgeryError
 from surgery.files.atomic import write_json
 from surgery.runs import compare
 from surgery.runs.folder import run_folder
-from surgery.runs.settings import Settings, dump
+from surgery.runs.recipe_files import dump
+from surgery.runs.settings import Settings
 from surgery.runs.sweep import folder_name, grid, parse_vary, sweep
 
 

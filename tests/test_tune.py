@@ -23,8 +23,8 @@ from surgery.cli import app
 from surgery.edits.equalize import hold_term, prepare, prepare_each, words_term
 from surgery.errors import Diverged, SurgeryError
 from surgery.forward.tokens import encode, word_ids
+from surgery.runs.recipe_files import build, read_toml
 from surgery.runs.report import why
-from surgery.runs.settings import build, read_toml
 from surgery.runs.tuning import FINAL, OBJECTION, Tried
 
 FEW = dict(tuning.FEW)

@@ -57,7 +57,7 @@ def run(
         _help(ctx, recipe, asked=show_help)
         return
     from surgery.progress import Progress
-    from surgery.runs.settings import build
+    from surgery.runs.recipe_files import build
 
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
@@ -213,7 +213,7 @@ def chosen_recipe(
     """The recipe's module; its TOML file's values with ``--set``, ``--model`` and ``--seed`` over them; the file."""
     from importlib import import_module
 
-    from surgery.runs.settings import by_new_names, parse_set, read_toml
+    from surgery.runs.recipe_files import by_new_names, parse_set, read_toml
 
     path = _recipe_file(recipe)
     values = read_toml(path)

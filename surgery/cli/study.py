@@ -48,7 +48,7 @@ def study(
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
     from surgery.edits.places import PlaceError
     from surgery.progress import Progress
-    from surgery.runs.settings import build, by_new_names
+    from surgery.runs.recipe_files import build, by_new_names
     from surgery.study.settings import check_names, read, seeds_of, settings_for
 
     asked, methods = read(file)

@@ -48,7 +48,7 @@ def tune(
     """
     from surgery.progress import Progress
     from surgery.runs.folder import check_free
-    from surgery.runs.settings import build
+    from surgery.runs.recipe_files import build
 
     if texts not in ("few", "all"):
         raise SurgeryError(f"--texts {texts}: expected few or all")

@@ -53,7 +53,9 @@ def words_of_head(
     return found
 
 
-def _attended(stream: Tensor, weight: Tensor) -> tuple[Float[Tensor, "part batch d_model"], Float[Tensor, "part batch"]]:
+def _attended(
+    stream: Tensor, weight: Tensor
+) -> tuple[Float[Tensor, "part batch d_model"], Float[Tensor, "part batch"]]:
     """The mean of the rows of each part of ``weight`` under the softmax of their logits, and the log of their sum."""
     least = len(weight) // PARTS
     means, totals = [], []

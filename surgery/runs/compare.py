@@ -13,8 +13,8 @@ import numpy as np
 from hooks.plots import BLUE, GREY, ORANGE, new_figure
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import ideal_of
+from surgery.runs.recipe_files import read_toml
 from surgery.runs.report import Table, cell, leaves
-from surgery.runs.settings import read_toml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from surgery.errors import SurgeryError
 from surgery.progress import Progress
-from surgery.runs.settings import Settings, build, by_new_names, dump, read_toml
+from surgery.runs.recipe_files import build, by_new_names, dump, read_toml
+from surgery.runs.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 

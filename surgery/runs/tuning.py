@@ -12,8 +12,9 @@ from surgery.files.atomic import write_json
 from surgery.runs.caveats import caveats
 from surgery.runs.compare import Case, pareto
 from surgery.runs.headline import in_short
+from surgery.runs.recipe_files import dump
 from surgery.runs.report import Table, cell, edited, page, save
-from surgery.runs.settings import Settings, dump
+from surgery.runs.settings import Settings
 from surgery.runs.words_report import find
 
 if TYPE_CHECKING:

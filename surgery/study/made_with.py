@@ -4,7 +4,8 @@ import tomllib
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.runs.settings import Settings, build, dump, read_toml
+from surgery.runs.recipe_files import build, dump, read_toml
+from surgery.runs.settings import Settings
 from surgery.study.cells import TAKEN, Cell
 
 PLACES = ("model", "data")  # settings that say where something lies, which is elsewhere on another machine

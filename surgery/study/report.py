@@ -6,8 +6,8 @@ from pathlib import Path
 from shlex import quote
 
 from surgery.files.atomic import write_json
+from surgery.runs.recipe_files import read_toml
 from surgery.runs.report import Table, cell, page, save
-from surgery.runs.settings import read_toml
 from surgery.study.agreement import TEMPLATES, over_methods, over_professions
 from surgery.study.cells import TAKEN, Judged
 from surgery.study.judging import details_of

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.catalogue import check_suites
 from surgery.errors import SurgeryError
-from surgery.runs.settings import build
+from surgery.runs.recipe_files import build
 
 PROMPT_SUITES = ("genbias", "genhint", "free_text")
 WRITING_SUITES = ("free_text", "gas")  # which go on from cached keys, so that no second pass can be made beside
