@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -46,24 +48,24 @@ class ResidualCache:
     ids: tuple[tuple[int, ...], ...]
     flat: Float[Tensor, "tokens+1 d_model"]
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each prompt begins in ``flat``, and where the last one ends."""
+        return [0, *accumulate(map(len, self.ids))]
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The prompts ``rows`` as a batch with their stream."""
-        starts, start = [], 0
-        for row in self.ids:
-            starts.append(start)
-            start += len(row)
         plain = pad(self.ids, rows, self.flat.device)
         width = plain.ids.shape[1]
         zero = self.flat.shape[0] - 1
         index = [
-            list(range(starts[row], starts[row] + len(self.ids[row]))) + [zero] * (width - len(self.ids[row]))
-            for row in rows
+            [*range(self.starts[row], self.starts[row + 1])] + [zero] * (width - len(self.ids[row])) for row in rows
         ]
         gathered = self.flat[torch.tensor(index, device=self.flat.device)]
         return Batch(plain.rows, plain.ids, plain.mask, gathered)
 
     def steps(self, model: PreTrainedModel) -> Callable[[Sequence[int]], Batch]:
-        """What gives some of the prompts for a step of training: as one tree, a third of the places, or as a batch.
+        """What gives some of the prompts for a step of training: as one tree where that is small, else as a batch.
 
         To be called while the model is as it was: whether it takes trees is found out by running it.
         """
@@ -78,10 +80,9 @@ class ResidualCache:
     def trees(self, model: PreTrainedModel, packed: Sequence[Pack], numbers: Sequence[int] | None = None) -> Trees:
         """Packs of these prompts, or of those ``numbers`` of them, (``trees_for``) as a batch with their stream."""
         plain = as_batch(model, packed)
-        starts = np.cumsum([0, *map(len, self.ids)])
         index = np.full(plain.ids.numel(), self.flat.shape[0] - 1)
         for row, path in zip(plain.rows, plain.paths, strict=True):
-            first = starts[row if numbers is None else numbers[row]]
+            first = self.starts[row if numbers is None else numbers[row]]
             index[list(path)] = np.arange(first, first + len(path))
         gathered = self.flat[torch.from_numpy(index).to(self.flat.device)]
         return replace(plain, stream=gathered.view(*plain.ids.shape, -1))
