@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,19 @@ from surgery.files.rounding import STORED, Rounding, add
 from surgery.files.safetensors_io import open_regular, read_exactly
 
 Undo = Literal["record", "reference", "none"]
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """What is added to a checkpoint, and how the sums are rounded."""
+
+    delta: Differences
+    plan: Plan
+    stored: CheckpointFiles
+    scale: float
+    rounding: str
+    seed: int
+    codes: str  # the rounding that was asked for, of quantised matrices: their "auto" is by chance
 
 
 def apply(
@@ -87,23 +101,18 @@ def apply(
     if not force:
         refuse_held(stored, sha256, scale)
     plan = make_plan(delta, stored, scale=scale, force=force, rename=rename, tied=tied, vocabulary=vocabulary)
+    addition = _Addition(delta, plan, stored, scale, how, drawn, rounding)
     record = next_record_name(stored) if undo != "none" else None
+    edited = {edit.file for edit in plan.edits}
+    links = frozenset(set(stored.shards) - edited) if link else frozenset()
+    total = sum((stored.path / name).stat().st_size for name in stored.files)
     with temporary(out, folder=True) as part:
         writer = None
         if record:
             settings = {"scale": scale, "rounding": how, "seed": drawn, "delta": sha256()}
             writer = RecordWriter(part / record, undo, stored.path, settings)
-        edited = sorted({edit.file for edit in plan.edits})
-        links = frozenset(set(stored.shards) - set(edited)) if link else frozenset()
-        total = sum((stored.path / name).stat().st_size for name in stored.files)
-        shells = set(stored.shards) if hollow and not stored.layers else set()
-        for name in shells:
-            outline(stored.path / name, part / name, stored.shards[name].begin)
         with Copier(stored.path, part, links, total, progress, sync=not hollow) as copier:
-            copier.copy(name for name in edited if name not in shells)
-            rest = [name for name in stored.files if name not in {*edited, *shells}]
-            copier.start(lambda: copier.copy(rest))
-            changes = _rewrite(delta, plan, stored, part, scale, how, drawn, writer, rounding)
+            changes = _rewritten_copy(addition, part, copier, writer, hollow=hollow)
         if writer:
             writer.finish()
         names = [*stored.files, *([record] if record else [])]
@@ -137,47 +146,47 @@ def _hashed(delta: Differences) -> Callable[[], str]:
     return found.result
 
 
-def _rewrite(
-    delta: Differences,
-    plan: Plan,
-    stored: CheckpointFiles,
-    folder: Path,
-    scale: float,
-    rounding: str,
-    seed: int,
-    writer: RecordWriter | None,
-    codes: str,
+def _rewritten_copy(
+    addition: _Addition, folder: Path, copier: Copier, writer: RecordWriter | None, *, hollow: bool
 ) -> list[TensorChange]:
+    """Copy the checkpoint into ``folder``, the files to be changed first, and change them while the rest is copied."""
+    stored, edited = addition.stored, sorted({edit.file for edit in addition.plan.edits})
+    shells = set(stored.shards) if hollow and not stored.layers else set()
+    for name in shells:
+        outline(stored.path / name, folder / name, stored.shards[name].begin)
+    copier.copy(name for name in edited if name not in shells)
+    rest = [name for name in stored.files if name not in {*edited, *shells}]
+    copier.start(lambda: copier.copy(rest))
     changes = []
-    for edit in plan.edits:
+    for edit in addition.plan.edits:
         path = folder / edit.file
         fd, source = open_writable(path), open_regular(stored.path / edit.file)
         try:
-            if edit.layer is not None:
-                if writer:
-                    writer.begin(edit)
-                done = rewrite_layer(delta, edit, stored, fd, path, (scale, codes, seed), writer)
-                name, size = edit.layer.name, edit.layer.elements
-                changes.append(TensorChange(name, edit.file, *(edit.layer.kind,) * 2, size, *done, edit.distance))
-                continue
-            changes.append(_rewrite_tensor(delta, edit, source, fd, path, scale, rounding, seed, writer))
+            changes.append(_rewrite(addition, edit, source, fd, path, writer))
         finally:
             os.close(fd)
             os.close(source)
     return changes
 
 
-def _rewrite_tensor(
-    delta: Differences,
-    edit: Edit,
-    source: int,
-    fd: int,
-    path: Path,
-    scale: float,
-    rounding: str,
-    seed: int,
-    writer: RecordWriter | None,
+def _rewrite(
+    addition: _Addition, edit: Edit, source: int, fd: int, path: Path, writer: RecordWriter | None
 ) -> TensorChange:
+    """Change one tensor, or one quantised matrix, in the copy ``path``, open as ``fd``."""
+    if writer:
+        writer.begin(edit)
+    if edit.layer is None:
+        return _rewrite_tensor(addition, edit, source, fd, path, writer)
+    how = (addition.scale, addition.codes, addition.seed)
+    done = rewrite_layer(addition.delta, edit, addition.stored, fd, path, how, writer)
+    kind, size = edit.layer.kind, edit.layer.elements
+    return TensorChange(edit.layer.name, edit.file, kind, kind, size, *done, edit.distance)
+
+
+def _rewrite_tensor(
+    addition: _Addition, edit: Edit, source: int, fd: int, path: Path, writer: RecordWriter | None
+) -> TensorChange:
+    delta, scale = addition.delta, addition.scale
     dtype, kind = edit.entry.dtype, STORED[edit.entry.dtype]
     before, after = hashlib.sha256(), hashlib.sha256()
     changed = lost = 0
@@ -192,15 +201,13 @@ def _rewrite_tensor(
         for name in edit.sources[1:]:
             difference = difference + delta.read(name, start, stop)
         # The delta's name keys the random bits: a renamed or resharded target gets the same numbers.
-        options: Any = {"rounding": rounding, "seed": seed, "name": edit.sources[0], "start": start}
-        new = np.ascontiguousarray(add(old, difference, dtype, scale=scale, **options), kind)
+        drawn: Any = {"rounding": addition.rounding, "seed": addition.seed, "name": edit.sources[0], "start": start}
+        new = np.ascontiguousarray(add(old, difference, dtype, scale=scale, **drawn), kind)
         same = new.view(f"<u{kind.itemsize}") == old.view(f"<u{kind.itemsize}")
         write_exactly(fd, offset, new.view(np.uint8).data)
         gone = int(np.count_nonzero(same & (difference != 0))) if scale else 0
         return raw, new, int(same.size - np.count_nonzero(same)), gone
 
-    if writer:
-        writer.begin(edit)
     for raw, new, here, gone in in_order(chunk, chunks(edit.entry, edit.elements)):
         changed, lost = changed + here, lost + gone
         before.update(raw)
