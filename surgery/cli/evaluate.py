@@ -69,10 +69,8 @@ def evaluate(
     differences are widened so that all of them hold together. Without --suite that is the ledger: every axis in a quick
     form, those whose data is not in --data left out by name.
     """
-    from surgery.catalogue import SUITES
     from surgery.files.atomic import write_json
-    from surgery.metrics.judges import Judges, ledger
-    from surgery.metrics.metric import differences, ideal_of
+    from surgery.metrics.metric import differences
     from surgery.progress import Progress
     from surgery.runs.report import leaves
 
@@ -80,15 +78,7 @@ def evaluate(
     progress = Progress(quiet)
     asked: dict[str, Any] = {"split": split, "part": part, "texts": texts, "scorer": scorer, "limit": limit}
     asked |= {"seed": seed, "tasks": tasks, "words_as": words_as}
-    if against is not None and not suite and not tasks:
-        folder = data if Path(data).is_dir() else ""
-        judges, missing = ledger(folder, prompts="genbias" if folder else data, **asked)
-        for name, reason in missing.items():
-            progress.say(f"without the judge {name}: {reason}")
-    else:
-        prompts = "genbias" if suite and set(suite) - set(SUITES) else data
-        names = tuple(dict.fromkeys(suite or ([] if tasks else SUITES)))
-        judges = Judges(suites=names, prompts=prompts, folder=data, **asked)
+    judges = _judges(suite or [], data, asked, progress, whole=against is not None)
     judges.check("--data")
     for spec in (model, against):
         if spec is not None:
@@ -113,20 +103,43 @@ def evaluate(
         second = {"against": {"model": against, "scores": plain(reference)}, "differences": found}
         write_json(json_file, scores | about | (second if reference is not None else {}))
     if reference is None:
-        for keys, metric in leaves(scores):
-            print(
-                f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
-                f"{metric['high']:.4f}]  n {metric['n']}, ideal {ideal_of(metric)}; {metric['scorer']}; "
-                f"{metric['data']}"
-            )
+        _print_scores(scores)
     else:
         _print_differences(plain(reference), scores, found)
+
+
+def _judges(suites: list[str], data: str, asked: dict[str, Any], progress: Any, *, whole: bool) -> Any:
+    """The judges of the named suites; without names the usual ones, or (``whole``) the ledger where its data is."""
+    from surgery.catalogue import SUITES
+    from surgery.metrics.judges import Judges, ledger
+
+    if whole and not suites and not asked["tasks"]:
+        folder = data if Path(data).is_dir() else ""
+        judges, missing = ledger(folder, prompts="genbias" if folder else data, **asked)
+        for name, reason in missing.items():
+            progress.say(f"without the judge {name}: {reason}")
+        return judges
+    prompts = "genbias" if set(suites) - set(SUITES) else data
+    names = tuple(dict.fromkeys(suites or ([] if asked["tasks"] else SUITES)))
+    return Judges(suites=names, prompts=prompts, folder=data, **asked)
 
 
 def _check_files(files: list[Path]) -> None:
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise SurgeryError(f"{missing}: no such file; expected a delta that surgery run, diff or import wrote")
+
+
+def _print_scores(scores: Mapping[str, Any]) -> None:
+    """A line for every number."""
+    from surgery.metrics.metric import ideal_of
+    from surgery.runs.report import leaves
+
+    for keys, metric in leaves(scores):
+        print(
+            f"{' '.join(keys).replace('_', ' '):34} {metric['value']:10.4f}  [{metric['low']:.4f}, "
+            f"{metric['high']:.4f}]  n {metric['n']}, ideal {ideal_of(metric)}; {metric['scorer']}; {metric['data']}"
+        )
 
 
 def _print_differences(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -103,13 +103,13 @@ def locate(
     of_gain: Any = {"objective": objective, "retain": retained[:RETAIN], "factored": sketch, "seed": seed}
     options = {"positions": positions, "aggregate": aggregate, **of_gain}
     found: list[Any] = []
-    said, measured = "", None
+    measured = None
     for method in chosen:
         with progress.work("rank the blocks" if alone else f"rank the blocks by {method}", len(rows)) as step:
             if method == "gain":
                 given = sample(sentences, limit or GAIN_LIMIT, seed) if sentences else rows
                 measured = gain_of(opened, tokenizer, prompts, given, step=step, **of_gain)
-                found, said = found + rankings_of(measured), f"\n\n{details(measured)}"
+                found += rankings_of(measured)
             else:
                 found += rank(opened, tokenizer, prompts, rows, method, step=step, **options)
     if not alone and not sentences:
@@ -122,7 +122,7 @@ def locate(
         numbers |= checked.to_dict()
         print(summary(found, checked.comparison, checked.ablation, checked.others))
     if verbose or not compare:
-        print(("\n" if compare else "") + f"{tables(found)}{said}")
+        print(("\n" if compare else "") + tables(found) + (f"\n\n{details(measured)}" if measured else ""))
     if compare and verbose:
         print(f"\n{checked.table()}")
     if json_file:

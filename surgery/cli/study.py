@@ -48,8 +48,7 @@ def study(
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
     from surgery.edits.places import PlaceError
     from surgery.progress import Progress
-    from surgery.runs.recipe_files import build, by_new_names
-    from surgery.study.settings import check_names, read, seeds_of, settings_for
+    from surgery.study.settings import check_names, read
 
     asked, methods = read(file)
     if folder is not None:
@@ -57,23 +56,8 @@ def study(
     if model:
         asked = asked.model_copy(update={"models": model})
     progress = Progress(quiet)
-    ready: dict[tuple[str, int, str], Any] = {}
-    modules: dict[str, Any] = {}
-    for method in (one for one in methods if one.recipe):
-        module, values, _ = chosen_recipe(method.recipe, None, [], None)
-        modules[method.name] = module
-        fields = module.Settings.model_fields
-        for name in sorted(set(method.by_model) - {form for path in asked.models for form in (path, Path(path).name)}):
-            progress.say(f"{method.name}: no model is called {name}, so its settings are not used")
-        for where in asked.models:
-            changed = by_new_names(module.Settings, settings_for(method, where), f"{file}, method {method.name}")
-            shared = {"dtype": asked.dtype, "prompt_set": asked.data}
-            if "data" in fields and module.Settings.reads_data(values | changed):
-                shared["data"] = asked.folder
-            given = {key: value for key, value in shared.items() if key in fields and value}
-            for seed in seeds_of(asked, method):
-                own = {**values, **given, **changed, "model": where, "seed": seed}
-                ready[method.name, seed, where] = build(module.Settings, own, f"{file}, method {method.name}")
+    modules = {one.name: chosen_recipe(one.recipe, None, [], None)[:2] for one in methods if one.recipe}
+    ready = _settings(asked, methods, modules, str(file), progress)
     check_names(asked.models)
     missing = [method.delta for method in methods if method.delta and not Path(method.delta).is_file()]
     if missing:
@@ -102,7 +86,7 @@ def study(
         settings = ready[cell.method.name, cell.seed, cell.model]
         model, tokenizer, shared = opened
         where: Any = {"out": cell.folder / "run", "resume": resume, "progress": progress, "shared": shared}
-        modules[cell.method.name].run(model, tokenizer, settings, **where)
+        modules[cell.method.name][0].run(model, tokenizer, settings, **where)
 
     def untouched(found: Any) -> None:
         from surgery.study.taking import refuse_another
@@ -110,6 +94,32 @@ def study(
         refuse_another(found, sources)
 
     print(carry_out(asked, methods, place, run, untouched, share=share, device=device, progress=progress))
+
+
+def _settings(asked: Any, methods: Any, modules: Any, file: str, progress: Any) -> dict[tuple[str, int, str], Any]:
+    """The settings of each method of a recipe for each seed and model, by these three.
+
+    ``modules``: of each such method the recipe's module, and the values of the recipe's file.
+    """
+    from surgery.runs.recipe_files import build, by_new_names
+    from surgery.study.settings import seeds_of, settings_for
+
+    ready: dict[tuple[str, int, str], Any] = {}
+    for method in (one for one in methods if one.recipe):
+        module, values = modules[method.name]
+        fields, place = module.Settings.model_fields, f"{file}, method {method.name}"
+        for name in sorted(set(method.by_model) - {form for path in asked.models for form in (path, Path(path).name)}):
+            progress.say(f"{method.name}: no model is called {name}, so its settings are not used")
+        for where in asked.models:
+            changed = by_new_names(module.Settings, settings_for(method, where), place)
+            shared = {"dtype": asked.dtype, "prompt_set": asked.data}
+            if "data" in fields and module.Settings.reads_data(values | changed):
+                shared["data"] = asked.folder
+            given = {key: value for key, value in shared.items() if key in fields and value}
+            for seed in seeds_of(asked, method):
+                own = {**values, **given, **changed, "model": where, "seed": seed}
+                ready[method.name, seed, where] = build(module.Settings, own, place)
+    return ready
 
 
 def _taken(

@@ -1,7 +1,7 @@
 """The command survive: how much of an edit's effect is left after formats, training, merging and prompts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,14 +54,13 @@ def survive(
     """
     from surgery.data import neutral
     from surgery.delta import Delta, open_delta
-    from surgery.files.atomic import check_destination, publish, temporary, write_json
+    from surgery.files.atomic import check_destination
 
     check_destination(out)
     open_delta(delta)
     check_opening(checkpoint, device)
     import_libraries()
     from surgery.progress import Progress
-    from surgery.runs.report import page, save
     from surgery.survive import question_of, report
     from surgery.survive import survive as measured
     from surgery.survive.carry_out import GROUPS
@@ -89,10 +88,20 @@ def survive(
         print(line)
     print(report.verdict(found))
     about = {"delta": str(delta), "checkpoint": checkpoint, "steps": steps, "seed": seed}
-    said = [f"{delta} on {checkpoint}, in memory.", report.verdict(found), *found.notes]
+    _write(out, found, about)
+    print(out / "survive.html")
+
+
+def _write(out: Path, found: Any, about: dict[str, Any]) -> None:
+    """The numbers, the page and its picture, in the new folder ``out``."""
+    from surgery.files.atomic import publish, temporary, write_json
+    from surgery.runs.report import page, save
+    from surgery.survive import report
+
+    delta, checkpoint = about["delta"], about["checkpoint"]
     text, pictures = page(
         title="What is left of the edit",
-        lines=said,
+        lines=[f"{delta} on {checkpoint}, in memory.", report.verdict(found), *found.notes],
         tables=[report.table(found)],
         figures={"survive": report.picture(found)},
         commands=[f"surgery survive {delta} {checkpoint} --out again"],
@@ -101,4 +110,3 @@ def survive(
         write_json(part / "survive.json", about | report.to_dict(found))
         save(part / "survive.html", text, pictures)
         publish(part, out)
-    print(out / "survive.html")
