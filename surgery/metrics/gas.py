@@ -198,22 +198,12 @@ def generate(
             for number in range(sampling.samples)
         ]
     )
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    first = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(
-        max_new_tokens=sampling.length,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=ends,
-        pad_token_id=0 if first is None else first,
-    )
+    config = _greedy(model, tokenizer, sampling.length)
     texts = [""] * len(rows)
     generate_ids: Any = model.generate
     tokens = 2048 if model.device.type == "cpu" else 32768
-    width_of = [
-        tuple(row) + (0,) * sampling.length for row in repeated
-    ]  # a row grows to this width; those of one width need no padding
+    # A row grows to this width; those of one width need no padding.
+    width_of = [tuple(row) + (0,) * sampling.length for row in repeated]
     with evaluating(model), plain_generation(model):
         for group in mine(batches_for(model, width_of, tokens=tokens, equal=not _pads_left(model))):
             padded, mask = _left([repeated[row] for row in group], model.device)
@@ -230,6 +220,20 @@ def generate(
             if step:
                 step(len([row for row in group if row % sampling.samples == 0]))
     return ["".join(each) for each in zip(*gathered(texts), strict=True)]  # each text is of one process, else empty
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
+    """Each next token the likeliest (a processor of logits draws it), up to the model's end or ``length`` tokens."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    first = ends[0] if isinstance(ends, list) else ends
+    return GenerationConfig(
+        max_new_tokens=length,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=0 if first is None else first,
+    )
 
 
 def _pads_left(model: PreTrainedModel) -> bool:

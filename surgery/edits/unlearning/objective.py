@@ -49,16 +49,8 @@ def batch_losses(
     The latter is the mean negative log-likelihood of the sentences to forget over the reference's of the same
     sentences: NPO itself stays bounded while a model collapses.
     """
-    texts: list[tuple[int, str]] = []
-    unrelated, first = [], []
-    for item in items:
-        first.append(len(texts))
-        if item.role == "unrelated":
-            unrelated.append(item)
-        elif item.role == "prefer":
-            texts += [(item.triple, other(item.side)), (item.triple, item.side)]
-        else:
-            texts.append((item.triple, item.side))
+    texts, first = _texts(items)
+    unrelated = [item for item in items if item.role == "unrelated"]
     targeted = [rows[triple][side] for triple, side in texts]
     plain = [rows[item.triple][item.side] for item in unrelated]
     batch = pad([row.ids for row in (*targeted, *plain)], range(len(targeted) + len(plain)), model.device)
@@ -102,6 +94,19 @@ def batch_losses(
             ratio = float(logp[at].detach().sum() / reference[at].sum())
         values = values.index_copy(0, mine, part)
     return values, ratio
+
+
+def _texts(items: Sequence[Item]) -> tuple[list[tuple[int, str]], list[int]]:
+    """The sentences (triple, side) whose log-probability the items ask for, and where each item's begin among them."""
+    texts: list[tuple[int, str]] = []
+    first = []
+    for item in items:
+        first.append(len(texts))
+        if item.role == "prefer":
+            texts.append((item.triple, other(item.side)))
+        if item.role != "unrelated":
+            texts.append((item.triple, item.side))
+    return texts, first
 
 
 PUSHES = ("forget", "prefer")
