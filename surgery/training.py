@@ -7,22 +7,21 @@ processes there are. A step of one part is computed by every process alike.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
 from surgery.errors import Diverged, SurgeryError
-from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved, total
+from surgery.gradients import backward, deterministic
+from surgery.objective import ASKED, Losses, Moved, ask, check_gradient, moved
 from surgery.processes import count as processes
 from surgery.processes import first as is_first
-from surgery.processes import joined, mine, wait
+from surgery.processes import wait
 from surgery.training_state import Mean, TrainingState
 
 Log = Callable[[dict[str, Any]], None]
@@ -130,7 +129,7 @@ def train(
     device = next(iter(parameters.values())).device
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     first = _first(count, plan, seed)
-    with _deterministic(device):
+    with deterministic(device):
         before = ask(model, parameters, asked or losses, first, half=half) if first else None
     if before:
         check_gradient(before, len(parameters))
@@ -143,7 +142,7 @@ def train(
     ended = [after(step + 1, None) for step in range(len(done))] if after else []
     if processes() > 1:
         wait()  # the state was read by all before one writes it anew
-    with _deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
+    with deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
         for step, rows in enumerate(_portions(count, plan, seed)):
             if step < len(done):
                 continue
@@ -154,7 +153,7 @@ def train(
                 group["lr"] = rate * group["factor"]  # of ``rates``, or set by ``after``; saved with the optimizer
             optimizer.zero_grad()
             drawn = seed * 1_000_003 + step if plan.dropout else None
-            value = _gradients(model, parameters, losses, rows, plan.parts, half, drawn)
+            value = backward(model, parameters, losses, rows, plan.parts, half, drawn)
             _check_loss(value, plan, step + 1)
             if plan.clip:
                 nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
@@ -173,53 +172,11 @@ def train(
     mean.put()
     _check_finite(parameters, plan, len(done))
     optimizer.zero_grad()
-    with _deterministic(device):
+    with deterministic(device):
         far = moved(before, ask(model, parameters, asked or losses, first, half=half)) if before else None
     if kept and is_first():
         kept.file.unlink(missing_ok=True)
     return done, far
-
-
-def _gradients(
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    losses: Losses,
-    rows: list[int],
-    parts: int,
-    half: torch.dtype | None,
-    drawn: int | None,
-) -> float:
-    """The mean loss of ``rows``; its gradient is left in the parameters, the same however many processes there are.
-
-    A part's random numbers (dropout) are those of ``drawn`` and its number.
-    """
-    device = next(iter(parameters.values())).device
-    pieces = [piece.tolist() for piece in np.array_split(rows, min(parts, len(rows)))]
-    shared = len(pieces) > 1 and processes() > 1
-    values = np.zeros(len(pieces))
-    found: dict[int, tuple[Tensor | None, ...]] = {}
-    for number in mine(range(len(pieces))) if shared else range(len(pieces)):
-        if drawn is not None:
-            torch.manual_seed(drawn + 7_368_787 * number)
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            loss = total(losses(model, pieces[number])).float().mean() * (len(pieces[number]) / len(rows))
-        values[number] = float(loss.detach())
-        if shared:
-            found[number] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        else:
-            loss.backward()
-    if not shared:
-        return float(sum(values))
-    for place, parameter in enumerate(parameters.values()):
-        every = parameter.new_zeros(len(pieces), *parameter.shape)
-        for number, gradients in found.items():
-            if (gradient := gradients[place]) is not None:
-                every[number] = gradient
-        every = joined(every)
-        parameter.grad = every[0]
-        for gradient in every[1:]:  # in this order, as one process adds them up
-            parameter.grad = parameter.grad + gradient
-    return float(sum(joined(values)))
 
 
 def _optimizer(
@@ -280,21 +237,3 @@ def _check_finite(parameters: dict[str, nn.Parameter], plan: Plan, steps: int) -
                 f"training: {name} is not finite after step {steps} with learning rate {plan.lr:g}; "
                 "no delta was written; lower lr, or use float32"
             )
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels where there is a choice, so that the same recipe gives the same bytes."""
-    mode = torch.get_deterministic_debug_mode()
-    how: Any = torch.utils.deterministic
-    filled = how.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Else every new tensor is filled with NaN, to show reads of what was never written: an eighth of a step's time.
-    how.fill_uninitialized_memory = False
-    try:
-        # On a GPU the fused attention kernels add up gradients in no fixed order; the plain one does not.
-        with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
-            yield
-    finally:
-        how.fill_uninitialized_memory = filled
-        torch.set_deterministic_debug_mode(mode)

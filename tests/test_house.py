@@ -14,7 +14,7 @@ FLOORS = (
     ("modules", "devices", "weights"),
     ("delta",),
     ("apply",),
-    ("checkpoints", "data", "forward", "moved", "objective", "training", "training_state"),
+    ("checkpoints", "data", "forward", "gradients", "moved", "objective", "training", "training_state"),
     ("adapters",),
     ("metrics",),
     ("edits",),
