@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +68,7 @@ def operate(checkpoint: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     """Each term has its texts, LFTF stands beside the edit, three distances are measured before and after."""
-    summary = operate(checkpoint, tmp_path / "run", controls=["lftf"])
+    summary = operate(checkpoint, tmp_path / "run", controls=["lftf"], even_hints=True)
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
     assert set(summary["edit"]["terms"]) == {"words", "hints", "settled", "texts"}
     assert summary["edit"]["terms"]["hints"] == 100
@@ -324,6 +325,23 @@ def test_what_is_held_counts_the_words_ratio_by_its_own_weight() -> None:
     among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
     apart = (among[0].exp() * (among[0] - among[1])).sum(-1)
     torch.testing.assert_close(losses[1] - losses[0], 2.0 * apart)
+
+
+def test_evened_hints_stand_with_every_hint_side_by_side() -> None:
+    """Also when some are drawn; and only then their targets depend on each other."""
+    for words, hints in (("he", "she"), "his her"), (("he", "she", "they"), "his her their"):
+        prompts = replace(load_prompt_set(), words=WordSet(words))
+        found = dataset.hints(prompts, seed=0, each=4, every=True)
+        for lines in (found, dataset.some(found, 30, 1, size=len(words))):
+            groups = [lines[at : at + len(words)] for at in range(0, len(lines), len(words))]
+            assert all(
+                len({re.sub(rf"\b({hints.replace(' ', '|')})\b", "_", one) for one in each}) == 1 for each in groups
+            )
+            assert all(f" {hint} " in one for each in groups for hint, one in zip(hints.split(), each, strict=True))
+        assert len(set(found)) == len(found) and len(lines) == 30
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "texts")}
+    terms = work.word_terms(equalize.Settings(even_hints=True), ids, (5, 6), (0.5, 0.5))
+    assert [one.name for one in terms if one.together] == ["hints"]
 
 
 def test_hints_of_unseen_templates_are_dealt_out_evenly() -> None:

@@ -53,18 +53,23 @@ def prompts_to_equalize(
     return list(dict.fromkeys(found))
 
 
-def hints(prompts: PromptSet, *, seed: int, each: int) -> list[str]:
-    """Hint prompts of the training professions: the set's own with every hint, and ``each`` of the grammar's."""
+def hints(prompts: PromptSet, *, seed: int, each: int, every: bool = False) -> list[str]:
+    """Hint prompts of the training professions: the set's own with every hint, and ``each`` of the grammar's.
+
+    Of these, too, each stands with ``every`` hint, one after the other, in as many fewer templates.
+    """
     if not (prompts.hint_templates and prompts.words.hints):
         return []
     own = genhint.records("train", seed, both=True, prompts=prompts)
     templates, words = shapes.hint_templates("train"), prompts.words.hints
     people = [*dict.fromkeys(row.profession for row in own), *shapes.people("train")] if of_people(prompts) else []
     more = []
+    times = -(-each // len(words)) if every else each
     for number, name in enumerate(people):
-        for turn in range(number * each, number * each + each):
+        for turn in range(number * times, number * times + times):
             text = shapes.fill(templates[turn % len(templates)], name)
-            more.append(text.replace("{hint}", words[(turn + turn // len(templates)) % len(words)]))
+            one = words[(turn + turn // len(templates)) % len(words)]
+            more += [text.replace("{hint}", word) for word in (words if every else (one,))]
     return list(dict.fromkeys([row.text for row in own] + more))
 
 
@@ -196,12 +201,12 @@ def encoded(
     return ids
 
 
-def some(lines: Sequence[str], limit: int, seed: int) -> list[str]:
-    """``limit`` of the lines drawn by the seed, in their order; all for 0."""
+def some(lines: Sequence[str], limit: int, seed: int, size: int = 1) -> list[str]:
+    """``limit`` of the lines drawn by the seed, in their order, ``size`` of them together; all for 0."""
     if not limit or limit >= len(lines):
         return list(lines)
-    drawn = np.random.default_rng(seed).choice(len(lines), size=limit, replace=False)
-    return [lines[place] for place in sorted(drawn.tolist())]
+    drawn = np.random.default_rng(seed).choice(len(lines) // size, size=-(-limit // size), replace=False)
+    return [lines[place * size + turn] for place in sorted(drawn.tolist()) for turn in range(size)]
 
 
 def refuse_both(equalized: Sequence[str], held: Sequence[str], where: str) -> None:

@@ -99,8 +99,10 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     words = dataset.prompts_to_equalize(
         prompts, own=settings.own, own_each=settings.own_each, each=settings.each, **where
     )
+    size = len(prompts.words.words) if settings.even_hints else 1
+    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, every=settings.even_hints)
     held = {
-        "hints": dataset.some(dataset.hints(prompts, seed=seed, each=settings.hints_each), settings.hints, drawn),
+        "hints": dataset.some(hints, settings.hints, drawn, size=size),
         "settled": dataset.settled(
             prompts,
             each=settings.settled_each,

@@ -18,7 +18,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat"
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
-    *("hold_hints", "hints_each"),
+    *("hold_hints", "hints_each", "even_hints"),
 )
 
 
@@ -106,7 +106,10 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     hold_positions: Literal["all", "last"] = "all"
     """Of the sentences and of your texts: every position, or the last one."""
     hints_each: int = Field(6, ge=0)
-    """In how many of the grammar's hint shapes each person stands."""
+    """In how many of the grammar's hint shapes each person stands; with even_hints every hint counts as one."""
+    even_hints: bool = False
+    """Take the person's own preference out of hint prompts, too: each stands there with every hint, and what is learnt
+    are the untouched model's log odds without what these have in common, the words' mass as it was."""
     settled_each: int = Field(8, ge=0)
     """In how many of the shapes each thing, plural, gendered noun, relation and name stands; who is equalised stands
     in two more, introduced as Mr. or Ms. and as several people."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hooks import anatomy
 from surgery.delta import Delta
 from surgery.edits.block import fine_tune, names_of
-from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words_term
+from surgery.edits.equalize import Prepared, equalize, hints_term, hold_term, prepare, words_term
 from surgery.edits.equalize.terms import Term
 from surgery.edits.equalize.training import inside
 from surgery.edits.places import choose
@@ -68,8 +68,11 @@ def word_terms(
     for name, weight in weights.items():
         if weight and ids.get(name):
             at = settings.hold_positions if name == "texts" else "last"
-            ratio = settings.hold_emphasis if name != "texts" else 0.0
-            found.append(hold_term(name, ids[name], positions=at, weight=weight, words=words, emphasis=ratio, top=top))
+            given: Any = {"weight": weight, "emphasis": settings.hold_emphasis if name != "texts" else 0.0, "top": top}
+            if name == "hints" and settings.even_hints:
+                found.append(hints_term(name, ids[name], words, shares=shares, **given))
+            else:
+                found.append(hold_term(name, ids[name], positions=at, words=words, **given))
     return found
 
 
