@@ -39,6 +39,15 @@ class Touched:
             found |= group.split({name: self.parameters[name].detach() for name in group.held})
         return found
 
+    def parameters_of(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{parameter: numbers} of `values`, by the base's names, as the model holds them; 0 where it joins others."""
+        found = {held: values[name] for name, held in self.names.plain if name in values}
+        for group in self.names.joined:
+            pieces = group.split({name: self.parameters[name].detach() for name in group.held})
+            if values.keys() & pieces.keys():
+                found |= group.join({name: values.get(name, torch.zeros_like(piece)) for name, piece in pieces.items()})
+        return found
+
     def write(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put `values` into the model, in place; what is not among them stays."""
         with torch.no_grad():
