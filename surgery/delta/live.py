@@ -76,7 +76,9 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
         odd = differences(base, live)
         if odd:
-            raise SurgeryError(f"the model is of another architecture than the delta's base: {brief(odd)}")
+            raise SurgeryError(
+                f"the model is of another architecture than the delta's base: {brief(odd)}; it cannot fit"
+            )
         matrices = [name for name in delta.shapes if is_vocabulary(name)]
         if matrices and bool(base.get("tied")) != _tied(parameters, bool(live.get("tied"))):
             raise SurgeryError(
@@ -98,7 +100,8 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
     for name, shape in delta.shapes.items():
         if shapes.get(name) != shape:
             raise SurgeryError(
-                f"{name}: the model has shape {list(shapes.get(name, ()))}, the delta's base {list(shape)}"
+                f"{name}: the model has shape {list(shapes.get(name, ()))}, the delta's base {list(shape)}; "
+                "it cannot fit"
             )
     return found
 
