@@ -84,6 +84,8 @@ def _read_config(adapter: Path) -> Any:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    if not (adapter / CONFIG).is_file():
+        raise SurgeryError(f"{adapter}: holds no {CONFIG}; give the folder of a PEFT adapter")
     content = read_json(adapter / CONFIG)
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind not in {str(known.value) for known in PEFT_TYPE_TO_TUNER_MAPPING}:

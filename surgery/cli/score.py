@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from surgery.cli.app import Debug, Device, Model, Quiet, command, examples
+from surgery.cli.app import Debug, Device, Model, Quiet, command, examples, to_write
 from surgery.cli.attribute import (
     Adapter,
     Column,
@@ -41,7 +41,7 @@ def score(
     model: Model,
     data: Data,
     probe: ProbeFile,
-    json_file: Annotated[Path, typer.Option("--json", help="The scores, one row on each line.")],
+    json_file: Annotated[Path, to_write("--json", "The scores, one row on each line.")],
     contrast: Annotated[
         Path | None, typer.Option("--contrast", help="The probe's twins in the same order, if not in its column anti.")
     ] = None,
@@ -59,7 +59,7 @@ def score(
     twins: Annotated[
         Path | None, typer.Option("--twins", help="Pairs (text, anti) of neither data nor probe, for the twin test.")
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Show the top texts' tokens by what they add.")] = None,
+    html: Annotated[Path | None, to_write("--html", "Show the top texts' tokens by what they add.")] = None,
     cut: Annotated[
         int, typer.Option("--cut", min=0, help="Only the first tokens of longer texts; 0 refuses them.")
     ] = 0,
