@@ -272,7 +272,7 @@ def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
     assert dataset.several(named) == ["potters", "notaries", "midwives"]
     asked = {"seed": 0, "split": "profession", "count": 200, "each": 2}
     whole = dataset.settled(load_prompt_set(), **asked)  # type: ignore[arg-type]
-    some = dataset.settled(load_prompt_set(), **asked, limit=300, drawn=1)  # type: ignore[arg-type]
+    some = dataset.alike(whole, 300, 1)
     for name in dataset.several(shapes.people("train")[:20]):
         assert any(name in text for text in whole)
     assert len(some) == 300
@@ -280,13 +280,34 @@ def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
     kinds = {row.text: row.kind for row in locality.records("train")}
     counts = Counter(kinds[text] for text in some if text in kinds)
     assert counts["text"] == 20  # all that there are
-    drawn = dataset._alike({str(place): "many" if place % 10 else "few" for place in range(100)}, 14, 0)
+    drawn = dataset.alike({str(place): "many" if place % 10 else "few" for place in range(100)}, 14, 0)
     assert sum(int(line) % 10 == 0 for line in drawn) == 7
+
+
+def test_facts_are_held_apart_and_by_a_weight_of_their_own() -> None:
+    """So many of each, none among the settled; and their ratio counts on top of that of the others."""
+    kinds = {f"{kind} {place}": kind for kind in ("nouns", "relations", "things", "names") for place in range(20)}
+    held = dataset.held_kinds(kinds, 10, 6, 0)
+    assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
+    assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
+    assert dataset.held_kinds(kinds, 0, 8, 0) == {"settled": dataset.alike(kinds, 8, 0)}
+    assert set(dataset.FACTS) <= set(
+        dataset.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2).values()
+    )
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "settled", "facts")}
+    settings = equalize.Settings(facts=2, facts_emphasis=2.0, hold_emphasis=1.0)
+    plain, facts = work.word_terms(settings, ids, (5, 6), (0.5, 0.5))[1:]
+    logits, other = torch.randn(2, 9), torch.randn(2, 9)
+    each = [one.loss(other, one.target(logits), (0, 1)) for one in (plain, facts)]
+    among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
+    torch.testing.assert_close(each[1] - each[0], 2.0 * (among[0].exp() * (among[0] - among[1])).sum(-1))
+    with pytest.raises(SurgeryError, match="facts_emphasis: got 2 and facts = 0; name how many"):
+        equalize.Settings(facts_emphasis=2.0).check()
 
 
 def test_a_set_about_other_words_has_no_shapes_about_people() -> None:
     prompts = load_prompt_set("race")
-    assert dataset.settled(prompts, seed=0, split="profession", count=100, each=2) == []
+    assert dataset.settled(prompts, seed=0, split="profession", count=100, each=2) == {}
     rows = genbias.records("profession", "train", 0, prompts)
     found = dataset.prompts_to_equalize(prompts, seed=0, split="profession", own=0, count=100, each=4)
     assert len(found) == len(rows)

@@ -21,6 +21,8 @@ from surgery.operation import Operation
 if TYPE_CHECKING:
     from recipes.equalize.settings import Settings
 
+FACTS = ("nouns", "relations", "gendered")
+"""Kinds of what is settled whose gender is a matter of definition, in the noun itself or in a word before it."""
 SAMPLED = 40  # tokens of a text of the model's own at most
 
 
@@ -81,18 +83,15 @@ def settled(
     count: int,
     each: int,
     more: bool = False,
-    limit: int = 0,
-    drawn: int = 0,
-) -> list[str]:
-    """Subjects whose pronoun is settled: the training parts of locality and of facts of gender, in their own prompts.
+) -> dict[str, str]:
+    """Prompts about subjects whose pronoun is settled, each with its kind: the training parts of locality and of facts.
 
     Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
     differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
-    several people. ``more`` nouns stand there, too. ``limit`` of them, where it is not 0, are drawn by the seed
-    ``drawn``, from each kind alike.
+    several people. ``more`` nouns stand there, too.
     """
     if not of_people(prompts):
-        return []
+        return {}
     rows = [*locality.records("train"), *facts_of_gender.records("train")]
     fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
     templates = shuffled(fitting, seed)
@@ -113,10 +112,18 @@ def settled(
                 break
             found[_settle(templates[place], subject, kind)] = kind
             turn = place + 1
-    return _alike(found, limit, drawn)
+    return found
 
 
-def _alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:
+def held_kinds(kinds: Mapping[str, str], facts: int, settled: int, seed: int) -> dict[str, list[str]]:
+    """So many of the lines ``settled``, each kind alike; apart from them so many ``facts``, where these are not 0."""
+    if not facts:
+        return {"settled": alike(kinds, settled, seed)}
+    ours, others = ({line: kind for line, kind in kinds.items() if (kind in FACTS) == of} for of in (True, False))
+    return {"settled": alike(others, settled, seed), "facts": alike(ours, facts, seed)}
+
+
+def alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:
     """``limit`` of the lines, or all for 0, in their order: from each kind as many, but where it has fewer."""
     if not limit or limit >= len(kinds):
         return list(kinds)

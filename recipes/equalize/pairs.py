@@ -193,7 +193,7 @@ def _settled(settings: "Settings") -> list[str]:
         return []
     at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
     lines = dataset.settled(load_prompt_set(), each=settings.settled_each, **at)
-    return dataset.some(lines, settings.settled, settings.seed)
+    return dataset.some(list(lines), settings.settled, settings.seed)
 
 
 def _split(rows: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:

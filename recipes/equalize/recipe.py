@@ -101,16 +101,10 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     )
     size = len(prompts.words.words) if settings.even_hints else 1
     hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, every=settings.even_hints)
+    settled = dataset.settled(prompts, each=settings.settled_each, more=settings.more_nouns, **where)
     held = {
         "hints": dataset.some(hints, settings.hints, drawn, size=size),
-        "settled": dataset.settled(
-            prompts,
-            each=settings.settled_each,
-            more=settings.more_nouns,
-            limit=settings.settled,
-            drawn=drawn,
-            **where,
-        ),
+        **dataset.held_kinds(settled, settings.facts, settings.settled, drawn),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

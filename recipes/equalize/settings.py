@@ -18,7 +18,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat"
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
-    *("hold_hints", "hints_each", "even_hints"),
+    *("hold_hints", "hints_each", "even_hints", "facts", "facts_emphasis"),
 )
 
 
@@ -93,6 +93,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Only so many hint prompts and settled subjects (of each kind alike) are held, drawn by the seed; 0 holds all.
     Beside pairs 400 settled subjects, drawn from all together."""
     settled: int = Field(0, ge=0)
+    facts: int = Field(0, ge=0)
+    """So many settled subjects with gender by definition (nouns, relations), each kind alike, are a term of their own
+    beside so many ``settled`` of other kinds; 0 draws them among these."""
     more_nouns: bool = False
     """Also hold about 540 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
     hold_hints: float = Field(2.0, ge=0)
@@ -101,6 +104,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     hold_texts: float = Field(3.0, ge=0)
     hold_emphasis: float = Field(0.0, ge=0)
     """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
+    facts_emphasis: float = Field(0.0, ge=0)
+    """The same, of facts alone, on top of it."""
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"
@@ -161,6 +166,10 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
         controls_of(self.controls)
         if not self.pairs and (len(self.scales) != 1 or not 0 < self.scales[0] <= 2):
             raise SurgeryError(f"scales: got {self.scales}; words take one number above 0 up to 2; name one")
+        if self.facts_emphasis and not self.facts:
+            raise SurgeryError(
+                f"facts_emphasis: got {self.facts_emphasis:g} and facts = 0; name how many facts, or leave it out"
+            )
         if self.block != "blocks":
             check_place(self.block, self.model)
         if self.hold_file:

@@ -64,11 +64,14 @@ def word_terms(
     """The terms of the words form: the prompts whose words are equalised, and what is held."""
     top = settings.kept_tokens
     found = [words_term(ids["words"], words, shares=shares, emphasis=settings.emphasis, top=top)]
-    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "texts": settings.hold_texts}
+    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "facts": settings.hold_settled}
+    weights |= {"texts": settings.hold_texts}
     for name, weight in weights.items():
         if weight and ids.get(name):
             at = settings.hold_positions if name == "texts" else "last"
-            given: Any = {"weight": weight, "emphasis": settings.hold_emphasis if name != "texts" else 0.0, "top": top}
+            ratio = settings.hold_emphasis if name != "texts" else 0.0
+            ratio += settings.facts_emphasis if name == "facts" else 0.0
+            given: Any = {"weight": weight, "emphasis": ratio, "top": top}
             if name == "hints" and settings.even_hints:
                 found.append(hints_term(name, ids[name], words, shares=shares, **given))
             else:
