@@ -60,7 +60,7 @@ def score(rows: Sequence[Row], chosen: Int[np.ndarray, " rows"], *, scorer: str,
     answers are unknown, s_dis is 0 over 0 rows. Intervals resample the questions (``question_index``) of a category.
     """
     categories = np.array([row.category for row in rows])
-    blocks = np.array([f"{row.category} {row.index}" for row in rows])
+    blocks = np.unique([f"{row.category} {row.index}" for row in rows], return_inverse=True)[1]
     ambiguous = np.array([row.ambiguous for row in rows])
     right = np.array([row.label for row in rows]) == chosen
     known = np.array([row.target is not None for row in rows])
