@@ -1,7 +1,6 @@
 """BBQ's accuracy and bias scores (Parrish et al. 2022, section 5) by category, through the multiple-choice scorer."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from surgery.data.rows import sample
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.multiple_choice import score as choose
-from surgery.processes import together
 from surgery.progress import Advance
 
 
@@ -117,7 +115,7 @@ def evaluate(
     chat = bool(tokenizer.chat_template) if chat is None else chat
     every = load(folder)
     rows = sample(every, limit, seed, lambda row: (row.category, row.negative, row.ambiguous))
-    asked = together(rows, partial(questions, tokenizer=tokenizer, chat=chat, letters=letters))
+    asked = questions(rows, tokenizer, chat=chat, letters=letters)
     answers = choose(model, tokenizer, asked, special=not chat, step=step)
     chosen = answers.chosen("sum" if letters else "characters")
     scorer = f"{'letter' if letters else 'answer text per character'}, {'chat template' if chat else 'plain prompt'}"
