@@ -10,7 +10,7 @@ from test_cli import surgery
 from surgery.checkpoints import load
 from surgery.data.prompts import load_prompt_set
 from surgery.delta import Delta
-from surgery.runs import fitting, fitting_tasks
+from surgery.runs import fitting
 from surgery.runs.fitting_tasks import equal_words, words_equations
 
 TWO = ("model.layers.2.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight")
@@ -34,7 +34,7 @@ def test_scales_by_hand() -> None:
     groups = np.arange(10)
     untouched, given = odds(*[0.5] * 10, *[0.02] * 10), odds(*[0.01] * 10, *[0.0] * 10)
     slopes = np.stack([turn(slice(10), -0.04), turn(slice(10, 20), -0.02)])  # the second took .02
-    equations = words_equations(untouched, given, slopes, groups)
+    equations = words_equations(untouched, given, slopes, groups, 2.0)
     lacks = [float((each.lack**2).mean()) for each in equations]
     # .01 of the logarithm is .0025 of a share, .02 is .005; the mass is what it was.
     assert lacks == pytest.approx([0.0025**2, 0.005**2, 0.0], rel=1e-3)
@@ -64,29 +64,25 @@ def test_a_ridge_is_chosen_on_groups_left_out() -> None:
     assert fitting.choose([fitting.Equation(1.0, np.full(20, 0.1), alike, np.arange(20))]) == fitting.RIDGES[0]
 
 
-def test_the_fitted_delta_does_what_was_foretold(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Else a delta of noise is drawn back, which moves the words evenly or not.
-    monkeypatch.setattr(fitting_tasks, "HELD", 0.0)
+def test_the_fitted_delta_does_what_was_foretold(checkpoint: Path, tmp_path: Path) -> None:
     whole = edit(checkpoint, TWO, size=0.05)
     whole.save(tmp_path / "delta.safetensors")
     model, tokenizer = load(str(checkpoint))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert fitting.first_block(whole, model) == 1
-    task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1)
+    task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1, hold=0.0)
     found, fit = fitting.fitted(whole, model, task)
     assert all((value == before[name]).all() for name, value in model.state_dict().items())
     assert set(fit.scales) == set(TWO) and fit.found < fit.given
     assert fit.found == pytest.approx(fit.foretold, rel=0.05)
     for name in TWO:
         assert found.tensors[name] == pytest.approx(whole.tensors[name] * np.float32(fit.scales[name]), rel=1e-6)
-    from_the_first = equal_words(model, tokenizer, load_prompt_set("genbias"), start=0)
+    from_the_first = equal_words(model, tokenizer, load_prompt_set("genbias"), start=0, hold=0.0)
     _, same = fitting.fitted(whole, model, from_the_first)
     assert list(same.scales.values()) == pytest.approx(list(fit.scales.values()), abs=1e-3)
 
     out = tmp_path / "fitted.safetensors"
-    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out)
+    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--hold", "0")
     assert code == 0 and f"{fit.found:.4f} fitted" in stdout, stderr
     assert "genbias.relative_gap.all" in stdout and "answers to 2 scales" in stderr
     assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]], rel=1e-5)

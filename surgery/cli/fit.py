@@ -22,6 +22,9 @@ def fit(
     checkpoint: Annotated[str, typer.Argument(help=f"The child, measured in memory. {MODEL_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
     data: PromptSet = "genbias",
+    hold: Annotated[
+        float, typer.Option("--hold", min=0, help="Weight of what is held, beside 1 of what is to come even.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Draws the held prompts.")] = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -50,7 +53,7 @@ def fit(
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     model = model.float()
     start = first_block(edit, model)
-    task = equal_words(model, tokenizer, prompts, start=start, seed=seed, progress=progress)
+    task = equal_words(model, tokenizer, prompts, start=start, seed=seed, hold=hold, progress=progress)
     found, chosen = fitted(edit, model, task, progress=progress)
     rows = measured(model, tokenizer, prompts, {"as it is": edit, "fitted": found}, start=start, progress=progress)
     print(f"{'child, test part':34} {'untouched':>18} {'as it is':>18} {'fitted':>18}")

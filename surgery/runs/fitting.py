@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 RIDGES = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 0.05)
 FOLDS = 5
-ROUNDS = 1
+ROUNDS = 8  # at most: one where the answers are linear, two to four where they are not
+NEAR = 0.05  # by so much of what was foretold the answers may miss it and pass for linear
 QUIET = Progress(quiet=True)
 
 Values = Float[np.ndarray, "answers"]
@@ -68,39 +69,43 @@ class Fit:
     found: float
 
 
-def fitted(
-    delta: Delta, model: "PreTrainedModel", task: Task, *, rounds: int = ROUNDS, progress: Progress = QUIET
-) -> tuple[Delta, Fit]:
+def fitted(delta: Delta, model: "PreTrainedModel", task: Task, *, progress: Progress = QUIET) -> tuple[Delta, Fit]:
     """``delta`` with each tensor at a scale of its own, chosen on ``model``, and what was chosen.
 
     Each matrix has a scale, and all vectors have one. Least squares of the task's equations with a ridge towards 1, by
-    cross-validation over groups; ``rounds`` times, each from the scales of the one before. What is best of all that was
-    looked at is taken. ``model`` is as it was afterwards. Raises ``SurgeryError`` for a delta of kind "module" and one
-    that does not fit ``model``.
+    cross-validation over groups. Where the answers come out as foretold it was as good as linear; else the next round
+    begins there. What is best of all that was looked at is taken. ``model`` is as it was afterwards. Raises
+    ``SurgeryError`` for a delta of kind "module" and one that does not fit ``model``.
     """
     whole = compose([delta])
     names = together(whole)
     parts = directions(whole, model, names)
-    scales, ridge, foretold = np.ones(len(parts)), 0.0, 0.0
-    seen: list[tuple[float, float, float, np.ndarray]] = []  # cost, what is wanted, foretold, scales
-    for turn in range(rounds + 1):
-        asked = parts if turn < rounds else []
+
+    def look(asked: Sequence[Part], scales: Float[np.ndarray, "parts"]) -> list[Equation]:
         label = f"answers to {len(parts)} scales" if asked else "answers at the scales found"
-        at = scaled(whole, names, scales).applied(model)
-        with at, progress.work(label, task.count) as step:
-            equations = task.equations(*task.look(asked, step))
-        wanted = _wanted(equations)
-        lacks = [each.weight * float((each.lack**2).mean()) for each in equations]
-        ridge = ridge or choose(equations)
-        seen.append(
-            (sum(lacks) + ridge * float(((scales - 1) ** 2).sum()), wanted, foretold if turn else wanted, scales)
-        )
-        if turn < rounds:
-            change = solve(equations, ridge, scales - 1)
-            scales, foretold = scales + change, _wanted(equations, change)
-    _, found, foretold, scales = min(seen, key=lambda each: each[0])
+        with scaled(whole, names, scales).applied(model), progress.work(label, task.count) as step:
+            return task.equations(*task.look(asked, step))
+
+    scales, ridge, given = np.ones(len(parts)), 0.0, 0.0
+    best = (np.inf, 0.0, 0.0, scales)  # cost, what is wanted as foretold and as found, scales
+    for turn in range(ROUNDS):
+        equations = look(parts, scales)
+        if turn == 0:
+            ridge, given = choose(equations), wanted(equations)
+            best = (cost(equations, ridge, scales), given, given, scales)
+        change = solve(equations, ridge, scales - 1)
+        foretold = cost(equations, ridge, scales, change), wanted(equations, change)
+        scales = scales + change
+        there = look([], scales)
+        found = cost(there, ridge, scales)
+        if found >= best[0]:
+            break
+        best = (found, foretold[1], wanted(there), scales)
+        if found < (1 + NEAR) * foretold[0]:
+            break
+    _, as_foretold, as_found, scales = best
     chosen = {name: float(scale) for group, scale in zip(names, scales, strict=True) for name in group}
-    return scaled(whole, names, scales), Fit(chosen, ridge, seen[0][1], foretold, found)
+    return scaled(whole, names, scales), Fit(chosen, ridge, given, as_foretold, as_found)
 
 
 def together(delta: Delta) -> list[list[str]]:
@@ -160,14 +165,27 @@ def _apart(equation: Equation, fold: int) -> tuple[Equation, Equation | None]:
     return only(~out), only(out)
 
 
-def _wanted(equations: Sequence[Equation], change: np.ndarray | float = 0.0) -> float:
-    """The mean square of what is wanted and lacks, after a change of the scales."""
-    lacks = [
-        each.lack if isinstance(change, float) else each.lack - change @ each.slopes
-        for each in equations
-        if each.groups is not None
-    ]
-    return float((np.concatenate(lacks) ** 2).mean())
+def _lacks(equations: Sequence[Equation], change: Float[np.ndarray, "parts"] | None) -> list[np.ndarray]:
+    """What each equation lacks, as it is or after a change of the scales."""
+    return [each.lack if change is None else each.lack - change @ each.slopes for each in equations]
+
+
+def wanted(equations: Sequence[Equation], change: Float[np.ndarray, "parts"] | None = None) -> float:
+    """The mean square of what the fit is for and lacks."""
+    pairs = zip(equations, _lacks(equations, change), strict=True)
+    return float((np.concatenate([lack for each, lack in pairs if each.groups is not None]) ** 2).mean())
+
+
+def cost(
+    equations: Sequence[Equation],
+    ridge: float,
+    scales: Float[np.ndarray, "parts"],
+    change: Float[np.ndarray, "parts"] | None = None,
+) -> float:
+    """What ``solve`` makes small: the weighted mean squares of all that lacks, and the ridge; after a ``change``."""
+    total = ridge * float(((scales - 1 + (0.0 if change is None else change)) ** 2).sum())
+    pairs = zip(equations, _lacks(equations, change), strict=True)
+    return total + sum(each.weight * float((lack**2).mean()) for each, lack in pairs)
 
 
 def first_block(delta: Delta, model: "PreTrainedModel") -> int:

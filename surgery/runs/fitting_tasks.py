@@ -21,7 +21,7 @@ from surgery.runs.fitting import QUIET, Equation, Slopes, Task, Values
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELD = 2.0  # weight of the words' shares and of their mass where they are held, beside 1 of the gap
+HELD = 1.0  # weight of the words' shares where they are held, beside 1 of the gap; half of it for their mass
 EACH = 100  # held prompts of a kind, drawn by the seed
 MATTERS = 0.05  # shares are held where the words have so much mass
 
@@ -33,6 +33,7 @@ def equal_words(
     *,
     start: int = 0,
     seed: int = 0,
+    hold: float = HELD,
     progress: Progress = QUIET,
 ) -> Task:
     """The set's development prompts to come even; ``EACH`` of its hints, of facts of gender, of locality held.
@@ -49,7 +50,7 @@ def equal_words(
     held = [of[place].text for of in kinds for place in draw.permutation(len(of))[:EACH]]
     groups = np.unique([row.profession for row in rows], return_inverse=True)[1]
     ids, words = encode(tokenizer, [row.text for row in rows] + held), word_ids(tokenizer, prompts.words.words)
-    return words_task(model, ids, words, groups, start=start, progress=progress)
+    return words_task(model, ids, words, groups, start=start, hold=hold, progress=progress)
 
 
 def words_task(
@@ -59,6 +60,7 @@ def words_task(
     groups: Int[np.ndarray, "equalised"],
     *,
     start: int = 0,
+    hold: float = HELD,
     progress: Progress = QUIET,
 ) -> Task:
     """Even shares of ``words`` after the first prompts, as many as ``groups``; what the model says after the others."""
@@ -74,7 +76,7 @@ def words_task(
 
     def equations(values: Values, slopes: Slopes) -> list[Equation]:
         slopes = slopes.reshape(len(slopes), *shape)
-        return words_equations(untouched, values.reshape(shape), slopes, groups)
+        return words_equations(untouched, values.reshape(shape), slopes, groups, hold)
 
     return Task(look, equations, len(ids))
 
@@ -84,6 +86,7 @@ def words_equations(
     logs: Float[np.ndarray, "prompts words"],
     slopes: Float[np.ndarray, "parts prompts words"],
     groups: Int[np.ndarray, "equalised"],
+    hold: float = HELD,
 ) -> list[Equation]:
     """Shares of the words that are equal on the first prompts, as many as ``groups``; shares and mass held elsewhere.
 
@@ -102,8 +105,8 @@ def words_equations(
     found = [flat(1.0, slice(count), 1 / words - now[:count], np.repeat(groups, words))] if count else []
     if len(mass) > count:
         heavy = np.flatnonzero(mass[count:] >= min(MATTERS, float(np.median(mass[count:])))) + count
-        found.append(flat(HELD, heavy, (before - now)[heavy]))
-    return [*found, Equation(HELD / 2, np.exp(untouched).sum(axis=1) - mass, mean * mass)]
+        found.append(flat(hold, heavy, (before - now)[heavy]))
+    return [*found, Equation(hold / 2, np.exp(untouched).sum(axis=1) - mass, mean * mass)]
 
 
 def _shares(logs: Float[np.ndarray, "prompts words"]) -> Float[np.ndarray, "prompts words"]:
