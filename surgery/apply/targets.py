@@ -66,8 +66,7 @@ def _untie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> d
     chosen = [other for other in stored.matrices if is_vocabulary(other) and any(test(other) for test in wanted)]
     if len(chosen) != len(wanted):
         raise SurgeryError(
-            f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}; "
-            "choose another"
+            f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}"
         )
     return {other: (matrices[0],) for other in chosen}
 
@@ -81,9 +80,7 @@ def _tie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> dic
     wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
     sources = tuple(sorted(name for name in matrices if any(test(name) for test in wanted)))
     if not sources:
-        raise SurgeryError(
-            f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}; choose another"
-        )
+        raise SurgeryError(f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}")
     return {other: sources for other in stored.matrices if is_vocabulary(other)}
 
 
@@ -130,8 +127,7 @@ def elements_of(
     if layer is not None:
         if any(delta.shapes[name] != layer.shape for name in sources):
             raise SurgeryError(
-                f"{stored.path}: {target!r} is {list(layer.shape)}, the delta's base {list(delta.shapes[sources[0]])}; "
-                "it cannot fit"
+                f"{stored.path}: {target!r} is {list(layer.shape)}, the delta's base {list(delta.shapes[sources[0]])}"
             )
         return layer.elements
     entry, where = stored.entry(target), stored.path / stored.places[target]
@@ -142,9 +138,7 @@ def elements_of(
             continue
         longer = is_vocabulary(name) and len(base) == len(entry.shape) and entry.shape[1:] == base[1:]
         if not longer or entry.shape[0] < base[0]:
-            raise SurgeryError(
-                f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}; it cannot fit"
-            )
+            raise SurgeryError(f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}")
         if vocabulary == "refuse":
             raise SurgeryError(
                 f"{where}: {target!r} has {entry.shape[0]} rows (tokens), the delta's base {base[0]}; if the "
