@@ -11,6 +11,7 @@ from hooks import anatomy
 from hooks.errors import Note
 from surgery.edits.block import fine_tune
 from surgery.edits.kept_streams import KeptStreams
+from surgery.edits.supervised import Lora, adapters
 from surgery.errors import SurgeryError
 from surgery.forward import last_position
 from surgery.forward.batching import by_length, pad
@@ -90,6 +91,14 @@ def test_most_families_take_the_shortcut_and_trees() -> None:
     assert len(refused) <= 1, refused
     assert not shallow, shallow
     assert sorted(alone) == ["bloom", "mpt"], alone  # whose distances are counted along the row
+
+
+def test_with_lora_layers_the_last_query_is_asked_alone_and_no_index_is_out_of_bounds() -> None:
+    """Inside a LoRA layer of the attention's writer the stream is cut already: cut again, a GPU would stop for good."""
+    model = build("llama")
+    with adapters(model, Lora(2, 4.0), 0):
+        assert cut_depth(model) == 3
+        assert all(".q_proj." in name for name in queries(model))
 
 
 def test_queries_are_told_from_keys_and_values() -> None:

@@ -69,7 +69,8 @@ def queries(model: PreTrainedModel) -> list[str]:
         row = short_rows(model)[0]
         with probe.unchanged(model), unhooked(model), torch.enable_grad(), ExitStack() as stack:
             for name, module in model.named_modules():
-                if name.startswith(inside) and name != block.attention_writer and isinstance(module, nn.Linear):
+                written = f"{name}.".startswith(f"{block.attention_writer}.")  # it, or a LoRA layer's matrices in it
+                if name.startswith(inside) and not written and isinstance(module, nn.Linear):
                     stack.callback(module.register_forward_hook(watch(name)).remove)
             ids = torch.tensor([row], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, -1]
