@@ -96,32 +96,39 @@ def least_time(
 ) -> float:
     """Median seconds of what no design of that step can leave out: its matrix products, and Adam's pass over memory.
 
-    The products are those of each linear layer that a step calls, with the layer's own weights and as many rows as it
-    gets: forward, and where they are asked for the gradients of the weights and of the rows. Each is written in the way
-    round that is quicker here, and they run one after the other, as in a step.
+    They run one after the other, as in a step.
     """
     optimizer = torch.optim.Adam(parameters.values(), lr=1e-5, fused=True)
-    todo: list[Callable[[], object]] = []
+    todo = [*products(model, lambda: loss(batches[0]).mean().backward()), optimizer.step]
+    with torch.no_grad():
+        return median_of(lambda: [work() for work in todo], len(batches) - 1, model)
+
+
+def products(model: torch.nn.Module, step: Callable[[], object]) -> list[Callable[[], object]]:
+    """The matrix products of each linear layer that ``step`` calls, each in the way round that is quicker here.
+
+    With the layer's own weights and as many rows as it gets: forward, and where they are asked for the gradients of the
+    weights and of the rows.
+    """
+    found: list[Callable[[], object]] = []
 
     def note(layer: torch.nn.Linear, given: tuple[Tensor, ...], _: object) -> None:
         weight, rows = layer.weight.detach(), given[0].detach().flatten(0, -2)
         out = torch.ones(len(rows), len(weight), device=rows.device, dtype=rows.dtype)
-        todo.append(quicker(lambda: rows @ weight.T, lambda: weight @ rows.T.contiguous(), model))
+        found.append(quicker(lambda: rows @ weight.T, lambda: weight @ rows.T.contiguous(), model))
         if layer.weight.requires_grad:
-            todo.append(quicker(lambda: out.T @ rows, lambda: rows.T @ out, model))
+            found.append(quicker(lambda: out.T @ rows, lambda: rows.T @ out, model))
         if given[0].requires_grad:
-            todo.append(quicker(lambda: out @ weight, lambda: weight.T @ out.T.contiguous(), model))
+            found.append(quicker(lambda: out @ weight, lambda: weight.T @ out.T.contiguous(), model))
 
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        loss(batches[0]).mean().backward()
+        step()
     finally:
         for hook in hooks:
             hook.remove()
-    todo.append(optimizer.step)
-    with torch.no_grad():
-        return median_of(lambda: [work() for work in todo], len(batches) - 1, model)
+    return found
 
 
 def quicker(one: Callable[[], object], other: Callable[[], object], model: torch.nn.Module) -> Callable[[], object]:

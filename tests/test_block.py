@@ -9,10 +9,13 @@ import transformers
 from families import build, state
 from tiny_configs import tiny
 
+from benchmarks.block import products
 from hooks.trace_modules import unchanged
-from surgery.edits.block import fine_tune, names_of, word_loss
+from surgery.edits.block import fine_tune, loss_of, names_of, word_loss
 from surgery.errors import SurgeryError
 from surgery.forward.evaluation import evaluating
+from surgery.forward.next_token import next_words
+from surgery.forward.residual_cache import shortcut
 from surgery.forward.word_logs import word_logs, words_of_head
 from surgery.training import Plan, steps_of, trainable
 
@@ -190,3 +193,16 @@ def test_measuring_takes_no_attention_that_plans_and_leaves_the_switch() -> None
             assert not switch()
             raise KeyError
         assert switch() == before is True
+
+
+def test_the_limit_of_a_step_counts_its_products() -> None:
+    """Of a last block's seven matrices forward, by their weights and by their rows, and of the frozen head two."""
+    model = build("llama")
+    ids = ((3, 4, 5), (3, 4, 6, 7), (8, 9))
+    cache = next_words(model, ids, (5, 11), keep=[2]).prefixes[2]
+    taken = cache.steps(model)
+    with trainable(model, names_of(model, [2])), shortcut(model, start=2, words=(5, 11)) as run:
+        found = products(model, lambda: loss_of(run(taken([0, 1, 2]))).mean().backward())
+    shapes = {tuple(sorted(work().shape)) for work in found}  # type: ignore[attr-defined]
+    assert len(found) == 7 * 3 + 2
+    assert {(3, 96), (3, 48), (7, 16), (7, 32)} <= shapes  # three prompts end; their tree has 7 places, without padding
