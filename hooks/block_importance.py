@@ -168,7 +168,10 @@ def ranked(
     for name, table in columns.items():
         broken = np.flatnonzero(~np.isfinite(table).all(1))
         if broken.size:
-            raise HookError(f"BMI ({name}): the stream of block {broken[0]} holds NaN or infinite values")
+            raise HookError(
+                f"BMI ({name}): the stream of block {broken[0]} holds NaN or infinite values; "
+                "try float32, or get the weights again"
+            )
         total, squares = (table[:, 0], table[:, 1]) if aggregate == "mean" else (table[:, 2], table[:, 3])
         scores = total / count if aggregate == "mean" else total
         errors = None

@@ -37,6 +37,9 @@ DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia", "meta")
 """Words that torch knows before a number, as in cuda:1."""
 SCORERS = ("bias-bench", "bos", "sum", "legacy-biasedit", "no-start", "no-start-sum")
 """What a sentence's score is (``surgery.metrics.sentences.DEFINITIONS``)."""
+TREATMENTS = ("formats", "training", "prompts")
+MEASURES = ("auto", "words", "pairs")
+"""What is done to an edited model, and by what its rest is measured (``surgery.survive``)."""
 
 
 def rankings(by: str) -> tuple[str, ...]:
@@ -93,3 +96,18 @@ def check_scorer(name: str) -> None:
     """Raises ``SurgeryError`` for a scorer of sentences that does not exist."""
     if name not in SCORERS:
         raise SurgeryError(f"scorer: got {name!r}, expected one of {', '.join(SCORERS)}")
+
+
+def check_treatments(names: Sequence[str]) -> None:
+    """Raises ``SurgeryError`` for no treatment of an edited model, or one that does not exist."""
+    odd = [name for name in names if name not in TREATMENTS]
+    if odd or not names:
+        raise SurgeryError(
+            f"treatment: got {repr(odd[0]) if odd else 'none'}, expected some of {', '.join(TREATMENTS)}"
+        )
+
+
+def check_measure(name: str) -> None:
+    """Raises ``SurgeryError`` for a way to measure an edit that does not exist."""
+    if name not in MEASURES:
+        raise SurgeryError(f"measure: got {name!r}, expected auto, words or pairs")

@@ -6,7 +6,7 @@ that no number depends on how many processes there are. What is decided or writt
 (``told``, ``first``). ``started`` puts a watch beside the work: where one process ends, the others end with it.
 """
 
-import heapq
+import itertools
 import os
 import sys
 import threading
@@ -20,6 +20,7 @@ from surgery.errors import SurgeryError
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Array = TypeVar("Array")
+_deals = itertools.count()
 BEAT, SILENCE = 2.0, 40.0  # seconds between two signs of life, and without one until a process counts as ended
 
 
@@ -47,19 +48,24 @@ def first() -> bool:
     return index() == 0
 
 
-def mine(items: Sequence[Item], costs: Sequence[float] | None = None) -> list[Item]:
-    """Those of the items, such as batches, that this process computes; there may be none.
+def mine(items: Sequence[Item]) -> list[Item]:
+    """Those of the items, such as batches, that this process computes; there may be none."""
+    return list(items[index() :: count()])
 
-    Each goes to the process with the least to do so far, by ``costs`` or where there are none by number.
+
+def dealt(items: Sequence[Item]) -> Iterator[Item]:
+    """Of the items, one after the other, each goes to the process that is first ready for it; for small ones last.
+
+    Which process that is changes from run to run, so that what is found must not depend on it (``joined``).
     """
-    least = [(0.0, process) for process in range(count())]
-    own, this = [], index()
-    for item, cost in zip(items, costs or [1.0] * len(items), strict=True):
-        load, process = heapq.heappop(least)
-        heapq.heappush(least, (load + cost, process))
-        if process == this:
-            own.append(item)
-    return own
+    if count() == 1:
+        yield from items
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, deal = _get_default_store(), f"surgery dealt {next(_deals)}"  # all processes deal in the same order
+    while (taken := _meeting(lambda: store.add(deal, 1))) <= len(items):
+        yield items[taken - 1]
 
 
 def joined(found: Array) -> Array:

@@ -234,7 +234,12 @@ def test_wrong_usage_is_exit_code_2(words: list[str]) -> None:
 
 def test_where_no_file_can_be_written_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery.checkpoints.load", lambda *_, **__: pytest.fail("opened"))
-    for words in (["--plot", "picture.nonsense"], ["--plot", tmp_path], ["--json", tmp_path]):
+    for words in (
+        ["--plot", "picture.nonsense"],
+        ["--plot", tmp_path],
+        ["--json", tmp_path],
+        ["--json", tmp_path / "new" / "n.json"],
+    ):
         for command in (["locate", "demo"], ["dose", "delta.safetensors", "demo"]):
             code, _, stderr = surgery(*command, *words)
             assert code == 2 and words[0] in stderr

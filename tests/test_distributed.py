@@ -150,10 +150,16 @@ def test_what_does_not_share_its_work_refuses_several_processes(
     assert found.exit_code == 1 and "finetune: got 2 processes, and this recipe works in one" in found.output
 
 
-def test_the_next_batch_goes_to_whoever_has_least_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "count", lambda: 3)
-    shares = []
-    for index in range(3):
-        monkeypatch.setattr(processes, "index", lambda own=index: own)
-        shares.append(["".join(processes.mine("abcdef", costs)) for costs in ([5, 4, 3, 3, 2, 1], None)])
-    assert shares == [["af", "ad"], ["be", "be"], ["cd", "cf"]]
+def test_the_next_batch_goes_to_whoever_is_ready(tmp_path: Path) -> None:
+    def work(rank: int) -> list[list[int]]:
+        found = []
+        for _ in range(2):
+            deal = processes.dealt(range(12))
+            own = [next(deal)] if rank == 0 else []  # which then takes long
+            processes.wait()
+            own += deal if rank == 1 else []
+            processes.wait()
+            found.append([*own, *deal])
+        return found
+
+    assert together(2, work, tmp_path) == [[[0]] * 2, [list(range(1, 12))] * 2]

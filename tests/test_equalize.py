@@ -8,8 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.edits.equalize import divergence, equalize, hold_term, keep, losses_of, prepare, share_out, words_term
-from surgery.edits.equalize.target import among, imbalance, raised
+from surgery.edits.equalize import (
+    divergence,
+    equalize,
+    even_out,
+    hints_term,
+    hold_term,
+    keep,
+    losses_of,
+    prepare,
+    share_out,
+    words_term,
+)
+from surgery.edits.equalize.target import among, imbalance
 from surgery.edits.equalize.terms import Term
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
@@ -35,15 +46,6 @@ def test_the_words_share_their_mass_and_every_other_token_stays() -> None:
     assert torch.allclose(share_out(logp, [0, 1, 2]).exp(), torch.tensor([[0.2, 0.2, 0.2, 0.4]]))
 
 
-def test_a_raised_ratio_keeps_the_mass_and_every_other_token() -> None:
-    """p = (.1, .3, .2, .4), words 1 and 0: 3 to 1 becomes 9 to 1, of .4."""
-    logp = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log()
-    assert torch.allclose(raised(logp, [1, 0], 2.0).exp(), torch.tensor([[0.04, 0.36, 0.2, 0.4]]))
-    assert torch.allclose(raised(logp, [1, 0], 1.0), logp)
-    with pytest.raises(SurgeryError, match="power of x: got 2 and 1 words; expected at least 2"):
-        hold_term("x", HELD, words=[3], power=2.0)
-
-
 def test_the_divergence_is_the_sum_written_out() -> None:
     """q = (.1, .35, .2, .35) against p = (.1, .3, .2, .4): .35 ln(.35/.3) + .35 ln(.35/.4)."""
     p, q = torch.tensor([[0.1, 0.3, 0.2, 0.4]]), torch.tensor([[0.1, 0.35, 0.2, 0.35]])
@@ -64,6 +66,34 @@ def test_the_gap_alone_counts_the_same_at_any_mass() -> None:
         wanted = among(share_out(logp, [1, 3]), [1, 3])
         assert float(imbalance(wanted, logp, [1, 3])) == pytest.approx(expected, abs=1e-6)
         assert float(imbalance(among(logp, [1, 3]), logp, [1, 3])) == pytest.approx(0, abs=1e-7)
+
+
+def test_what_all_hints_of_a_prompt_have_in_common_goes() -> None:
+    """Log odds of 2 after his and -.5 after her become 1.25 and -1.25; at shares of .8 and .2 both are ln 4 more."""
+    p = torch.tensor([[[2.0, 0.0], [0.0, 0.5]]]).softmax(-1) * torch.tensor([[[0.6], [0.3]]])
+    for shares, more in ((None, 0.0), ((0.8, 0.2), math.log(4))):
+        q = even_out(p.log(), shares)
+        assert torch.allclose(q.exp().sum(-1), torch.tensor([[0.6, 0.3]]))
+        assert torch.allclose(q[..., 0] - q[..., 1], torch.tensor([[1.25 + more, -1.25 + more]]), atol=1e-6)
+
+
+def test_the_hints_of_a_prompt_share_a_target(model: Any) -> None:
+    """Two prompts with two hints each: full softmaxes written out, with the ratio's own weight on top."""
+    ready = prepare(model, [words_term(HELD, WORDS), hints_term("hints", PROMPTS, WORDS, emphasis=3.0, top=10)])
+    logp = torch.stack([model(torch.tensor([row])).logits[0, -1].log_softmax(-1) for row in PROMPTS])
+    odds = logp[:, 3] - logp[:, 4]
+    mass, wanted = logp[:, WORDS].logsumexp(-1), []
+    for row, other in enumerate((1, 0, 3, 2)):
+        half = (odds[row] - odds[other]) / 2
+        wanted.append(torch.stack([half, torch.zeros(())]).log_softmax(-1))
+    q = torch.stack(wanted)
+    p = logp[:, WORDS].log_softmax(-1)
+    apart = (q.exp() * (q - p)).sum(-1)  # the other tokens stay, so that it is the words' mass that counts
+    found = losses_of(model, model, ready, [(1, row) for row in range(4)])
+    assert torch.allclose(found, (mass.exp() + 3.0) * apart, atol=1e-6)
+    assert float(apart.detach().max()) > 1e-4
+    with pytest.raises(SurgeryError, match="term 'hints': got 3 prompts for 2 hints"):
+        hints_term("hints", PROMPTS[:3], WORDS)
 
 
 def test_emphasis_adds_the_gap_among_the_words(model: Any) -> None:

@@ -11,52 +11,80 @@ from surgery.checkpoints import load
 from surgery.data.prompts import load_prompt_set
 from surgery.delta import Delta
 from surgery.runs import fitting
+from surgery.runs.fitting_tasks import equal_words, words_equations
 
 TWO = ("model.layers.2.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight")
 
 
 def odds(*logs: float) -> np.ndarray:
-    """P(he), P(she) by prompt, .4 together, from the logarithm of their ratio."""
+    """log P(he), log P(she) by prompt, .4 together, from the logarithm of their ratio."""
     share = 1 / (1 + np.exp(-np.array(logs)))
-    return 0.4 * np.stack([share, 1 - share], axis=1)
+    return np.log(0.4 * np.stack([share, 1 - share], axis=1))
+
+
+def turn(where: slice, by: float) -> np.ndarray:
+    """Slopes at 20 prompts of even shares at which the logarithm of the ratio grows by ``by``, the mass stays."""
+    slopes = np.zeros((20, 2))
+    slopes[where] = by / 2, -by / 2
+    return slopes
 
 
 def test_scales_by_hand() -> None:
-    """One tensor shifts what is equalised, another what is held: the first goes on to 0, the second back."""
+    """One tensor shifts what is equalised, another what is held: the first goes on, the second back."""
     groups = np.arange(10)
-    untouched = odds(*[0.5] * 10, *[0.3] * 10)
-    given = odds(*[0.1] * 10, *[0.2] * 10)  # the first tensor took .4, the second .1
-    moved = np.stack([odds(*[0.0] * 10, *[0.2] * 10), odds(*[0.1] * 10, *[0.175] * 10)])
-    scales, ridge = fitting.solve(untouched, given, moved, groups)
-    assert ridge == fitting.RIDGES[0]
-    assert scales == pytest.approx([1 + fitting.STEP, 0.0], abs=0.06)  # .4 * 1.25 = .5; .1 * 0 = 0; the ridge costs .05
+    untouched, given = odds(*[0.5] * 10, *[0.02] * 10), odds(*[0.01] * 10, *[0.0] * 10)
+    slopes = np.stack([turn(slice(10), -0.04), turn(slice(10, 20), -0.02)])  # the second took .02
+    equations = words_equations(untouched, given, slopes, groups, 2.0)
+    lacks = [float((each.lack**2).mean()) for each in equations]
+    # .01 of the logarithm is .0025 of a share, .02 is .005; the mass is what it was.
+    assert lacks == pytest.approx([0.0025**2, 0.005**2, 0.0], rel=1e-3)
+    change = fitting.solve(equations, 1e-9, np.zeros(2))
+    assert change == pytest.approx([0.25, -1.0], abs=0.01)  # .04 * .25 = .01; -.02 * -1 = .02
+    assert fitting.choose(equations) == fitting.RIDGES[0]
+    # From where they are half way already, half is left to do; a heavy ridge takes them back to 1.
+    assert fitting.solve(equations, 1e9, np.array([0.5, -0.5])) == pytest.approx([-0.5, 0.5], abs=1e-3)
     # Nothing is held: the second has nothing to do and stays.
-    alone, _ = fitting.solve(untouched[:10], given[:10], moved[:, :10], groups)
-    assert alone == pytest.approx([1 + fitting.STEP, 1.0], abs=0.01)
+    alone = words_equations(untouched[:10], given[:10], slopes[:, :10], groups)
+    assert len(alone) == 2 and fitting.solve(alone, 1e-9, np.zeros(2)) == pytest.approx([0.25, 0.0], abs=0.01)
 
 
-def test_the_fitted_delta_does_what_was_foretold(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        fitting, "HELD", 0.0
-    )  # else a delta of noise is drawn back, which moves the words evenly or not
+def test_the_mass_is_held() -> None:
+    """A tensor that takes mass and nothing else is turned back to where the mass was."""
+    given = odds(*[0.0] * 4)
+    equations = words_equations(given + 0.01, given, np.full((1, 4, 2), -0.1), np.arange(4))
+    assert fitting.solve(equations, 1e-12, np.zeros(1)) == pytest.approx([-0.1], rel=0.02)
+
+
+def test_a_ridge_is_chosen_on_groups_left_out() -> None:
+    """What the tensors do to one profession alone is no reason to move them."""
+    draw = np.random.default_rng(0)
+    noise = fitting.Equation(1.0, draw.normal(size=20), 0.1 * draw.normal(size=(15, 20)), np.arange(20))
+    assert fitting.choose([noise]) == fitting.RIDGES[-1]
+    alike = np.tile([[0.1], [-0.1]], (1, 20))
+    assert fitting.choose([fitting.Equation(1.0, np.full(20, 0.1), alike, np.arange(20))]) == fitting.RIDGES[0]
+
+
+def test_the_fitted_delta_does_what_was_foretold(checkpoint: Path, tmp_path: Path) -> None:
     whole = edit(checkpoint, TWO, size=0.05)
     whole.save(tmp_path / "delta.safetensors")
     model, tokenizer = load(str(checkpoint))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    prompts = load_prompt_set("genbias")
-    found, fit = fitting.fitted(whole, model, tokenizer, prompts)
+    assert fitting.first_block(whole, model) == 1
+    task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1, hold=0.0)
+    found, fit = fitting.fitted(whole, model, task)
     assert all((value == before[name]).all() for name, value in model.state_dict().items())
-    assert set(fit.scales) == set(TWO) and fit.foretold < fit.given
+    assert set(fit.scales) == set(TWO) and fit.found < fit.given
+    assert fit.found == pytest.approx(fit.foretold, rel=0.05)
     for name in TWO:
-        assert found.tensors[name] == pytest.approx(whole.tensors[name] * fit.scales[name], rel=1e-6)
-    _, there = fitting.fitted(found, model, tokenizer, prompts)
-    assert there.given == pytest.approx(fit.foretold, rel=0.1)
+        assert found.tensors[name] == pytest.approx(whole.tensors[name] * np.float32(fit.scales[name]), rel=1e-6)
+    from_the_first = equal_words(model, tokenizer, load_prompt_set("genbias"), start=0, hold=0.0)
+    _, same = fitting.fitted(whole, model, from_the_first)
+    assert list(same.scales.values()) == pytest.approx(list(fit.scales.values()), abs=1e-3)
 
     out = tmp_path / "fitted.safetensors"
-    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--quiet")
-    assert code == 0 and f"foretold {fit.foretold:.4f}" in stdout, stderr
-    assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]])
+    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--hold", "0")
+    assert code == 0 and f"{fit.found:.4f} fitted" in stdout, stderr
+    assert "genbias.relative_gap.all" in stdout and "answers to 2 scales" in stderr
+    assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]], rel=1e-5)
     code, _, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--quiet")
-    assert code == 1 and str(out) in stderr
+    assert code == 1 and str(out) in stderr and stderr.count("\n") == 1

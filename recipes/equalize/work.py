@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hooks import anatomy
 from surgery.delta import Delta
 from surgery.edits.block import fine_tune, names_of
-from surgery.edits.equalize import Prepared, equalize, hold_term, prepare, words_term
+from surgery.edits.equalize import Prepared, equalize, hints_term, hold_term, prepare, words_term
 from surgery.edits.equalize.terms import Term
 from surgery.edits.equalize.training import inside
 from surgery.edits.places import choose
@@ -64,15 +64,18 @@ def word_terms(
     """The terms of the words form: the prompts whose words are equalised, and what is held."""
     top = settings.kept_tokens
     found = [words_term(ids["words"], words, shares=shares, emphasis=settings.emphasis, top=top)]
-    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "nouns": settings.hold_settled}
-    powers = {"hints": settings.hint_power, "nouns": settings.noun_power}
-    weights |= {"after nouns": settings.hold_after_nouns, "texts": settings.hold_texts}
+    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "facts": settings.hold_settled}
+    weights |= {"texts": settings.hold_texts}
     for name, weight in weights.items():
         if weight and ids.get(name):
-            how: Any = {"positions": settings.hold_positions if name == "texts" else "last"}
-            settled = name in ("hints", "settled", "nouns")
-            how |= {"emphasis": settings.hold_emphasis if settled else 0.0, "power": powers.get(name, 1.0)}
-            found.append(hold_term(name, ids[name], weight=weight, words=words, top=top, **how))
+            at = settings.hold_positions if name == "texts" else "last"
+            ratio = settings.hold_emphasis if name != "texts" else 0.0
+            ratio += settings.facts_emphasis if name == "facts" else 0.0
+            given: Any = {"weight": weight, "emphasis": ratio, "top": top}
+            if name == "hints" and settings.even_hints:
+                found.append(hints_term(name, ids[name], words, shares=shares, **given))
+            else:
+                found.append(hold_term(name, ids[name], positions=at, words=words, **given))
     return found
 
 

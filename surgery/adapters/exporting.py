@@ -199,7 +199,9 @@ def _saved(delta: Delta, checkpoint: Path | str) -> dict[str, np.ndarray]:
             size = stored.entry(name).elements
             found[name] = values(stored, name, 0, size)
             if name in delta.shapes and delta.shapes[name] != (size,):
-                raise SurgeryError(f"{stored.path}: {name!r} has {size} entries, the delta's base another number")
+                raise SurgeryError(
+                    f"{stored.path}: {name!r} has {size} entries, the delta's base another number; it cannot fit"
+                )
             if name in delta.shapes:
                 found[name] = found[name] + delta.read(name, 0, size)
     return found

@@ -84,12 +84,14 @@ def _read_config(adapter: Path) -> Any:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    if not (adapter / CONFIG).is_file():
+        raise SurgeryError(f"{adapter}: holds no {CONFIG}; give the folder of a PEFT adapter")
     content = read_json(adapter / CONFIG)
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind not in {str(known.value) for known in PEFT_TYPE_TO_TUNER_MAPPING}:
         raise SurgeryError(f"{adapter / CONFIG}: peft_type {str(kind)[:40]!r}; expected a type of peft's, such as LORA")
     if not (adapter / "adapter_model.bin").is_file() and not read_header(adapter / WEIGHTS).tensors:
-        raise SurgeryError(f"{adapter / WEIGHTS}: holds no tensors")
+        raise SurgeryError(f"{adapter / WEIGHTS}: holds no tensors; save the adapter again")
     with _one_line(adapter):
         return PeftConfig.from_pretrained(str(adapter))
 
@@ -105,7 +107,9 @@ def _one_line(adapter: Path) -> Iterator[None]:
         raise
     except Exception as error:  # three libraries raise all kinds of errors about a stranger's files
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SurgeryError(f"{adapter}: peft cannot read it onto this checkpoint ({text})") from error
+        raise SurgeryError(
+            f"{adapter}: peft cannot read it onto this checkpoint ({text}); name its own base"
+        ) from error
 
 
 def _unplain(config: Any) -> str | None:
@@ -264,7 +268,7 @@ def _attached(base: "PreTrainedModel", adapter: Path) -> "nn.Module":
     for warning in said:
         text = " ".join(str(warning.message).split())
         if "missing adapter keys" in text and not _all_named(adapter):
-            raise SurgeryError(f"{adapter}: {text[:240]} It is incomplete, or of another peft version")
+            raise SurgeryError(f"{adapter}: {text[:240]} It is incomplete, or of another peft version; save it again")
     result: Any = set_peft_model_state_dict(peft, load_peft_weights(str(adapter), device="cpu"))
     if result.unexpected_keys:
         raise SurgeryError(

@@ -109,7 +109,10 @@ def choose(
         SurgeryError: kind, architecture, names, tying, types.
     """
     if delta.metadata["kind"] == "module":
-        raise SurgeryError(f"{file.path}: this delta is of kind 'module' (new parts), which a GGUF file cannot hold")
+        raise SurgeryError(
+            f"{file.path}: this delta is of kind 'module' (new parts), which a GGUF file cannot hold; "
+            "apply it to a folder"
+        )
     if touched_type is not None and touched_type not in WRITABLE:
         raise SurgeryError(f"touched type {touched_type!r}: expected one of {', '.join(WRITABLE)}")
     check_architecture(delta, file)
@@ -166,12 +169,16 @@ def _merged_experts(delta: Differences, file: GgufFile, fd: int, one: Choice) ->
     gaps = []
     for number, name in zip(numbers, sources, strict=True):
         if number >= tensor.shape[0]:
-            raise SurgeryError(f"{file.path}: {tensor.name!r} holds {tensor.shape[0]} experts, so there is no {name!r}")
+            raise SurgeryError(
+                f"{file.path}: {tensor.name!r} holds {tensor.shape[0]} experts, so there is no {name!r}; it cannot fit"
+            )
         begin = tensor.begin + number * size
         part = replace(tensor, shape=tensor.shape[1:], begin=begin, end=begin + size)
         layout, _, _, gap = _find_layout(delta, file, fd, part, name)
         if layout != "plain":
-            raise SurgeryError(f"{file.path}: {tensor.name!r} lays out its experts in another order than {name!r}")
+            raise SurgeryError(
+                f"{file.path}: {tensor.name!r} lays out its experts in another order than {name!r}; it cannot fit"
+            )
         gaps.append(gap)
     digest = hashlib.sha256()
     for start, stop in row_groups(tensor):
@@ -201,9 +208,15 @@ def _kind(tensor: GgufTensor, chosen: str | None, file: GgufFile) -> str:
     own = kind in WRITABLE or (kind == tensor.type and kind in KINDS)
     kind = kind if own else SUBSTITUTE.get(kind, "")
     if not kind:
-        raise SurgeryError(f"{file.path}: {tensor.name!r} is {tensor.type}, which holds no weights that can be edited")
+        raise SurgeryError(
+            f"{file.path}: {tensor.name!r} is {tensor.type}, which holds no weights that can be edited; "
+            "take a file of another type"
+        )
     if kind not in ("F16", "BF16", "F32") and tensor.shape[-1] % 32:
-        raise SurgeryError(f"{file.path}: {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of 32 for {kind}")
+        raise SurgeryError(
+            f"{file.path}: {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of 32 for {kind}; "
+            "choose --touched-type F16"
+        )
     return kind
 
 
@@ -245,7 +258,9 @@ def _find_layout(
         other.feed(np.ascontiguousarray(back).reshape(-1))
         candidates.append((gap(other), layout, order))
     if not candidates:
-        raise SurgeryError(f"{file.path}: {tensor.name!r} is {list(tensor.shape)}, the delta's base {list(shape)}")
+        raise SurgeryError(
+            f"{file.path}: {tensor.name!r} is {list(tensor.shape)}, the delta's base {list(shape)}; it cannot fit"
+        )
     distance, layout, order = min(candidates, key=lambda found: found[0])
     if vector and distance > sketch.DISTANT:
         raise SurgeryError(

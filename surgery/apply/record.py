@@ -174,7 +174,9 @@ def read_record(stored: CheckpointFiles, name: str) -> Record:
             raise SurgeryError(f"{stored.path}: {tensor[:80]!r} is gone or has another dtype; undo is impossible")
         elements = entry["elements"]
         if type(elements) is not int or not 0 < elements <= place.elements:
-            raise SurgeryError(f"{stored.path}: {tensor[:80]!r} has another shape than when it was edited")
+            raise SurgeryError(
+                f"{stored.path}: {tensor[:80]!r} has another shape than when it was edited; undo is impossible"
+            )
         if mode == "record" and tensor not in header.tensors:
             raise SurgeryError(f"{path}: the original bytes of {tensor[:80]!r} are missing; the record is broken")
     return Record(path, header, Path(str(source)) if reference else None, settings, tensors)

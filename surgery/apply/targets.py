@@ -66,7 +66,8 @@ def _untie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> d
     chosen = [other for other in stored.matrices if is_vocabulary(other) and any(test(other) for test in wanted)]
     if len(chosen) != len(wanted):
         raise SurgeryError(
-            f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}"
+            f"{stored.path}: --tied {tied} means {len(wanted)} tensors, found {', '.join(chosen) or 'none'}; "
+            "choose another"
         )
     return {other: (matrices[0],) for other in chosen}
 
@@ -80,7 +81,9 @@ def _tie(stored: CheckpointFiles, matrices: list[str], tied: Tied | None) -> dic
     wanted = {"embed": (is_embedding,), "head": (is_head,), "both": (is_embedding, is_head)}[tied]
     sources = tuple(sorted(name for name in matrices if any(test(name) for test in wanted)))
     if not sources:
-        raise SurgeryError(f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}")
+        raise SurgeryError(
+            f"{stored.path}: --tied {tied}, but the delta changes only {', '.join(sorted(matrices))}; choose another"
+        )
     return {other: sources for other in stored.matrices if is_vocabulary(other)}
 
 
@@ -127,7 +130,8 @@ def elements_of(
     if layer is not None:
         if any(delta.shapes[name] != layer.shape for name in sources):
             raise SurgeryError(
-                f"{stored.path}: {target!r} is {list(layer.shape)}, the delta's base {list(delta.shapes[sources[0]])}"
+                f"{stored.path}: {target!r} is {list(layer.shape)}, the delta's base {list(delta.shapes[sources[0]])}; "
+                "it cannot fit"
             )
         return layer.elements
     entry, where = stored.entry(target), stored.path / stored.places[target]
@@ -138,7 +142,9 @@ def elements_of(
             continue
         longer = is_vocabulary(name) and len(base) == len(entry.shape) and entry.shape[1:] == base[1:]
         if not longer or entry.shape[0] < base[0]:
-            raise SurgeryError(f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}")
+            raise SurgeryError(
+                f"{where}: {target!r} has shape {list(entry.shape)}, the delta's base {list(base)}; it cannot fit"
+            )
         if vocabulary == "refuse":
             raise SurgeryError(
                 f"{where}: {target!r} has {entry.shape[0]} rows (tokens), the delta's base {base[0]}; if the "

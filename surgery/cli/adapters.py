@@ -53,7 +53,9 @@ def export(
     from surgery.delta import Delta
 
     if (peft is None) == (transformers is None):
-        raise SurgeryError("export: expected either --peft DIR or --transformers DIR")
+        raise SurgeryError(
+            f"export: got {'neither' if peft is None else 'both'} of --peft DIR and --transformers DIR; name one"
+        )
     of_other = {"--rank": rank is not None, "--drop-vectors": drop_vectors, "--served": served}
     if peft is not None:
         of_other = {"--rounding": rounding != "auto", "--seed": seed is not None, "--force": force}

@@ -54,22 +54,28 @@ Device = Annotated[
     typer.Option("--device", help="cpu, cuda, ...; default: the accelerator if there is one; all: several."),
 ]
 SILENT = {"quiet": True, "json_file": None, "plot": None}  # options of the processes beside the first
-# What no file can be written to is wrong usage, which is said before the work and not behind it.
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the numbers to this JSON file.", dir_okay=False, writable=True)
-]
+
+
+def _file(path: Path | None) -> Path | None:
+    """What no file can be written to is wrong usage, which is said before the work and not behind it."""
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise typer.BadParameter(f"got {path}, but {path.parent} is no folder that takes files; create it first")
+    return path
 
 
 def _picture(path: Path | None) -> Path | None:
     if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"got {path}, expected a name that ends in .png (or .svg, .pdf)")
-    return path
+    return _file(path)
 
 
-Plot = Annotated[
-    Path | None,
-    typer.Option("--plot", help="Write a picture to this PNG file.", dir_okay=False, writable=True, callback=_picture),
-]
+def to_write(name: str, text: str, callback: Callable[[Path | None], Path | None] = _file) -> Any:
+    """An option ``name`` for a file that the command writes at its end."""
+    return typer.Option(name, help=text, dir_okay=False, writable=True, callback=callback)
+
+
+JsonFile = Annotated[Path | None, to_write("--json", "Write the numbers to this JSON file.")]
+Plot = Annotated[Path | None, to_write("--plot", "Write a picture to this PNG file.", _picture)]
 PromptSet = Annotated[str, typer.Option("--data", help="Prompt set: genbias, race, or a .toml / .json file.")]
 Part = Annotated[str, typer.Option("--part", help="test, dev, train or all.")]
 Scorer = Annotated[

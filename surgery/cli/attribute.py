@@ -15,7 +15,10 @@ ProbeFile = Annotated[
     Path, typer.Option("--probe", help="The biased texts, in the column text; their twins, if any, in anti.")
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter's directory, to look at its factors.")]
-Weights = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16 or auto.")]
+Weights = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16 or auto."),
+]
 Tokens = Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens run together.")]
 Normalise = Annotated[Literal["cosine", "dot"], typer.Option("--normalise", help="cosine or dot (Eq. 6).")]
 

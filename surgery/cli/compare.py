@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Quiet, command, examples
+from surgery.cli.app import MODEL_HELP, Debug, Device, JsonFile, Quiet, command, examples, to_write
 from surgery.cli.models import check_opening, chosen_recipe, open_model
 from surgery.errors import SurgeryError
 
@@ -16,7 +16,7 @@ Pareto = Annotated[
     str | None,
     typer.Option("--pareto", help="BIAS,COST: the two metrics of the picture; default: what the recipe named."),
 ]
-Html = Annotated[Path | None, typer.Option("--html", help="Write the table and the picture to this HTML file.")]
+Html = Annotated[Path | None, to_write("--html", "Write the table and the picture to this HTML file.")]
 
 
 @command(

@@ -21,6 +21,7 @@ from surgery.cli.app import (
     command,
     examples,
     local,
+    to_write,
 )
 from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
@@ -72,7 +73,7 @@ def dose(
     ] = None,
     json_file: JsonFile = None,
     plot: Plot = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write tables and picture to this HTML file.")] = None,
+    html: Annotated[Path | None, to_write("--html", "Write tables and picture to this HTML file.")] = None,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -22,6 +22,9 @@ def fit(
     checkpoint: Annotated[str, typer.Argument(help=f"The child, measured in memory. {MODEL_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
     data: PromptSet = "genbias",
+    hold: Annotated[
+        float, typer.Option("--hold", min=0, help="Weight of what is held, beside 1 of what is to come even.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Draws the held prompts.")] = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -30,13 +33,16 @@ def fit(
     """Choose a scale for each tensor at which the words come even on the child's development prompts.
 
     What is settled (hints, facts of gender, things; training prompts) is held at what the child says untouched. Nothing
-    is trained: each scale is moved once, and the answer taken as linear. Measure the result on the test part (eval).
+    is trained: how the answers change with each scale is computed, and least squares finds the scales. The table is
+    measured on the child's test prompts, of professions that the scales have not seen.
     """
     from surgery.data.prompts import load_prompt_set
     from surgery.delta import Delta
     from surgery.files.atomic import check_destination
     from surgery.progress import Progress
-    from surgery.runs.fitting import fitted, together
+    from surgery.runs.fitting import first_block, fitted
+    from surgery.runs.fitting_report import measured
+    from surgery.runs.fitting_tasks import equal_words
 
     check_destination(out, overwrite=False)
     prompts, edit = load_prompt_set(data), Delta.load(delta)
@@ -45,8 +51,14 @@ def fit(
     check_opening(checkpoint, device)
     progress = Progress(quiet)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
-    with progress.work("answers to the scales", len(together(edit)) + 2) as step:
-        found, fit = fitted(edit, model.float(), tokenizer, prompts, seed=seed, step=step)
-    low, high = min(fit.scales.values()), max(fit.scales.values())
-    print(f"scales {low:.2f} to {high:.2f}; uneven shares {fit.given:.4f} at scale 1, foretold {fit.foretold:.4f}")
+    model = model.float()
+    start = first_block(edit, model)
+    task = equal_words(model, tokenizer, prompts, start=start, seed=seed, hold=hold, progress=progress)
+    found, chosen = fitted(edit, model, task, progress=progress)
+    rows = measured(model, tokenizer, prompts, {"as it is": edit, "fitted": found}, start=start, progress=progress)
+    print(f"{'child, test part':34} {'untouched':>18} {'as it is':>18} {'fitted':>18}")
+    for place, cells in rows.items():
+        print(f"{place:34} " + " ".join(f"{cell:>18}" for cell in cells))
+    low, high = min(chosen.scales.values()), max(chosen.scales.values())
+    print(f"scales {low:.2f} to {high:.2f}; uneven shares {chosen.given:.4f} as it is, {chosen.found:.4f} fitted (dev)")
     print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")

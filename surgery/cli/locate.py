@@ -1,7 +1,7 @@
 """The command locate: rank the blocks of a model, and compare the rankings."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,8 +46,10 @@ def locate(
         int | None,
         typer.Option("--limit", min=1, help="How many prompts; default 32, 128 for gain alone, all for bmi alone."),
     ] = None,
-    positions: Annotated[str, typer.Option("--positions", help="Of bmi: last or all prompt tokens.")] = "last",
-    aggregate: Annotated[str, typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",
+    positions: Annotated[
+        Literal["last", "all"], typer.Option("--positions", help="Of bmi: last or all prompt tokens.")
+    ] = "last",
+    aggregate: Annotated[Literal["mean", "sum"], typer.Option("--aggregate", help="Of bmi: mean or sum.")] = "mean",
     objective: Annotated[
         str,
         typer.Option("--objective", help="Of gain: equalize (words or pairs), log (LFTF's), npo or dpo (of pairs)."),

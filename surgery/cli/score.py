@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from surgery.cli.app import Debug, Device, Model, Quiet, command, examples
+from surgery.cli.app import Debug, Device, Model, Quiet, command, examples, to_write
 from surgery.cli.attribute import (
     Adapter,
     Column,
@@ -41,7 +41,7 @@ def score(
     model: Model,
     data: Data,
     probe: ProbeFile,
-    json_file: Annotated[Path, typer.Option("--json", help="The scores, one row on each line.")],
+    json_file: Annotated[Path, to_write("--json", "The scores, one row on each line.")],
     contrast: Annotated[
         Path | None, typer.Option("--contrast", help="The probe's twins in the same order, if not in its column anti.")
     ] = None,
@@ -59,7 +59,7 @@ def score(
     twins: Annotated[
         Path | None, typer.Option("--twins", help="Pairs (text, anti) of neither data nor probe, for the twin test.")
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Show the top texts' tokens by what they add.")] = None,
+    html: Annotated[Path | None, to_write("--html", "Show the top texts' tokens by what they add.")] = None,
     cut: Annotated[
         int, typer.Option("--cut", min=0, help="Only the first tokens of longer texts; 0 refuses them.")
     ] = 0,
@@ -101,17 +101,13 @@ def score(
         similar = scorer(_passing(texts(), digest, step), biased)
 
     import_libraries()
-    from hooks.gradient_influence import check_texts, influence, influence_probe
+    from hooks.gradient_influence import check_texts, influence
     from surgery.attribution import score_file as scored
 
     opened, tokenizer = open_adapted(model, adapter, quiet, dtype, device)
-    names = {"influence": biased, "contrast": biased} if antis else {"influence": biased}
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "cut": cut or None, "checkpointing": checkpointing}
     with progress.work("probe", None) as step:
-        found = influence_probe(
-            opened, tokenizer, names, contrast={"contrast": antis} if antis else None,
-            targets=[name.strip() for name in targets.split(",") if name.strip()] or None, **options,
-        )  # fmt: skip
+        found = _probed(opened, tokenizer, biased, antis, targets, options)
         step(len(biased))
     way: Literal["example", "batch"] = "batch" if unit else "example"
     options |= {"normalise": normalise, "unit": way, "unit_size": unit or 1}
@@ -134,9 +130,8 @@ def score(
     if labels is not None:
         tested = None
         if pairs[0]:
-            options |= {"unit": "example"}
-            both = influence(opened, tokenizer, [*pairs[0], *pairs[1]], found, **options).scores
-            tested = (pairs, both)
+            each = options | {"unit": "example"}
+            tested = (pairs, influence(opened, tokenizer, [*pairs[0], *pairs[1]], found, **each).scores)
         _judge(json_file, labels, similar, tested, found.names, data.name, top, seed)
     print(json_file)
 
@@ -149,6 +144,18 @@ def _probe(file: Path, contrast: Path | None) -> tuple[list[str], list[str]]:
     if antis:
         raise SurgeryError(f"--contrast {contrast}: {file} has twins of its own in the column anti; drop one")
     return biased, read_probe(contrast)[0]
+
+
+def _probed(
+    model: Any, tokenizer: Any, biased: list[str], antis: list[str], targets: str, options: dict[str, Any]
+) -> Any:
+    """The gradients of the probe: of its texts and, where they have twins, of each minus its twin's (contrast)."""
+    from hooks.gradient_influence import influence_probe
+
+    names = {"influence": biased, "contrast": biased} if antis else {"influence": biased}
+    layers = [name.strip() for name in targets.split(",") if name.strip()] or None
+    twins = {"contrast": antis} if antis else None
+    return influence_probe(model, tokenizer, names, contrast=twins, targets=layers, **options)
 
 
 def _windows(

@@ -52,18 +52,27 @@ def survive(
     Weights change in memory only. The untouched model gets every treatment, too, and the edit's effect is the
     difference between the two.
     """
+    from surgery.catalogue import TREATMENTS, check_measure, check_scorer, check_treatments
     from surgery.data import neutral
+    from surgery.data.pairs import load
+    from surgery.data.prompts import load_prompt_set
     from surgery.delta import Delta, open_delta
     from surgery.files.atomic import check_destination
 
     check_destination(out)
     open_delta(delta)
+    check_treatments(treatment or TREATMENTS)
+    check_measure(measure)
+    check_scorer(scorer)
+    if data:
+        load_prompt_set(data)
+    if pairs:
+        load(pairs)
     check_opening(checkpoint, device)
     import_libraries()
     from surgery.progress import Progress
     from surgery.survive import question_of, report
     from surgery.survive import survive as measured
-    from surgery.survive.carry_out import GROUPS
 
     edit, progress, lines = Delta.load(delta), Progress(quiet), neutral.sentences(texts)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
@@ -78,7 +87,7 @@ def survive(
         question,
         texts=lines,
         steps=steps,
-        groups=treatment or GROUPS,
+        groups=treatment or TREATMENTS,
         as_stored=as_stored(edit, local(checkpoint), progress),
         force=force,
         seed=seed,

@@ -27,7 +27,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
     if not deltas or len(weights) != len(deltas):
         raise SurgeryError(f"compose: {len(deltas)} deltas and {len(weights)} weights; give one weight per delta")
     if not np.isfinite(weights).all():
-        raise SurgeryError(f"compose: the weights {weights} are not all finite")
+        raise SurgeryError(f"compose: the weights {weights} are not all finite; give a number for each delta")
     first = deltas[0].metadata
     tensors: dict[str, np.ndarray] = {}
     entries: dict[str, Any] = {}
@@ -38,7 +38,9 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
             )
         odd = differences(first["architecture"], delta.metadata["architecture"])
         if odd:
-            raise SurgeryError(f"compose: the deltas have different bases ({odd[0]})")
+            raise SurgeryError(
+                f"compose: the deltas have different bases ({odd[0]}); only deltas of the same base add up"
+            )
         for name, shape in delta.shapes.items():
             entry = delta.metadata["tensors"][name]
             if name in entries:
@@ -71,7 +73,10 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
 
 def _same_base(name: str, left: dict[str, Any], right: dict[str, Any]) -> None:
     if left["shape"] != right["shape"]:
-        raise SurgeryError(f"compose: {name} is {left['shape']} in one delta and {right['shape']} in another")
+        raise SurgeryError(
+            f"compose: {name} is {left['shape']} in one delta and {right['shape']} in another; "
+            "only deltas of the same base add up"
+        )
     if left["sha256"] == right["sha256"]:
         return
     sketches = [unpack_sketch(entry["sketch"]) for entry in (left, right)]

@@ -40,7 +40,10 @@ def check_edit(
     if config is not None:
         odd = differences(resolved(stored.config)[0], facts(config.to_dict()))
         if odd:
-            raise SurgeryError(f"{stored.path}: config.json describes another model than the one given: {brief(odd)}")
+            raise SurgeryError(
+                f"{stored.path}: config.json describes another model than the one given: {brief(odd)}; "
+                "name the model's own checkpoint"
+            )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in parameters]
@@ -69,7 +72,10 @@ def _check_tensor(stored: CheckpointFiles, target: str, name: str, shape: tuple[
     entry = stored.entry(target)
     require_float(entry.dtype, target, stored.path / stored.places[target])
     if shape != entry.shape:
-        raise SurgeryError(f"{name}: the model has {list(shape)} as {target}, {stored.path} has {list(entry.shape)}")
+        raise SurgeryError(
+            f"{name}: the model has {list(shape)} as {target}, {stored.path} has {list(entry.shape)}; "
+            "name the model's own checkpoint"
+        )
 
 
 def _check_room(needed: int, out: Path) -> None:

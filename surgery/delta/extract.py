@@ -174,7 +174,8 @@ def _to_stored(arrays: dict[str, np.ndarray], kind: str, stored: CheckpointFiles
     for name, array in tensors.items():
         if name in stored.places and array.shape != stored.entry(name).shape:
             raise SurgeryError(
-                f"{name}: the difference is {list(array.shape)}, the checkpoint has {list(stored.entry(name).shape)}"
+                f"{name}: the difference is {list(array.shape)}, the checkpoint has {list(stored.entry(name).shape)}; "
+                "name the one that was trained"
             )
     return tensors, names.prefix
 
@@ -191,6 +192,9 @@ def _apart(group: Joined, arrays: Mapping[str, np.ndarray], called: Mapping[str,
         else:
             array = arrays.get(own, np.zeros(0, np.float32))
         if array.size and array.shape != shape:
-            raise SurgeryError(f"{own}: the difference is {list(array.shape)}, the checkpoint gives {list(shape)}")
+            raise SurgeryError(
+                f"{own}: the difference is {list(array.shape)}, the checkpoint gives {list(shape)}; "
+                "name the one that was trained"
+            )
         held[name] = torch.from_numpy(array) if array.size else torch.zeros(shape)
     return {name: np.ascontiguousarray(piece.numpy()) for name, piece in group.split(held).items()}

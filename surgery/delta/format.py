@@ -249,7 +249,10 @@ def open_delta(path: Path | str) -> DeltaFile:
     path = Path(path)
     header = read_header(path)
     if KEY not in header.metadata:
-        raise SurgeryError(f"{path}: a safetensors file, but no delta (no {KEY!r} in its metadata)")
+        raise SurgeryError(
+            f"{path}: a safetensors file, but no delta (no {KEY!r} in its metadata); "
+            "give what surgery run, diff or import wrote"
+        )
     metadata = parse_json(header.metadata[KEY].encode("utf-8", "surrogatepass"), str(path))
     for name, entry in header.tensors.items():
         if entry.dtype not in ("F32", "BF16"):

@@ -39,6 +39,15 @@ class Touched:
             found |= group.split({name: self.parameters[name].detach() for name in group.held})
         return found
 
+    def parameters_of(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{parameter: numbers} of `values`, by the base's names, as the model holds them; 0 where it joins others."""
+        found = {held: values[name] for name, held in self.names.plain if name in values}
+        for group in self.names.joined:
+            pieces = group.split({name: self.parameters[name].detach() for name in group.held})
+            if values.keys() & pieces.keys():
+                found |= group.join({name: values.get(name, torch.zeros_like(piece)) for name, piece in pieces.items()})
+        return found
+
     def write(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put `values` into the model, in place; what is not among them stays."""
         with torch.no_grad():
@@ -67,7 +76,9 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
         base, live = delta.metadata["architecture"], facts(config.to_dict())
         odd = differences(base, live)
         if odd:
-            raise SurgeryError(f"the model is of another architecture than the delta's base: {brief(odd)}")
+            raise SurgeryError(
+                f"the model is of another architecture than the delta's base: {brief(odd)}; it cannot fit"
+            )
         matrices = [name for name in delta.shapes if is_vocabulary(name)]
         if matrices and bool(base.get("tied")) != _tied(parameters, bool(live.get("tied"))):
             raise SurgeryError(
@@ -89,7 +100,8 @@ def touched(delta: Differences, model: nn.Module) -> Touched:
     for name, shape in delta.shapes.items():
         if shapes.get(name) != shape:
             raise SurgeryError(
-                f"{name}: the model has shape {list(shapes.get(name, ()))}, the delta's base {list(shape)}"
+                f"{name}: the model has shape {list(shapes.get(name, ()))}, the delta's base {list(shape)}; "
+                "it cannot fit"
             )
     return found
 

@@ -107,7 +107,9 @@ def check_metadata(metadata: Any, shapes: Mapping[str, tuple[int, ...]], where: 
         expected |= _module_tensors(metadata, shapes, where)
     if expected != set(shapes):
         odd = sorted(expected ^ set(shapes))[0]
-        raise SurgeryError(f"{where}: {odd[:80]!r} stands in the metadata or in the file, but not in both")
+        raise SurgeryError(
+            f"{where}: {odd[:80]!r} stands in the metadata or in the file, but not in both; broken, make it again"
+        )
 
 
 def _check_tree(tree: Any, where: str) -> None:
@@ -158,7 +160,9 @@ def _file_tensors(metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
         else:
             fits, got, names = shapes.get(name, shape) == shape, str(list(shapes.get(name, ()))), {name}
         if not fits:
-            raise SurgeryError(f"{where}: the difference of {name[:80]!r} is {got}, its base {list(shape)}")
+            raise SurgeryError(
+                f"{where}: the difference of {name[:80]!r} is {got}, its base {list(shape)}; broken, make it again"
+            )
         expected |= names
     return expected
 

@@ -172,7 +172,9 @@ def copy_range(
         else:
             moved = os.pwrite(fd_out, os.pread(fd_in, min(count, 4 * 2**20), start + done), at + done)
         if moved == 0:
-            raise SurgeryError(f"a source file became shorter while it was copied (at byte {start + done})")
+            raise SurgeryError(
+                f"a source file became shorter while it was copied (at byte {start + done}); run it again"
+            )
         # Begin to write this piece to the disk now, not at the fsync: Linux starts the write-back of dirty
         # pages that it is told will not be needed, and keeps them until they are written.
         if sync and sys.platform == "linux":

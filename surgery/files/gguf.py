@@ -152,7 +152,9 @@ def open_gguf(path: Path | str) -> GgufFile:
     try:
         cursor = _Cursor(fd, os.fstat(fd).st_size, path)
         if cursor.size < 24 or cursor.take(4) != b"GGUF":
-            raise SurgeryError(f"{path}: no GGUF file (its first bytes are not 'GGUF')")
+            raise SurgeryError(
+                f"{path}: no GGUF file (its first bytes are not 'GGUF'); give a .gguf file, or get it again"
+            )
         version, count, pairs = cursor.one("I"), cursor.one("Q"), cursor.one("Q")
         if version not in (2, 3):
             raise SurgeryError(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian); convert it again")
@@ -171,7 +173,7 @@ def open_gguf(path: Path | str) -> GgufFile:
         )
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 2**20:
-        raise SurgeryError(f"{path}: general.alignment is {alignment!r}, expected a power of two")
+        raise SurgeryError(f"{path}: general.alignment is {alignment!r}, expected a power of two; the file is broken")
     data = -(-cursor.at // alignment) * alignment
     return GgufFile(path, keys, _placed(infos, data, alignment, cursor.size, path), alignment, data, cursor.size)
 
@@ -207,7 +209,9 @@ def _placed(
             elements *= extent
         begin, end = data + offset, data + offset + elements // block * stored
         if shape[-1] % block:
-            raise SurgeryError(f"{path}: {name!r} has rows of {shape[-1]}, no multiple of {known.name}'s {block}")
+            raise SurgeryError(
+                f"{path}: {name!r} has rows of {shape[-1]}, no multiple of {known.name}'s {block}; get it again"
+            )
         if offset % alignment or begin < position or end > size or name in tensors:
             problem = f"is not aligned to {alignment}" if offset % alignment else "overlaps another or leaves the file"
             raise SurgeryError(f"{path}: {name!r} lies at byte {begin} to {end} of {size}: it {problem}; get it again")
@@ -233,7 +237,8 @@ def read_rows(file: GgufFile, fd: int, tensor: GgufTensor, start: int, stop: int
         )
     except NotImplementedError:
         raise SurgeryError(
-            f"{file.path}: {tensor.name!r} is {tensor.type}, which the gguf library cannot read"
+            f"{file.path}: {tensor.name!r} is {tensor.type}, which the gguf library cannot read; "
+            "take a file of another type"
         ) from None
     return raw, numbers.astype(np.float32, copy=False).reshape(stop - start, tensor.shape[-1])
 

@@ -96,7 +96,7 @@ def check_name(name: str, where: str) -> None:
     """
     parts = name.replace("\\", "/").split("/")
     if not name or len(name) > 1024 or not name.isprintable() or ".." in parts or name[0] in "/\\":
-        raise SurgeryError(f"{where}: {name[:80]!r} is no tensor name (a path, unprintable, or too long)")
+        raise SurgeryError(f"{where}: {name[:80]!r} is no tensor name (a path, unprintable, or too long); get it again")
 
 
 def open_regular(path: Path) -> int:
@@ -108,7 +108,9 @@ def open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SurgeryError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise SurgeryError(
+            f"{path}: cannot be opened ({error.strerror}); check the path, and who may read it"
+        ) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise SurgeryError(f"{path}: not a regular file; give a .safetensors file")
@@ -142,7 +144,7 @@ def read_header(path: Path) -> Header:
 def parse_header(raw: bytes, size: int, where: str) -> Header:
     """Check the header's JSON `raw` of a file of `size` bytes. Raises: SurgeryError."""
     if raw[:1] != b"{":  # the format demands it; a leading space would be legal JSON
-        raise SurgeryError(f"{where}: no safetensors file (the header does not start with '{{')")
+        raise SurgeryError(f"{where}: no safetensors file (the header does not start with '{{'); get it again")
     header = parse_json(raw, where)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -155,7 +157,8 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
             raise SurgeryError(
-                f"{where}: {name!r} begins at byte {entry.begin - start}, expected {position - start}: it {problem}"
+                f"{where}: {name!r} begins at byte {entry.begin - start}, expected {position - start}: it {problem}; "
+                "get it again"
             )
         position = entry.end
     if position != size:
@@ -171,21 +174,23 @@ def _entry(name: str, value: Any, start: int, size: int, where: str) -> Entry:
         raise SurgeryError(f"{where}: {name!r} is not described by dtype, shape and data_offsets; the file is broken")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise SurgeryError(f"{where}: {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise SurgeryError(f"{where}: {name!r} has the unknown dtype {str(dtype)[:40]!r}; broken, or update this tool")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise SurgeryError(f"{where}: {name!r} has the impossible shape {str(shape)[:80]}")
+        raise SurgeryError(f"{where}: {name!r} has the impossible shape {str(shape)[:80]}; get it again")
     if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
         raise SurgeryError(
-            f"{where}: {name!r} lies at {str(offsets)[:80]}, outside the file's {size - start} bytes of data"
+            f"{where}: {name!r} lies at {str(offsets)[:80]}, outside the file's {size - start} bytes of data; "
+            "get it again"
         )
     elements = 1
     for extent in shape:  # stop early: the product of 32 large numbers is not worth having
         elements *= extent
         if elements > 2**60:
-            raise SurgeryError(f"{where}: {name!r} has the impossible shape {str(shape)[:80]}")
+            raise SurgeryError(f"{where}: {name!r} has the impossible shape {str(shape)[:80]}; get it again")
     if elements * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise SurgeryError(
-            f"{where}: {name!r} of shape {shape} and dtype {dtype} does not fill its {offsets[1] - offsets[0]} bytes"
+            f"{where}: {name!r} of shape {shape} and dtype {dtype} does not fill its {offsets[1] - offsets[0]} bytes; "
+            "get it again"
         )
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 

@@ -13,10 +13,12 @@ from hooks.attention_kernels import without_plans
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` is in evaluation mode and no gradient is recorded; also after an exception all is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
     try:
         with torch.no_grad(), without_plans():
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode

@@ -23,7 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, logit_budget, sent
 from surgery.forward.evaluation import evaluating
 from surgery.forward.trees import PACK, Ids, Pack, Plan, filled, plans, sees, why_no_trees
-from surgery.processes import joined, mine
+from surgery.processes import dealt, joined
 from surgery.progress import Advance
 
 CPU_TOKENS, CARD_TOKENS = 2048, 4096  # of a batch: on one H100 as quick as 16384, and shared out more evenly
@@ -106,9 +106,7 @@ def _run(
     """The values of all sequences, one after the other, shared over the processes."""
     offsets = np.cumsum([0, *(len(ids) - start for ids, start in zip(rows, starts, strict=True))])
     found, where, values = np.zeros(offsets[-1]), [], []
-    batches = _batches(model, plans(rows, starts, size=size, shared=shared))
-    costs = [len(batch) * max(each.nodes for each in batch) for batch in batches]
-    for planned in mine(batches, costs):
+    for planned in dealt(_batches(model, plans(rows, starts, size=size, shared=shared))):
         batch = [filled(rows, starts, each.rows) for each in planned]
         width = max(len(pack.ids) for pack in batch)
         wanted = [

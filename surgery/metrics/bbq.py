@@ -1,7 +1,6 @@
 """BBQ's accuracy and bias scores (Parrish et al. 2022, section 5) by category, through the multiple-choice scorer."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from surgery.data.rows import sample
 from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.multiple_choice import score as choose
-from surgery.processes import together
 from surgery.progress import Advance
 
 
@@ -60,7 +58,7 @@ def score(rows: Sequence[Row], chosen: Int[np.ndarray, " rows"], *, scorer: str,
     answers are unknown, s_dis is 0 over 0 rows. Intervals resample the questions (``question_index``) of a category.
     """
     categories = np.array([row.category for row in rows])
-    blocks = np.array([f"{row.category} {row.index}" for row in rows])
+    blocks = np.unique([f"{row.category} {row.index}" for row in rows], return_inverse=True)[1]
     ambiguous = np.array([row.ambiguous for row in rows])
     right = np.array([row.label for row in rows]) == chosen
     known = np.array([row.target is not None for row in rows])
@@ -117,7 +115,7 @@ def evaluate(
     chat = bool(tokenizer.chat_template) if chat is None else chat
     every = load(folder)
     rows = sample(every, limit, seed, lambda row: (row.category, row.negative, row.ambiguous))
-    asked = together(rows, partial(questions, tokenizer=tokenizer, chat=chat, letters=letters))
+    asked = questions(rows, tokenizer, chat=chat, letters=letters)
     answers = choose(model, tokenizer, asked, special=not chat, step=step)
     chosen = answers.chosen("sum" if letters else "characters")
     scorer = f"{'letter' if letters else 'answer text per character'}, {'chat template' if chat else 'plain prompt'}"

@@ -1,108 +1,111 @@
 """Scales of a delta's tensors fitted to a relative of its base, where what the relative prefers itself is left.
 
 A delta takes away what its base preferred. A fine-tuned child prefers something else besides, and one scale of the
-whole cannot give it: it needs a shift. The tensors of the delta shift by different amounts, which is measured.
+whole cannot give it: it needs a shift. The tensors of the delta shift by different amounts, which is measured: the
+derivatives of all answers by all scales (``surgery.forward.scale_slopes``), and least squares on them (Gauss-Newton).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
-from surgery.data import facts_of_gender, genbias, genhint, locality
-from surgery.data.prompts import POSSESSIVES, PromptSet
+from hooks import anatomy
 from surgery.delta import Delta, compose
-from surgery.forward.next_token import next_words
-from surgery.forward.tokens import Ids, encode, word_ids
+from surgery.delta.live import touched
+from surgery.forward.scale_slopes import Part
+from surgery.progress import Advance, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from surgery.progress import Advance
-
-STEP = 0.25  # by how much a tensor's scale is moved to see what it does
-HELD = 2.0  # weight of the words' shares and of their mass where they are held, beside 1 of the gap
 RIDGES = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 0.05)
 FOLDS = 5
-EACH = 100  # held prompts of a kind, drawn by the seed
-MATTERS = 0.05  # shares are held where the words have so much mass
+ROUNDS = 8  # at most: one where the answers are linear, two to four where they are not
+NEAR = 0.05  # by so much of what was foretold the answers may miss it and pass for linear
+QUIET = Progress(quiet=True)
+
+Values = Float[np.ndarray, "answers"]
+Slopes = Float[np.ndarray, "parts answers"]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """Wanted: ``slopes.T @ (change of the scales) = lack``; its mean square counts ``weight``.
+
+    With ``groups`` it is what the fit is for, and what a ridge is chosen by: on groups that the others leave out.
+    """
+
+    weight: float
+    lack: Float[np.ndarray, "rows"]
+    slopes: Float[np.ndarray, "parts rows"]
+    groups: Int[np.ndarray, "rows"] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is to answer: how it is looked at, and which equations what was seen gives.
+
+    ``look(parts, step)`` gives the answers, and their derivatives by the scale of each part; ``step`` is told of
+    finished examples, of which there are ``count``.
+    """
+
+    look: Callable[[Sequence[Part], Advance], tuple[Values, Slopes]]
+    equations: Callable[[Values, Slopes], list[Equation]]
+    count: int
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The scales by tensor, and the mean squared distance from equal shares: with the delta, and as foretold."""
+    """The scales by tensor; the mean square of what is wanted, with the delta as it is, as foretold, and as found."""
 
     scales: Mapping[str, float]
     ridge: float
     given: float
     foretold: float
+    found: float
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Development prompts to equalise, each of a group, followed by those that are held."""
-
-    ids: Ids
-    groups: Int[np.ndarray, "equalised"]
-
-
-def texts_of(tokenizer: "PreTrainedTokenizerBase", prompts: PromptSet, seed: int) -> Texts:
-    """The set's development prompts, and ``EACH`` of its hints, of facts of gender and of locality (training parts)."""
-    rows = genbias.records("profession", "dev", genbias.SEED, prompts)
-    kinds: list[Sequence[Any]] = (
-        [genhint.records("train", genbias.SEED, both=True, prompts=prompts)] if prompts.words.hints else []
-    )
-    if set(prompts.words.words) <= set(POSSESSIVES):
-        kinds += [facts_of_gender.records("train"), locality.records("train")]
-    draw = np.random.default_rng(seed)
-    held = [of[place].text for of in kinds for place in draw.permutation(len(of))[:EACH]]
-    groups = np.unique([row.profession for row in rows], return_inverse=True)[1]
-    return Texts(encode(tokenizer, [row.text for row in rows] + held), groups)
-
-
-def fitted(
-    delta: Delta,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: PromptSet,
-    *,
-    seed: int = 0,
-    step: "Advance | None" = None,
-) -> tuple[Delta, Fit]:
+def fitted(delta: Delta, model: "PreTrainedModel", task: Task, *, progress: Progress = QUIET) -> tuple[Delta, Fit]:
     """``delta`` with each tensor at a scale of its own, chosen on ``model``, and what was chosen.
 
-    The scale of each matrix, and of all vectors as one, is moved once, and the answer taken as linear. Least squares:
-    the shares of the words on development prompts to be equal; where they are held, shares and mass as ``model`` has
-    them untouched; and a ridge towards 1, by cross-validation over professions. ``model`` is as it was afterwards; hold
-    it in float32, or rounding hides what a scale does. ``step`` is told of finished passes. Raises ``SurgeryError`` for
-    a delta of kind "module" and one that does not fit ``model``.
+    Each matrix has a scale, and all vectors have one. Least squares of the task's equations with a ridge towards 1, by
+    cross-validation over groups. Where the answers come out as foretold it was as good as linear; else the next round
+    begins there. What is best of all that was looked at is taken. ``model`` is as it was afterwards. Raises
+    ``SurgeryError`` for a delta of kind "module" and one that does not fit ``model``.
     """
-    whole, texts = compose([delta]), texts_of(tokenizer, prompts, seed)
-    words = word_ids(tokenizer, prompts.words.words)
+    whole = compose([delta])
+    names = together(whole)
+    parts = directions(whole, model, names)
 
-    def look() -> Float[np.ndarray, "prompts words"]:
-        found = np.maximum(next_words(model, texts.ids, words).probabilities, 1e-12)
-        if step:
-            step(1)
-        return found
+    def look(asked: Sequence[Part], scales: Float[np.ndarray, "parts"]) -> list[Equation]:
+        label = f"answers to {len(parts)} scales" if asked else "answers at the scales found"
+        with scaled(whole, names, scales).applied(model), progress.work(label, task.count) as step:
+            return task.equations(*task.look(asked, step))
 
-    untouched = look()
-    with whole.applied(model, force=True):
-        given, moved = look(), []
-        for names in (parts := together(whole)):
-            with _only(whole, names).applied(model, scale=STEP, force=True):
-                moved.append(look())
-    scales, ridge = solve(untouched, given, np.stack(moved), texts.groups)
-    answer = _shares(
-        np.log(given) + np.einsum("npw,n->pw", np.log(np.stack(moved)) - np.log(given), (scales - 1) / STEP)
-    )
-    count = len(texts.groups)
-    chosen = {name: float(scale) for names, scale in zip(parts, scales, strict=True) for name in names}
-    fit = Fit(chosen, ridge, _uneven(_shares(np.log(given))[:count]), _uneven(answer[:count]))
-    tensors = {name: array * np.float32(chosen[name]) for name, array in whole.tensors.items()}
-    return replace(whole, tensors=tensors), fit
+    scales, ridge, given = np.ones(len(parts)), 0.0, 0.0
+    best = (np.inf, 0.0, 0.0, scales)  # cost, what is wanted as foretold and as found, scales
+    for turn in range(ROUNDS):
+        equations = look(parts, scales)
+        if turn == 0:
+            ridge, given = choose(equations), wanted(equations)
+            best = (cost(equations, ridge, scales), given, given, scales)
+        change = solve(equations, ridge, scales - 1)
+        foretold = cost(equations, ridge, scales, change), wanted(equations, change)
+        scales = scales + change
+        there = look([], scales)
+        found = cost(there, ridge, scales)
+        if found >= best[0]:
+            break
+        best = (found, foretold[1], wanted(there), scales)
+        if found < (1 + NEAR) * foretold[0]:
+            break
+    _, as_foretold, as_found, scales = best
+    chosen = {name: float(scale) for group, scale in zip(names, scales, strict=True) for name in group}
+    return scaled(whole, names, scales), Fit(chosen, ridge, given, as_foretold, as_found)
 
 
 def together(delta: Delta) -> list[list[str]]:
@@ -111,62 +114,83 @@ def together(delta: Delta) -> list[list[str]]:
     return [[name] for name in delta.shapes if name not in vectors] + ([vectors] if vectors else [])
 
 
-def _only(whole: Delta, names: Sequence[str]) -> Delta:
-    entries = {name: whole.metadata["tensors"][name] for name in names}
-    return Delta({name: whole.tensors[name] for name in names}, whole.metadata | {"tensors": entries})
+def directions(whole: Delta, model: "PreTrainedModel", names: Sequence[Sequence[str]]) -> list[Part]:
+    """{parameter: its difference} of each group of tensors, as the model holds them."""
+    held = touched(whole, model)
+    return [
+        held.parameters_of({name: torch.from_numpy(whole.tensors[name]).to(model.device) for name in group})
+        for group in names
+    ]
 
 
-def _shares(logs: Float[np.ndarray, "prompts words"]) -> Float[np.ndarray, "prompts words"]:
-    raised = np.exp(logs - logs.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+def scaled(whole: Delta, names: Sequence[Sequence[str]], scales: Float[np.ndarray, "parts"]) -> Delta:
+    """``whole`` with the tensors of each group multiplied by the group's scale."""
+    of = {name: np.float32(scale) for group, scale in zip(names, scales, strict=True) for name in group}
+    return replace(whole, tensors={name: array * of[name] for name, array in whole.tensors.items()})
 
 
-def _uneven(shares: Float[np.ndarray, "prompts words"]) -> float:
-    return float(((shares - 1 / shares.shape[1]) ** 2).sum(axis=1).mean())
+def solve(equations: Sequence[Equation], ridge: float, gone: Float[np.ndarray, "parts"]) -> Float[np.ndarray, "parts"]:
+    """The change of the scales, which have ``gone`` so far from 1 already, in the sense of least squares."""
+    left, right = [np.sqrt(ridge) * np.eye(len(gone))], [-np.sqrt(ridge) * gone]
+    for each in equations:
+        root = np.sqrt(each.weight / max(1, len(each.lack)))
+        left.append(root * each.slopes.T)
+        right.append(root * each.lack)
+    return np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0]
 
 
-def solve(
-    untouched: Float[np.ndarray, "prompts words"],
-    given: Float[np.ndarray, "prompts words"],
-    moved: Float[np.ndarray, "tensors prompts words"],
-    groups: Int[np.ndarray, "equalised"],
-) -> tuple[Float[np.ndarray, "tensors"], float]:
-    """The scale of each tensor and the ridge, from the words' probabilities untouched, with all, and moved by STEP.
-
-    The first prompts, as many as ``groups``, are equalised; the others are held.
-    """
-    count = len(groups)
-    logs, before, now = np.log(given), _shares(np.log(untouched)), _shares(np.log(given))
-    slopes = (np.log(moved) - logs) / STEP  # of the log-probabilities
-    mean = np.einsum("npw,pw->np", slopes, now)
-    answers = now * (slopes - mean[..., None])  # of the shares
-    mass = given.sum(axis=1)
-    heavy = (
-        np.flatnonzero(mass[count:] > min(MATTERS, float(np.median(mass[count:])) if len(mass) > count else 0.0))
-        + count
-    )
-    held = (answers[:, heavy].reshape(len(moved), -1), (before - now)[heavy].reshape(-1), len(heavy))
-    masses = (mean * mass, untouched.sum(axis=1) - mass, len(mass))
-
-    def found(rows: Int[np.ndarray, "some"], ridge: float) -> Float[np.ndarray, "tensors"]:
-        equal = (answers[:, rows].reshape(len(moved), -1), (1 / now.shape[1] - now)[rows].reshape(-1), len(rows))
-        left, right = np.sqrt(ridge) * np.eye(len(moved)), np.zeros(len(moved))
-        for weight, (slope, lack, size) in ((1.0, equal), (HELD, held), (HELD / 2, masses)):
-            if size:
-                root = np.sqrt(weight / size)
-                left, right = np.vstack([left, root * slope.T]), np.concatenate([right, root * lack])
-        return np.linalg.lstsq(left, right, rcond=None)[0]
-
-    rows, parts = np.arange(count), groups % FOLDS
+def choose(equations: Sequence[Equation]) -> float:
+    """The ridge by which scales chosen without a fold's groups leave least of what is wanted there."""
 
     def error(ridge: float) -> float:
-        """Of each fold's prompts at the scales that the others choose."""
         total = 0.0
-        for part in np.unique(parts):
-            by = found(rows[parts != part], ridge)
-            there = logs[:count][parts == part] + np.einsum("npw,n->pw", slopes[:, :count][:, parts == part], by)
-            total += _uneven(_shares(there)) * float((parts == part).sum())
+        for fold in range(FOLDS):
+            kept, apart = zip(*(_apart(each, fold) for each in equations), strict=True)
+            change = solve(kept, ridge, np.zeros(len(equations[0].slopes)))
+            total += sum(float(((each.lack - change @ each.slopes) ** 2).sum()) for each in apart if each)
         return total
 
-    ridge = min(RIDGES, key=error)
-    return 1 + found(rows, ridge), ridge
+    return min(RIDGES, key=error)
+
+
+def _apart(equation: Equation, fold: int) -> tuple[Equation, Equation | None]:
+    """The equation without a fold's groups, and with these alone; one that is only held stays whole."""
+    if equation.groups is None:
+        return equation, None
+    out = equation.groups % FOLDS == fold
+
+    def only(rows: np.ndarray) -> Equation:
+        return replace(equation, lack=equation.lack[rows], slopes=equation.slopes[:, rows], groups=None)
+
+    return only(~out), only(out)
+
+
+def _lacks(equations: Sequence[Equation], change: Float[np.ndarray, "parts"] | None) -> list[np.ndarray]:
+    """What each equation lacks, as it is or after a change of the scales."""
+    return [each.lack if change is None else each.lack - change @ each.slopes for each in equations]
+
+
+def wanted(equations: Sequence[Equation], change: Float[np.ndarray, "parts"] | None = None) -> float:
+    """The mean square of what the fit is for and lacks."""
+    pairs = zip(equations, _lacks(equations, change), strict=True)
+    return float((np.concatenate([lack for each, lack in pairs if each.groups is not None]) ** 2).mean())
+
+
+def cost(
+    equations: Sequence[Equation],
+    ridge: float,
+    scales: Float[np.ndarray, "parts"],
+    change: Float[np.ndarray, "parts"] | None = None,
+) -> float:
+    """What ``solve`` makes small: the weighted mean squares of all that lacks, and the ridge; after a ``change``."""
+    total = ridge * float(((scales - 1 + (0.0 if change is None else change)) ** 2).sum())
+    pairs = zip(equations, _lacks(equations, change), strict=True)
+    return total + sum(each.weight * float((lack**2).mean()) for each, lack in pairs)
+
+
+def first_block(delta: Delta, model: "PreTrainedModel") -> int:
+    """The first block that ``delta`` changes; 0 where it changes what stands before or outside of the blocks."""
+    blocks = [block.name for block in anatomy.find(model).blocks]
+    held = touched(delta, model).parameters
+    inside = [[at for at, block in enumerate(blocks) if name.startswith(f"{block}.")] for name in held]
+    return min(at[0] for at in inside) if all(inside) else 0

@@ -174,7 +174,7 @@ def _held(part: Path, *, write: bool = True) -> Iterator[None]:
     try:
         lock = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise SurgeryError(f"{part}: was finished or removed by another process at this moment") from None
+        raise SurgeryError(f"{part}: was finished or removed by another process at this moment; run it again") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,7 +182,7 @@ def _held(part: Path, *, write: bool = True) -> Iterator[None]:
             holder = f"process {pid.read_text()}" if pid.is_file() else "another process"
             raise SurgeryError(f"{part}: {holder} is writing this run; wait for it, or choose another --out") from None
         if not part.exists() or os.stat(part).st_ino != os.fstat(lock).st_ino:
-            raise SurgeryError(f"{part}: was finished or removed by another process at this moment")
+            raise SurgeryError(f"{part}: was finished or removed by another process at this moment; run it again")
         if write:
             pid.parent.mkdir(exist_ok=True)
             pid.write_text(str(os.getpid()))

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
-from surgery.catalogue import check_scorer
+from surgery.catalogue import check_measure, check_scorer
 from surgery.data import genbias, pairs
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.texts import Example
@@ -121,8 +121,7 @@ def question_of(
 
     Raises ``SurgeryError`` for another kind, and for pairs without their ``file``.
     """
-    if kind not in ("auto", "words", "pairs"):
-        raise SurgeryError(f"measure: got {kind!r}, expected auto, words or pairs")
+    check_measure(kind)
     recipe = _recipe(str(metadata.get("recipe", "")))
     about_pairs = recipe.get("recipe") == "bias_unlearn" or bool(recipe.get("pairs"))
     limit = limit or {}

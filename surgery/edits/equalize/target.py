@@ -34,12 +34,19 @@ def share_out(
     return target
 
 
-def raised(logp: Float[Tensor, "places vocab"], words: Sequence[int], power: float) -> Float[Tensor, "places vocab"]:
-    """log q where the words' ratios are those of p to the ``power``, their mass and every other token as p has them."""
-    mine = logp[:, list(words)]
-    target = logp.clone()
-    target[:, list(words)] = mine.logsumexp(-1, keepdim=True) + (power * mine).log_softmax(-1)
-    return target
+def even_out(
+    logp: Float[Tensor, "prompts hints words"], shares: Sequence[float] | None = None
+) -> Float[Tensor, "prompts hints words"]:
+    """log q of the words after each hint of a prompt: the hint decides alone, the words' mass stays.
+
+    log q(w | h) = log m_h + log softmax_w (log s_w + l_hw - mean over h' of l_h'w), with l = log p among the words and
+    m their mass: what all hints of a prompt have in common is the preference that its person has. Of two words, log
+    odds of a and b after the two hints become (a - b) / 2 and (b - a) / 2 at equal shares.
+    """
+    chosen = check_shares(range(logp.shape[-1]), shares)
+    among_words = logp.log_softmax(-1)
+    odds = among_words - among_words.mean(1, keepdim=True) + logp.new_tensor(chosen).log()
+    return logp.logsumexp(-1, keepdim=True) + odds.log_softmax(-1)
 
 
 def keep(log_q: Float[Tensor, "places vocab"], always: Sequence[int] = (), top: int = TOP) -> Kept:

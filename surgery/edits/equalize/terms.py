@@ -5,14 +5,15 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from surgery.data.shares import check_shares
-from surgery.edits.equalize.target import TOP, among, divergence, imbalance, keep, raised, share_out
+from surgery.edits.equalize.target import TOP, among, divergence, even_out, imbalance, keep, share_out
 from surgery.errors import SurgeryError
 
 Ids = Sequence[Sequence[int]]
@@ -39,6 +40,8 @@ class Term:
     size: int = 1
     untouched: bool = True
     """Whether ``target`` keeps anything; where it does not, the untouched model need not run for it."""
+    together: Callable[[Sequence[Target]], Sequence[Target]] | None = None
+    """Called once, with what was kept of all sequences, where a target depends on other sequences; gives it anew."""
 
     def __post_init__(self) -> None:
         if not self.ids or len(self.ids) % self.size or len(self.places) != len(self.ids):
@@ -93,27 +96,57 @@ def hold_term(
     weight: float = 1.0,
     words: Sequence[int] = (),
     emphasis: float = 0.0,
-    power: float = 1.0,
     top: int = TOP,
 ) -> Term:
     """KL(untouched || model): the mean over all positions of each text, the last one, or all but that (``inner``).
 
-    ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``. With
-    another ``power`` than 1 their ratios are held to that power, at the mass that they have.
+    ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``.
 
-    Raises ``SurgeryError`` for unknown ``positions``, and ``emphasis`` or ``power`` on fewer than two words.
+    Raises ``SurgeryError`` for unknown ``positions``, and ``emphasis`` on fewer than two words.
     """
     if positions not in SPANS:
         raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(SPANS)}")
     if emphasis and len(words) < 2:
         raise SurgeryError(f"emphasis of {name}: got {emphasis:g} and {len(words)} words; expected at least 2 of them")
-    if power != 1 and len(words) < 2:
-        raise SurgeryError(f"power of {name}: got {power:g} and {len(words)} words; expected at least 2 of them")
+    return _term(name, weight, ids, positions, lambda logp: logp, words, emphasis, top)
 
-    def aim(logp: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
-        return logp if power == 1 else raised(logp, words, power)
 
-    return _term(name, weight, ids, positions, aim, words, emphasis, top)
+def hints_term(
+    name: str,
+    ids: Ids,
+    words: Sequence[int],
+    *,
+    shares: Sequence[float] | None = None,
+    weight: float = 1.0,
+    emphasis: float = 0.0,
+    top: int = TOP,
+) -> Term:
+    """KL(target || model) after prompts whose hint settles the word, each prompt with every hint, one after the other.
+
+    The target is ``even_out``: the preference goes that all hints of a prompt have in common. ``emphasis`` is as in
+    ``words_term``. Raises ``SurgeryError`` for a number of prompts that is no multiple of the number of words.
+    """
+    if len(ids) % len(words):
+        raise SurgeryError(
+            f"term {name!r}: got {len(ids)} prompts for {len(words)} hints; expected each prompt with every hint"
+        )
+    held = hold_term(name, ids, weight=weight, words=words, emphasis=emphasis, top=top)
+    return replace(held, together=partial(_even, words=words, shares=shares))
+
+
+def _even(
+    targets: Sequence[Target], *, words: Sequence[int], shares: Sequence[float] | None = None
+) -> Sequence[Target]:
+    """The targets of prompts, with ``even_out`` at the words."""
+    tokens, logs = (torch.cat([target[part] for target in targets]) for part in (0, 1))
+    at = (tokens[:, None] == torch.tensor(words, device=tokens.device)[:, None]).int().argmax(-1)  # prompts words
+    evened = even_out(logs.gather(1, at).unflatten(0, (-1, len(words))), shares).flatten(0, 1)
+    logs = logs.scatter(1, at, evened)
+    ratios = evened.log_softmax(-1)
+    return [
+        (target[0], logs[row : row + 1], *(ratios[row : row + 1] for _ in target[2:]))
+        for row, target in enumerate(targets)
+    ]
 
 
 def _term(

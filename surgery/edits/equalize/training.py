@@ -72,7 +72,8 @@ def prepare_each(
                 step(len(chosen))
         trees = takes_trees(model, ids)
     accelerated = model.device.type != "cpu"
-    whole = replace(plain, targets=_of_all(targets, len(ids), model.device), trees=trees, accelerated=accelerated)
+    of_all = _of_all(targets, len(ids), model.device)
+    whole = replace(plain, targets=_as_wanted(terms, of_all), trees=trees, accelerated=accelerated)
     streams = kept.prefixes()
     return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
 
@@ -92,6 +93,15 @@ def _of_all(targets: dict[int, Target], count: int, device: torch.device) -> tup
         found = processes.gathered({row: tuple(piece.cpu() for piece in each) for row, each in targets.items()})
         targets = {row: tuple(piece.to(device) for piece in each) for part in found for row, each in part.items()}
     return tuple(targets[row] for row in range(count))
+
+
+def _as_wanted(terms: Sequence[Term], found: Sequence[Target]) -> tuple[Target, ...]:
+    """What was kept of the sequences of each term, anew where one target depends on others."""
+    whole: list[Target] = []
+    for term in terms:
+        own = found[len(whole) : len(whole) + len(term.ids)]
+        whole += term.together(own) if term.together else own
+    return tuple(whole)
 
 
 def _entering(model: PreTrainedModel, whole: Prepared, prefix: ResidualCache) -> Prepared:
