@@ -20,7 +20,7 @@ from surgery.edits.equalize import (
     share_out,
     words_term,
 )
-from surgery.edits.equalize.target import among, imbalance
+from surgery.edits.equalize.target import among, imbalance, raised
 from surgery.edits.equalize.terms import Term
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
@@ -44,6 +44,15 @@ def test_the_words_share_their_mass_and_every_other_token_stays() -> None:
     assert torch.allclose(share_out(logp, [1, 3]).exp(), torch.tensor([[0.1, 0.35, 0.2, 0.35]]))
     assert torch.allclose(share_out(logp, [1, 3], (0.25, 0.75)).exp(), torch.tensor([[0.1, 0.175, 0.2, 0.525]]))
     assert torch.allclose(share_out(logp, [0, 1, 2]).exp(), torch.tensor([[0.2, 0.2, 0.2, 0.4]]))
+
+
+def test_a_raised_ratio_keeps_the_mass_and_every_other_token() -> None:
+    """p = (.1, .3, .2, .4), words 1 and 0: 3 to 1 becomes 9 to 1, of .4."""
+    logp = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log()
+    assert torch.allclose(raised(logp, [1, 0], 2.0).exp(), torch.tensor([[0.04, 0.36, 0.2, 0.4]]))
+    assert torch.allclose(raised(logp, [1, 0], 1.0), logp)
+    with pytest.raises(SurgeryError, match="power of x: got 2 and 1 words; expected at least 2"):
+        hold_term("x", HELD, words=[3], power=2.0)
 
 
 def test_the_divergence_is_the_sum_written_out() -> None:

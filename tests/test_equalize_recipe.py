@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
 from recipes import equalize
-from recipes.equalize import dataset, measuring, work
+from recipes.equalize import dataset, holding, measuring, recipe, work
 from recipes.equalize.report import verdict
 from recipes.equalize.work import blocks_of
 from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, prompts = tmp_path_factory.mktemp("models") / "tiny", load_prompt_set()
     texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
     texts += neutral.sentences() + shapes.texts()
-    texts += dataset.settled(prompts, seed=0, split="profession", count=100, each=2)
+    texts += holding.settled(prompts, seed=0, split="profession", count=100, each=2)
     texts += dataset.hints(prompts, seed=0, each=4)
     for part in ("train", "test"):
         texts += [text.replace("{subject}", "") for text in shapes.shapes(part, 100)] + list(shapes.people(part))
@@ -240,7 +240,7 @@ def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
     templates = {template.fill(person) for template in prompts.templates}
     assert len(templates & trained) == 2  # in so many of the set's own templates, beside the shapes
     held = set(dataset.hints(prompts, seed=0, each=2))
-    held |= set(dataset.settled(prompts, seed=0, split="profession", count=400, each=2))
+    held |= set(holding.settled(prompts, seed=0, split="profession", count=400, each=2))
     tested = {row.text for row in genbias.records("profession", "test")}
     for rows, _ in measuring.distances(tokenizer, prompts, 0).values():
         tested |= {row.text for row in rows}
@@ -250,9 +250,9 @@ def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
 
 def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None:
     """Everybody once, with both titles and a surname; nobody who is introduced in the development or test part."""
-    found = dataset.introduced(["plumber", "potter", "nurse", "potter", "juggler", "baker"])
+    found = holding.introduced(["plumber", "potter", "nurse", "potter", "juggler", "baker"])
     assert found == ["Mr. Dalton, the potter,", "Ms. Dalton, the juggler,", "Mr. Weber, the baker,"]
-    held = dataset.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
+    held = holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
     people = shapes.people("train")
     assert all(any(f", the {name}," in text for text in held) for name in people[:20])
 
@@ -260,7 +260,7 @@ def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None
 def test_more_nouns_stand_in_the_shapes_beside_the_others() -> None:
     """Each in so many shapes as another noun, and in none of the sets' own prompts."""
     asked: dict[str, Any] = {"seed": 0, "split": "profession", "count": 100, "each": 2}
-    few, many = (dataset.settled(load_prompt_set(), more=more, **asked) for more in (False, True))
+    few, many = (holding.settled(load_prompt_set(), nouns=more, **asked) for more in (False, True))
     standing = [text for text in many if re.search(r"\b(ringmasters?|doyennes?)\b", text)]
     assert len(standing) == 4 and not set(standing) & set(few)
     assert len(many) - len(few) == pytest.approx(2 * len(facts_of_gender.more_nouns()), abs=5)
@@ -269,30 +269,30 @@ def test_more_nouns_stand_in_the_shapes_beside_the_others() -> None:
 def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
     """But for plurals that judge; and a few that are held are no longer nearly all of the largest kind."""
     named = ["potter", "nurse", "notary", "midwife", "officer of the day"]
-    assert dataset.several(named) == ["potters", "notaries", "midwives"]
+    assert holding.several(named) == ["potters", "notaries", "midwives"]
     asked = {"seed": 0, "split": "profession", "count": 200, "each": 2}
-    whole = dataset.settled(load_prompt_set(), **asked)  # type: ignore[arg-type]
-    some = dataset.alike(whole, 300, 1)
-    for name in dataset.several(shapes.people("train")[:20]):
+    whole = holding.settled(load_prompt_set(), **asked)  # type: ignore[arg-type]
+    some = holding.alike(whole, 300, 1)
+    for name in holding.several(shapes.people("train")[:20]):
         assert any(name in text for text in whole)
     assert len(some) == 300
     assert [text for text in whole if text in set(some)] == some
     kinds = {row.text: row.kind for row in locality.records("train")}
     counts = Counter(kinds[text] for text in some if text in kinds)
     assert counts["text"] == 20  # all that there are
-    drawn = dataset.alike({str(place): "many" if place % 10 else "few" for place in range(100)}, 14, 0)
+    drawn = holding.alike({str(place): "many" if place % 10 else "few" for place in range(100)}, 14, 0)
     assert sum(int(line) % 10 == 0 for line in drawn) == 7
 
 
 def test_facts_are_held_apart_and_by_a_weight_of_their_own() -> None:
     """So many of each, none among the settled; and their ratio counts on top of that of the others."""
     kinds = {f"{kind} {place}": kind for kind in ("nouns", "relations", "things", "names") for place in range(20)}
-    held = dataset.held_kinds(kinds, 10, 6, 0)
+    held = holding.held_kinds(kinds, 10, 6, 0)
     assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
     assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
-    assert dataset.held_kinds(kinds, 0, 8, 0) == {"settled": dataset.alike(kinds, 8, 0)}
-    assert set(dataset.FACTS) <= set(
-        dataset.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2).values()
+    assert holding.held_kinds(kinds, 0, 8, 0) == {"settled": holding.alike(kinds, 8, 0)}
+    assert set(holding.FACTS) <= set(
+        holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2).values()
     )
     ids = {name: ((1, 2), (3, 4)) for name in ("words", "settled", "facts")}
     settings = equalize.Settings(facts=2, facts_emphasis=2.0, hold_emphasis=1.0)
@@ -307,7 +307,7 @@ def test_facts_are_held_apart_and_by_a_weight_of_their_own() -> None:
 
 def test_a_set_about_other_words_has_no_shapes_about_people() -> None:
     prompts = load_prompt_set("race")
-    assert dataset.settled(prompts, seed=0, split="profession", count=100, each=2) == {}
+    assert holding.settled(prompts, seed=0, split="profession", count=100, each=2) == {}
     rows = genbias.records("profession", "train", 0, prompts)
     found = dataset.prompts_to_equalize(prompts, seed=0, split="profession", own=0, count=100, each=4)
     assert len(found) == len(rows)
@@ -363,6 +363,34 @@ def test_evened_hints_stand_with_every_hint_side_by_side() -> None:
     ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "texts")}
     terms = work.word_terms(equalize.Settings(even_hints=True), ids, (5, 6), (0.5, 0.5))
     assert [one.name for one in terms if one.together] == ["hints"]
+
+
+def test_nouns_are_held_apart_where_their_ratio_is_raised() -> None:
+    """All that is settled is held either way, and only nouns, and hints by a power of their own, get another target."""
+    small: dict[str, Any] = {"shapes": 100, "each": 0, "hints_each": 0, "settled_each": 1}
+    plain, apart = (
+        recipe.texts_of(load_prompt_set(), equalize.Settings(noun_power=power, **small | more), "profession")
+        for power, more in ((1.0, {}), (2.0, {"hold_after_nouns": 1.0}))
+    )
+    assert not {"nouns", "after nouns"} & {*plain} and {*plain["settled"]} == {*apart["settled"], *apart["nouns"]}
+    cut = apart["after nouns"]
+    assert len(cut) > 100 and "The duchess" in cut and not [line for line in cut if line.endswith(" because")]
+    assert all(any(line.startswith(start) for line in apart["nouns"]) for start in cut)
+    assert "duchess" in " ".join(apart["nouns"]) and "duchess" not in " ".join(apart["settled"])
+    assert any("Mr. " in line for line in apart["settled"]) and not any("Mr. " in line for line in apart["nouns"])
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "nouns")}
+    logits = torch.randn(2, 9)
+    settings = equalize.Settings(noun_power=2.0, hint_power=1.5, hold_emphasis=1.0)
+    ratios = {
+        term.name: torch.diff(term.target(logits)[2]) / torch.diff(logits[:, 5:7])
+        for term in work.word_terms(settings, ids, (5, 6), (0.5, 0.5))[1:]
+    }
+    for name, power in {"hints": 1.5, "settled": 1.0, "nouns": 2.0}.items():
+        torch.testing.assert_close(ratios[name], torch.full((2, 1), power))
+    with pytest.raises(
+        SurgeryError, match="noun_power: got 2 beside facts, which gives those texts another term; take one"
+    ):
+        equalize.Settings(noun_power=2.0, facts=9).check()
 
 
 def test_hints_of_unseen_templates_are_dealt_out_evenly() -> None:

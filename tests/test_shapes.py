@@ -25,6 +25,13 @@ def test_the_parts_share_no_shape_and_no_person() -> None:
     judged |= people[1] | people[2]
     more = _grammar()["trained people"]
     assert [name for name in more if any(name.endswith(f" {other}") for other in judged)] == []
+    more = _grammar()["more people"]
+    assert shapes.people("train", more=True) == (*shapes.people("train"), *more)
+    assert shapes.people("dev", more=True) == shapes.people("dev")
+    assert len({*more, *every, *(subject.name for subject in load_prompt_set("genbias").subjects)}) == (
+        len(more) + len(every) + len(load_prompt_set("genbias").subjects)
+    )
+    assert [name for name in more if any(f" {other} " in f" {name} " for other in judged)] == []
 
 
 def test_hundreds_of_shapes_about_people_beyond_the_262() -> None:

@@ -1,6 +1,5 @@
 """The texts that equalising learns from, and those that it holds: the kinds of text that must not move."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
 from hooks.tokens import added
-from surgery.data import facts_of_gender, genbias, genhint, locality, neutral, shapes
-from surgery.data.genbias import shuffled
+from surgery.data import genbias, genhint, neutral, shapes
 from surgery.data.prompts import POSSESSIVES, PromptSet
 from surgery.errors import SurgeryError
 from surgery.forward.generation import own_texts
@@ -21,8 +19,6 @@ from surgery.operation import Operation
 if TYPE_CHECKING:
     from recipes.equalize.settings import Settings
 
-FACTS = ("nouns", "relations", "gendered")
-"""Kinds of what is settled whose gender is a matter of definition, in the noun itself or in a word before it."""
 SAMPLED = 40  # tokens of a text of the model's own at most
 
 
@@ -32,12 +28,20 @@ def of_people(prompts: PromptSet) -> bool:
 
 
 def prompts_to_equalize(
-    prompts: PromptSet, *, seed: int, split: str, own: int, count: int, each: int, own_each: int = 0
+    prompts: PromptSet,
+    *,
+    seed: int,
+    split: str,
+    own: int,
+    count: int,
+    each: int,
+    own_each: int = 0,
+    more: bool = False,
 ) -> list[str]:
     """The prompt set's training prompts (``own`` of them; 0 for all), and its training subjects in ``count`` shapes.
 
     So are people beyond the set, who also stand in ``own_each`` of the set's own templates. Each stands in ``each`` of
-    the shapes; 0 leaves the shapes out.
+    the shapes; 0 leaves the shapes out. With ``more`` there are more people (``surgery.data.shapes.people``).
     """
     rows = genbias.records(split, "train", seed, prompts)
     found = [row.text for row in rows[: own or None]]
@@ -45,147 +49,36 @@ def prompts_to_equalize(
         templates = prompts.templates
         found += [
             templates[(number * own_each + step) % len(templates)].fill(name)
-            for number, name in enumerate(shapes.people("train"))
+            for number, name in enumerate(shapes.people("train", more))
             for step in range(min(own_each, len(templates)))
         ]
     if each and of_people(prompts):
-        people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train")]
+        people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train", more)]
         drawn = shapes.prompts(shapes.shapes("train", count, seed), people, each, seed=seed)
         found += [row.text for row in drawn]
     return list(dict.fromkeys(found))
 
 
-def hints(prompts: PromptSet, *, seed: int, each: int, every: bool = False) -> list[str]:
+def hints(prompts: PromptSet, *, seed: int, each: int, every: bool = False, more: bool = False) -> list[str]:
     """Hint prompts of the training professions: the set's own with every hint, and ``each`` of the grammar's.
 
-    Of these, too, each stands with ``every`` hint, one after the other, in as many fewer templates.
+    Of these, too, each stands with ``every`` hint, one after the other, in as many fewer templates. With ``more`` of
+    more people, too.
     """
     if not (prompts.hint_templates and prompts.words.hints):
         return []
     own = genhint.records("train", seed, both=True, prompts=prompts)
     templates, words = shapes.hint_templates("train"), prompts.words.hints
-    people = [*dict.fromkeys(row.profession for row in own), *shapes.people("train")] if of_people(prompts) else []
-    more = []
+    beyond = shapes.people("train", more) if of_people(prompts) else ()
+    people = [*dict.fromkeys(row.profession for row in own), *beyond] if beyond else []
+    found = []
     times = -(-each // len(words)) if every else each
     for number, name in enumerate(people):
         for turn in range(number * times, number * times + times):
             text = shapes.fill(templates[turn % len(templates)], name)
             one = words[(turn + turn // len(templates)) % len(words)]
-            more += [text.replace("{hint}", word) for word in (words if every else (one,))]
-    return list(dict.fromkeys([row.text for row in own] + more))
-
-
-def settled(
-    prompts: PromptSet,
-    *,
-    seed: int,
-    split: str,
-    count: int,
-    each: int,
-    more: bool = False,
-) -> dict[str, str]:
-    """Prompts about subjects whose pronoun is settled, each with its kind: the training parts of locality and of facts.
-
-    Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
-    differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
-    several people. ``more`` nouns stand there, too.
-    """
-    if not of_people(prompts):
-        return {}
-    rows = [*locality.records("train"), *facts_of_gender.records("train")]
-    fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
-    templates = shuffled(fitting, seed)
-    found = {row.text: row.kind for row in rows}
-    turn = 0
-    own = dict.fromkeys(row.profession for row in genbias.records(split, "train", seed, prompts))
-    people = [*own, *shapes.people("train")]
-    known = [(row.subject, row.kind, each) for row in rows if row.kind != "text"]
-    known += [(noun, "nouns", each) for noun in (facts_of_gender.more_nouns() if more else ())]
-    met = [(subject, "introduced", 1) for subject in introduced(people)]
-    met += [(subject, "plurals", 1) for subject in several(people)]
-    for subject, kind, times in dict.fromkeys(known + met):
-        for _ in range(times):
-            # Going round, past the templates that the subject does not fit.
-            places = (place % len(templates) for place in range(turn, turn + len(templates)))
-            place = next((place for place in places if _fits(templates[place], subject, kind)), None)
-            if place is None:
-                break
-            found[_settle(templates[place], subject, kind)] = kind
-            turn = place + 1
-    return found
-
-
-def held_kinds(kinds: Mapping[str, str], facts: int, settled: int, seed: int) -> dict[str, list[str]]:
-    """So many of the lines ``settled``, each kind alike; apart from them so many ``facts``, where these are not 0."""
-    if not facts:
-        return {"settled": alike(kinds, settled, seed)}
-    ours, others = ({line: kind for line, kind in kinds.items() if (kind in FACTS) == of} for of in (True, False))
-    return {"settled": alike(others, settled, seed), "facts": alike(ours, facts, seed)}
-
-
-def alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:
-    """``limit`` of the lines, or all for 0, in their order: from each kind as many, but where it has fewer."""
-    if not limit or limit >= len(kinds):
-        return list(kinds)
-    lines = list(kinds)
-    turns: dict[str, int] = {}
-    order = []  # (how many of its kind were drawn before it, its place)
-    for place in np.random.default_rng(seed).permutation(len(lines)).tolist():
-        kind = kinds[lines[place]]
-        turns[kind] = turns.get(kind, -1) + 1
-        order.append((turns[kind], place))
-    return [lines[place] for place in sorted(place for _, place in sorted(order)[:limit])]
-
-
-def introduced(people: Sequence[str]) -> list[str]:
-    """ "Mr. Dalton, the plumber," and so on; not of what people are whose introduction judges an edit."""
-    judged = " ".join(row.subject for part in ("dev", "test") for row in facts_of_gender.records(part))
-    names = shapes.surnames()
-    fresh = [name for name in dict.fromkeys(people) if not re.search(rf"\b{re.escape(name)}\b", judged)]
-    return [
-        f"{('Mr.', 'Ms.')[turn % 2]} {names[turn // 2 % len(names)]}, the {name}," for turn, name in enumerate(fresh)
-    ]
-
-
-def several(people: Sequence[str]) -> list[str]:
-    """ "plumbers" and so on; not of what is among the plurals that judge, nor of "head of state", whose head is inside.
-
-    >>> several(["plumber", "notary", "head of state", "coach"])
-    ['plumbers', 'notaries', 'coaches']
-    """
-    judged = {row.subject for part in ("dev", "test") for row in locality.records(part) if row.kind == "plurals"}
-    found = [_plural(name) for name in people if not re.search(" (of|in) ", name)]
-    return [name for name in dict.fromkeys(found) if name not in judged]
-
-
-def _plural(name: str) -> str:
-    for ending, others in (
-        (r"man$", "men"),
-        (r"(?<=thie)f$|(?<=midwi)fe$", "ves"),
-        (r"(?<![aeiou])y$", "ies"),
-        (r"(?<=s|x|z|h)$", "es"),
-    ):
-        if re.search(ending, name):
-            return re.sub(ending, others, name)
-    return name + "s"
-
-
-SINGULAR = re.compile(r" (was|is|has|wants)\b|\{subject\} (\w+ )?\w+s\b")
-"""Verbs that a plural, I, we, you and they do not take: some by name, and what ends in s behind the subject."""
-
-
-def _fits(template: str, subject: str, kind: str) -> bool:
-    if kind in ("plurals", "others") and SINGULAR.search(template):
-        return False
-    return not ("{subject}'s" in template and (kind == "others" or subject.endswith(",")))
-
-
-def _settle(template: str, subject: str, kind: str) -> str:
-    """The template about ``subject``, which takes its article along only where it is a bare noun."""
-    if kind in ("names", "others", "relations", "introduced"):
-        template = template.replace("The {subject}", subject[0].upper() + subject[1:])
-        template = template.replace("the {subject}", subject)
-    return template.replace("{subject}", subject).replace(",,", ",")
+            found += [text.replace("{hint}", word) for word in (words if every else (one,))]
+    return list(dict.fromkeys([row.text for row in own] + found))
 
 
 def texts(file: str | Path) -> list[str]:

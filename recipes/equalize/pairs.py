@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
 from hooks.batching import context_limit
-from recipes.equalize import dataset
+from recipes.equalize import dataset, holding
 from recipes.equalize.doses import check_doses, check_scales, choose_doses
 from recipes.equalize.measuring import Measuring
 from recipes.equalize.pairs_report import verdict, write_report
@@ -192,7 +192,7 @@ def _settled(settings: "Settings") -> list[str]:
     if not settings.hold_settled:
         return []
     at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
-    lines = dataset.settled(load_prompt_set(), each=settings.settled_each, **at)
+    lines = holding.settled(load_prompt_set(), each=settings.settled_each, **at)
     return dataset.some(list(lines), settings.settled, settings.seed)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks import anatomy
-from recipes.equalize import dataset, pairs
+from recipes.equalize import dataset, holding, pairs
 from recipes.equalize.measuring import Measuring, distances, fewer
 from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings, controls_of
@@ -95,16 +95,19 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
     seed, drawn = settings.split_seed, settings.seed
-    where: Any = {"seed": seed, "split": split, "count": settings.shapes}
+    where: Any = {"seed": seed, "split": split, "count": settings.shapes, "more": settings.more_people}
     words = dataset.prompts_to_equalize(
         prompts, own=settings.own, own_each=settings.own_each, each=settings.each, **where
     )
     size = len(prompts.words.words) if settings.even_hints else 1
-    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, every=settings.even_hints)
-    settled = dataset.settled(prompts, each=settings.settled_each, more=settings.more_nouns, **where)
+    told: Any = {"every": settings.even_hints, "more": settings.more_people}
+    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, **told)
+    settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
+    apart = settings.noun_power != 1
     held = {
         "hints": dataset.some(hints, settings.hints, drawn, size=size),
-        **dataset.held_kinds(settled, settings.facts, settings.settled, drawn),
+        **holding.held_kinds(settled, settings.facts, settings.settled, drawn, apart),
+        **({"after nouns": holding.after_nouns(settled)} if settings.hold_after_nouns else {}),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

@@ -19,6 +19,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat"
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
     *("hold_hints", "hints_each", "even_hints", "facts", "facts_emphasis"),
+    *("more_people", "noun_power", "hint_power", "hold_after_nouns"),
 )
 
 
@@ -96,16 +97,24 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     facts: int = Field(0, ge=0)
     """So many settled subjects with gender by definition (nouns, relations), each kind alike, are a term of their own
     beside so many ``settled`` of other kinds; 0 draws them among these."""
+    more_people: bool = False
+    """Also equalise some 360 further people (``surgery.data.shapes.people``)."""
     more_nouns: bool = False
-    """Also hold about 540 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
+    """Also hold about 640 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
     hold_texts: float = Field(3.0, ge=0)
+    hold_after_nouns: float = Field(0.0, ge=0)
+    """Of what may follow right behind a noun with gender by definition ("Last night the nun"), every third line."""
     hold_emphasis: float = Field(0.0, ge=0)
     """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
     facts_emphasis: float = Field(0.0, ge=0)
     """The same, of facts alone, on top of it."""
+    noun_power: shared.Positive = 1.0
+    """Nouns with gender by definition are held, as a term of their own, with the words' ratio to this power: above 1 a
+    little more settled than they were, since what is held reaches nouns that are not in part. And the same of hints."""
+    hint_power: shared.Positive = 1.0
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"
@@ -170,6 +179,11 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
             raise SurgeryError(
                 f"facts_emphasis: got {self.facts_emphasis:g} and facts = 0; name how many facts, or leave it out"
             )
+        for one, other in (("noun_power", "facts"), ("hint_power", "even_hints")):
+            if getattr(self, one) != 1 and getattr(self, other):
+                raise SurgeryError(
+                    f"{one}: got {getattr(self, one):g} beside {other}, which gives those texts another term; take one"
+                )
         if self.block != "blocks":
             check_place(self.block, self.model)
         if self.hold_file:

@@ -65,16 +65,18 @@ def word_terms(
     top = settings.kept_tokens
     found = [words_term(ids["words"], words, shares=shares, emphasis=settings.emphasis, top=top)]
     weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "facts": settings.hold_settled}
-    weights |= {"texts": settings.hold_texts}
+    weights |= {"nouns": settings.hold_settled, "after nouns": settings.hold_after_nouns, "texts": settings.hold_texts}
+    powers = {"hints": settings.hint_power, "nouns": settings.noun_power}
     for name, weight in weights.items():
         if weight and ids.get(name):
             at = settings.hold_positions if name == "texts" else "last"
-            ratio = settings.hold_emphasis if name != "texts" else 0.0
+            ratio = settings.hold_emphasis if name not in ("after nouns", "texts") else 0.0
             ratio += settings.facts_emphasis if name == "facts" else 0.0
             given: Any = {"weight": weight, "emphasis": ratio, "top": top}
             if name == "hints" and settings.even_hints:
                 found.append(hints_term(name, ids[name], words, shares=shares, **given))
             else:
+                given |= {"power": powers.get(name, 1.0)}
                 found.append(hold_term(name, ids[name], positions=at, words=words, **given))
     return found
 

@@ -22,16 +22,18 @@ _KINDS = ("plain", "frame", "plain after a sentence", "frame after a sentence")
 _ODDS = (0.45, 0.35, 0.1, 0.1)
 
 
-def people(part: str) -> tuple[str, ...]:
+def people(part: str, more: bool = False) -> tuple[str, ...]:
     """The persons of a part, none of them among the 262 professions: three fifths of them train, one dev, one test.
 
     Training has as many again, whose names do not end like a person's that judges (no "lab assistant" for "assistant").
+    With ``more`` there are some 360 others behind them, no part of whose name is a person's that judges.
     """
     _check(part)
     order = shuffled(_grammar()["people"], SEED)
     bounds = {"train": (0, 0.6), "dev": (0.6, 0.8), "test": (0.8, 1)}[part]
-    more = _grammar()["trained people"] if part == "train" else ()
-    return (*order[slice(*(round(bound * len(order)) for bound in bounds))], *more)
+    trained = ("trained people", *(["more people"] if more else [])) if part == "train" else ()
+    beyond = (name for key in trained for name in _grammar()[key])
+    return (*order[slice(*(round(bound * len(order)) for bound in bounds))], *beyond)
 
 
 def shapes(part: str, count: int, seed: int = SEED) -> list[str]:

@@ -34,6 +34,14 @@ def share_out(
     return target
 
 
+def raised(logp: Float[Tensor, "places vocab"], words: Sequence[int], power: float) -> Float[Tensor, "places vocab"]:
+    """log q where the words' ratios are those of p to the ``power``, their mass and every other token as p has them."""
+    mine = logp[:, list(words)]
+    target = logp.clone()
+    target[:, list(words)] = mine.logsumexp(-1, keepdim=True) + (power * mine).log_softmax(-1)
+    return target
+
+
 def even_out(
     logp: Float[Tensor, "prompts hints words"], shares: Sequence[float] | None = None
 ) -> Float[Tensor, "prompts hints words"]:

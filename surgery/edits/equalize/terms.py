@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.data.shares import check_shares
-from surgery.edits.equalize.target import TOP, among, divergence, even_out, imbalance, keep, share_out
+from surgery.edits.equalize.target import TOP, among, divergence, even_out, imbalance, keep, raised, share_out
 from surgery.errors import SurgeryError
 
 Ids = Sequence[Sequence[int]]
@@ -96,19 +96,27 @@ def hold_term(
     weight: float = 1.0,
     words: Sequence[int] = (),
     emphasis: float = 0.0,
+    power: float = 1.0,
     top: int = TOP,
 ) -> Term:
     """KL(untouched || model): the mean over all positions of each text, the last one, or all but that (``inner``).
 
-    ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``.
+    ``words`` are always among the tokens kept of a target, however unlikely; ``emphasis`` is as in ``words_term``. With
+    another ``power`` than 1 their ratios are held to that power, at the mass that they have.
 
-    Raises ``SurgeryError`` for unknown ``positions``, and ``emphasis`` on fewer than two words.
+    Raises ``SurgeryError`` for unknown ``positions``, and ``emphasis`` or ``power`` on fewer than two words.
     """
     if positions not in SPANS:
         raise SurgeryError(f"positions of {name}: got {positions!r}, expected one of {', '.join(SPANS)}")
     if emphasis and len(words) < 2:
         raise SurgeryError(f"emphasis of {name}: got {emphasis:g} and {len(words)} words; expected at least 2 of them")
-    return _term(name, weight, ids, positions, lambda logp: logp, words, emphasis, top)
+    if power != 1 and len(words) < 2:
+        raise SurgeryError(f"power of {name}: got {power:g} and {len(words)} words; expected at least 2 of them")
+
+    def aim(logp: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
+        return logp if power == 1 else raised(logp, words, power)
+
+    return _term(name, weight, ids, positions, aim, words, emphasis, top)
 
 
 def hints_term(
