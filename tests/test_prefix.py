@@ -140,8 +140,11 @@ def test_a_step_of_training_is_one_tree(family: str, monkeypatch: pytest.MonkeyP
             assert torch.allclose(run(batch).softmax(-1), expected[rows], atol=1e-6)
         hook.remove()
     assert seen == [(1, 3), (4, 1), (1, 2), (2, 1)]
-    monkeypatch.setattr("surgery.forward.trees.TREE", 4)
-    assert isinstance(step([0, 3]), Trees) and not isinstance(step([4, 1, 3, 2]), Trees)
+    for limit in ("TREE", "context_limit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"surgery.forward.trees.{limit}", 4 if limit == "TREE" else lambda _: 4)
+            few = cache.steps(model)
+            assert isinstance(few([0, 3]), Trees) and not isinstance(few([4, 1, 3, 2]), Trees)
 
 
 def test_a_few_trees_are_filled_alike() -> None:

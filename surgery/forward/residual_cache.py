@@ -33,7 +33,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, pad
 from surgery.forward.last_position import cut_to_last, headless, replaced
 from surgery.forward.precision import matrix_products
-from surgery.forward.trees import Pack, Trees, as_batch, one_tree, why_no_trees
+from surgery.forward.trees import Pack, Trees, as_batch, most_in_one, one_tree
 from surgery.forward.word_logs import word_logs
 
 
@@ -69,10 +69,10 @@ class ResidualCache:
 
         To be called while the model is as it was: whether it takes trees is found out by running it.
         """
-        trees = why_no_trees(model, max(map(len, self.ids))) is None
+        most = most_in_one(model, max(map(len, self.ids)))
 
         def step(rows: Sequence[int]) -> Batch:
-            tree = one_tree([self.ids[row] for row in rows]) if trees else None
+            tree = one_tree([self.ids[row] for row in rows], most)
             return self.trees(model, tree, rows) if tree else self.batch(rows)
 
         return step
@@ -161,7 +161,7 @@ def why_no_cut(model: PreTrainedModel) -> str | None:
 def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
     """How deep to cut (``cut_to_last``; 0: not at all), and why nothing may be cut."""
     ids = short_rows(model)
-    tree = None if why_no_trees(model, max(map(len, ids))) else one_tree(ids)
+    tree = one_tree(ids, most_in_one(model, max(map(len, ids))))
 
     def compared(depth: int) -> str | None:
         try:

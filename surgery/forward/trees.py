@@ -176,10 +176,15 @@ def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
     return [[every[place] for place in group] for group in batches_for(model, [pack.ids for pack in every])]
 
 
-def one_tree(ids: Ids) -> list[Pack] | None:
-    """The prompts as a single tree of at most ``TREE`` nodes, or None."""
-    found = packs([(*row, 0) for row in ids], [len(row) for row in ids], size=TREE)
-    return found if len(found) == 1 and len(found[0].ids) <= TREE else None
+def most_in_one(model: PreTrainedModel, longest: int) -> int:
+    """How many nodes a step's tree of prompts of up to ``longest`` tokens may have; 0 where the model takes none."""
+    return 0 if why_no_trees(model, longest) else min(TREE, context_limit(model) or TREE)
+
+
+def one_tree(ids: Ids, most: int) -> list[Pack] | None:
+    """The prompts as a single tree of at most ``most`` nodes, or None."""
+    found = packs([(*row, 0) for row in ids], [len(row) for row in ids], size=most)
+    return found if len(found) == 1 and len(found[0].ids) <= most else None
 
 
 def _even(rows: Ids, starts: Sequence[int], most: int) -> list[Pack]:
