@@ -31,6 +31,7 @@ from surgery.files.ahead import in_order
 from surgery.files.architecture import read_json
 from surgery.files.checkpoint_files import check_shards, open_checkpoint, values
 from surgery.files.converted import check_model, converted, demo_gguf, parsed_once
+from surgery.files.gguf import open_gguf
 from surgery.files.tensor_names import is_leftover
 from surgery.weights import on_disk, shares
 
@@ -220,6 +221,7 @@ def _from_gguf(path: Path, note: Callable[[str], None] | None) -> Path:
     target = converted(path)
     if target.is_dir():
         return target
+    open_gguf(path)  # a damaged file is told in this project's words, not in those of the reader that trips over it
     line = f"dequantising {path.name} once into {target} (seconds for a small model)"
     (note or (lambda text: print(text, file=sys.stderr, flush=True)))(line)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")

@@ -1,5 +1,6 @@
 """Opening checkpoints: a directory, a hub name, a GGUF file, the demo model; and what is said when it fails."""
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def test_the_demo_without_its_package_names_the_command(monkeypatch: pytest.Monk
 
 def test_a_broken_gguf_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(2000))
+    key, value = b"general.architecture", b"nothing"
+    content = struct.pack("<4sIQQQ20sIQ7s", b"GGUF", 3, 0, 1, len(key), key, 8, len(value), value)  # 8: a string
+    (tmp_path / "broken.gguf").write_bytes(content)
     with pytest.raises(SurgeryError, match=r"broken\.gguf: could not be converted"):
         checkpoints.checkpoint_dir(tmp_path / "broken.gguf")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -153,7 +153,8 @@ def open_gguf(path: Path | str) -> GgufFile:
         cursor = _Cursor(fd, os.fstat(fd).st_size, path)
         if cursor.size < 24 or cursor.take(4) != b"GGUF":
             raise SurgeryError(
-                f"{path}: no GGUF file (its first bytes are not 'GGUF'); give a .gguf file, or get it again"
+                f"{path}: no GGUF file, or truncated ({cursor.size} bytes; expected 24 or more, GGUF first); "
+                "get it again"
             )
         version, count, pairs = cursor.one("I"), cursor.one("Q"), cursor.one("Q")
         if version not in (2, 3):
