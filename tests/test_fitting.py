@@ -1,5 +1,6 @@
 """surgery fit: scales of a delta's tensors on a child, by hand; what is written, and that the model stays."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,14 @@ def test_the_fitted_delta_does_what_was_foretold(checkpoint: Path, tmp_path: Pat
     assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]], rel=1e-5)
     code, _, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--quiet")
     assert code == 1 and str(out) in stderr and stderr.count("\n") == 1
+
+
+def test_what_the_delta_says_of_itself_is_heard(checkpoint: Path, tmp_path: Path) -> None:
+    """Pairs have no prompts to come even; words have the set that they were trained on."""
+    whole, out = edit(checkpoint, TWO), tmp_path / "fitted.safetensors"
+    for name, recipe in (("pairs", 'pairs = "stereoset"'), ("words", 'prompt_set = "nowhere"')):
+        replace(whole, metadata=whole.metadata | {"recipe": recipe}).save(tmp_path / f"{name}.safetensors")
+    code, _, stderr = surgery("fit", tmp_path / "pairs.safetensors", checkpoint, "--out", out)
+    assert code == 1 and "an edit of pairs" in stderr and "surgery dose" in stderr
+    code, _, stderr = surgery("fit", tmp_path / "words.safetensors", checkpoint, "--out", out)
+    assert code == 1 and "no prompt set 'nowhere'" in stderr and not out.exists()

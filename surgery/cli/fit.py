@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.app import MODEL_HELP, Debug, Device, PromptSet, Quiet, command, examples
+from surgery.cli.app import MODEL_HELP, Debug, Device, Quiet, command, examples
 from surgery.cli.models import check_opening, open_model
 from surgery.errors import SurgeryError
 from surgery.seeds import SEEDS
@@ -21,7 +21,9 @@ def fit(
     delta: Annotated[Path, typer.Argument(help="The delta file of an edit of the child's parent.")],
     checkpoint: Annotated[str, typer.Argument(help=f"The child, measured in memory. {MODEL_HELP}")],
     out: Annotated[Path, typer.Option("--out", help="The delta file to write.")],
-    data: PromptSet = "genbias",
+    data: Annotated[
+        str, typer.Option("--data", help="Prompt set. Unsaid: the one that the delta was made with, or genbias.")
+    ] = "",
     hold: Annotated[
         float, typer.Option("--hold", min=0, help="Weight of what is held, beside 1 of what is to come even.")
     ] = 1.0,
@@ -43,9 +45,17 @@ def fit(
     from surgery.runs.fitting import first_block, fitted
     from surgery.runs.fitting_report import measured
     from surgery.runs.fitting_tasks import equal_words
+    from surgery.survive.question import is_of_pairs, recipe_of
 
     check_destination(out, overwrite=False)
-    prompts, edit = load_prompt_set(data), Delta.load(delta)
+    edit = Delta.load(delta)
+    recipe = recipe_of(edit.metadata)
+    if is_of_pairs(recipe) and not data:
+        raise SurgeryError(
+            f"{delta}: an edit of pairs of sentences, and the scales are chosen on words; expected an edit of words; put "
+            "it on as it is, with the --scale that surgery dose finds, or name the words' prompt set with --data"
+        )
+    prompts = load_prompt_set(data or str(recipe.get("prompt_set", "genbias")))
     if edit.kind == "module":
         raise SurgeryError(f"{delta}: a delta of kind 'module' holds new parts, which have no scale; expected another")
     check_opening(checkpoint, device)

@@ -122,10 +122,9 @@ def question_of(
     Raises ``SurgeryError`` for another kind, and for pairs without their ``file``.
     """
     check_measure(kind)
-    recipe = _recipe(str(metadata.get("recipe", "")))
-    about_pairs = recipe.get("recipe") == "bias_unlearn" or bool(recipe.get("pairs"))
+    recipe = recipe_of(metadata)
     limit = limit or {}
-    chosen = ("pairs" if about_pairs else "words") if kind == "auto" else kind
+    chosen = ("pairs" if is_of_pairs(recipe) else "words") if kind == "auto" else kind
     if chosen == "pairs":
         if not file:
             raise SurgeryError(
@@ -137,8 +136,14 @@ def question_of(
     return words_question(model, tokenizer, load_prompt_set(named), limit=limit.get("words", 0))
 
 
-def _recipe(text: str) -> dict[str, Any]:
+def recipe_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a delta's ``metadata`` says it was made with; none where it says nothing that can be read."""
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(str(metadata.get("recipe", "")))
     except ValueError:  # a foreign delta's own words
         return {}
+
+
+def is_of_pairs(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe with these settings edits what is preferred of two sentences, and not words."""
+    return recipe.get("recipe") == "bias_unlearn" or bool(recipe.get("pairs"))
