@@ -100,3 +100,5 @@ def test_what_the_delta_says_of_itself_is_heard(checkpoint: Path, tmp_path: Path
     assert code == 1 and "an edit of pairs" in stderr and "surgery dose" in stderr
     code, _, stderr = surgery("fit", tmp_path / "words.safetensors", checkpoint, "--out", out)
     assert code == 1 and "no prompt set 'nowhere'" in stderr and not out.exists()
+    code, _, stderr = surgery("fit", tmp_path / "words.safetensors", checkpoint, "--out", out, "--hold", "inf")
+    assert code == 1 and "--hold inf: expected a finite number" in stderr

@@ -1,5 +1,6 @@
 """The command fit: scale the tensors of a delta for a fine-tuned child of its base, and write the fitted delta."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +48,15 @@ def fit(
     from surgery.runs.fitting_tasks import equal_words
     from surgery.survive.question import is_of_pairs, recipe_of
 
+    if not math.isfinite(hold):
+        raise SurgeryError(f"--hold {hold}: expected a finite number, 0 or more; 1 counts as much as what comes even")
     check_destination(out, overwrite=False)
     edit = Delta.load(delta)
     recipe = recipe_of(edit.metadata)
     if is_of_pairs(recipe) and not data:
         raise SurgeryError(
-            f"{delta}: an edit of pairs of sentences, and the scales are chosen on words; expected an edit of words; put "
-            "it on as it is, with the --scale that surgery dose finds, or name the words' prompt set with --data"
+            f"{delta}: an edit of pairs of sentences, and the scales are chosen on words; expected an edit of words; "
+            "put it on with the --scale that surgery dose finds, or name the words' prompt set with --data"
         )
     prompts = load_prompt_set(data or str(recipe.get("prompt_set", "genbias")))
     if edit.kind == "module":
