@@ -1,5 +1,6 @@
 """CrowS-Pairs: both files with their noisy labels, every bad row by name, and the three scores by hand."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,19 @@ def test_evaluate_measures_a_model(tiny: Any, tmp_path: Path) -> None:
     ]
     few = metric.evaluate(model, tokenizer, tmp_path, limit=7, seed=1)
     assert few["metric"]["overall"].n == 7 and "7 of 31 with seed 1" in few["metric"]["overall"].data
+
+
+def test_the_collector_leaves_older_things_alone_inside_and_not_afterwards(tmp_path: Path) -> None:
+    class Looks:
+        def __fspath__(self) -> str:
+            seen.append(gc.get_freeze_count())
+            return str(tmp_path)  # without data
+
+    for own in (False, True):  # what the caller froze stays so
+        seen: list[int] = []
+        if own:
+            gc.freeze()
+        with pytest.raises(SurgeryError, match="crows_pairs"):
+            evaluate_suites(None, None, ["crows_pairs"], Looks())  # type: ignore[arg-type]
+        assert seen[0] > 1000 and bool(gc.get_freeze_count()) == own
+    gc.unfreeze()
