@@ -1,9 +1,9 @@
 """Work shared over processes that ``accelerate launch`` or ``torchrun`` started; alone, all of this does nothing.
 
 Every process runs the same command on the same model. Whole batches are shared out (``mine``, ``dealt``), each computed
-as it would be alone, and joined by adding arrays that are 0 where another process computed (``joined``): that is exact, so
-that no number depends on how many processes there are. What is decided or written, the first process decides and writes
-(``told``, ``first``). ``started`` puts a watch beside the work: where one process ends, the others end with it.
+as it would be alone, and joined by adding arrays that are 0 where another process computed (``joined``): that is exact,
+so that no number depends on how many processes there are. What is decided or written, the first process decides and
+writes (``told``, ``first``). ``started`` puts a watch beside the work: where one process ends, the others end with it.
 """
 
 import itertools
