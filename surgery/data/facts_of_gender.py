@@ -20,9 +20,11 @@ def records(part: str = "test") -> list[Row]:
 
 
 def more_nouns() -> list[str]:
-    """About 640 further nouns whose gender is a matter of definition (ringmaster, doyenne, male clerk), for training.
+    """About 640 further nouns whose gender is a matter of definition (earl, doyenne, male clerk), for training.
 
-    None of them is a subject of a part of ``records`` or of ``surgery.data.locality``, nor has a word that judges.
+    Of a few dozen it is one of the word's form or of custom (grandmaster, gunslinger, diva): to hold them keeps what
+    the model takes such people for. None of all is a subject of a part of ``records`` or of ``surgery.data.locality``,
+    nor has a word that judges.
     """
     listed = shipped("facts_of_gender.json")["more_nouns"]
     return [*listed["she"], *listed["he"]]
