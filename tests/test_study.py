@@ -102,6 +102,7 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         (('name = "back"', 'name = "lftf"'), "'lftf' is named twice"),
         (('"perplexity"]', '"bbq"]'), "is no folder"),
         (('"perplexity"]', '"bqq"]'), "expected some of"),
+        (('suites = ["genbias", "perplexity"]', 'folder = "nowhere"'), "nowhere: is no folder"),
         (("lr = 1e-2", "lrr = 1e-2"), "did you mean 'lr'"),
         (("DELTA", '"nothing.safetensors"'), "no such delta file"),
         (("controls = []", "seed = 3"), "are the study's own"),

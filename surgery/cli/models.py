@@ -113,8 +113,6 @@ def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "
     from surgery.metrics.judges import ledger
     from surgery.metrics.ledger import BRIEF
 
-    if not Path(asked or own).is_dir():
-        raise SurgeryError(f"--ledger {asked or own}: no folder; expected one of data sets, or none")
     judges, missing = ledger(asked or own, rows=BRIEF if device_named(device).type == "cpu" else {})
     for name, reason in missing.items():
         progress.say(f"ledger: without {name}: {reason}")

@@ -156,8 +156,11 @@ class Judges:
 def ledger(folder: str | Path, *, suites: Sequence[str] = LEDGER, **asked: Any) -> tuple[Judges, dict[str, str]]:
     """The judges of every axis in their quick form, and which were left out since their data is not in ``folder``.
 
-    ``asked`` are further fields of ``Judges``; its ``rows`` and ``limit`` go before the quick form's.
+    ``asked`` are further fields of ``Judges``; its ``rows`` and ``limit`` go before the quick form's. Raises
+    ``SurgeryError`` for a ``folder`` that is named and is none; without one those are left out that need it.
     """
+    if folder and not Path(folder).is_dir():
+        raise SurgeryError(f"{folder}: is no folder; name the one that holds the data sets, or none")
     missing = absent(suites, folder)
     rows = ({} if asked.get("limit") else ROWS) | asked.pop("rows", {})
     kept = tuple(name for name in suites if name not in missing)
