@@ -14,9 +14,9 @@ from letters import letters
 
 from surgery import SurgeryError
 from surgery.catalogue import SCORERS
-from surgery.forward.token_logprobs import _batches, token_log_probabilities
+from surgery.forward.token_logprobs import _batches, continuation_probabilities, token_log_probabilities
 from surgery.forward.trees import packs, plans, sees
-from surgery.metrics.sentences import DEFINITIONS, fitting, sentence_scores
+from surgery.metrics.sentences import DEFINITIONS, fitting, per_token, sentence_scores
 
 SENTENCES = [
     "The nurse said that he",
@@ -127,6 +127,8 @@ def test_only_what_is_asked_for_comes_back(opened: Any) -> None:
     assert [len(values) for values in found] == [1, 2, 2]
     assert found[0] == pytest.approx(one_by_one(model, rows[0])[2:], abs=1e-5)
     assert sum(told) == 3
+    assert token_log_probabilities(model, []) == [] and per_token([]).shape == (0,)
+    assert continuation_probabilities(model, [], [[1]]).shape == (0, 1)
 
 
 def test_dropout_is_off_inside_and_every_mode_comes_back() -> None:

@@ -9,6 +9,7 @@ than a sequence) are found by comparison and run one sequence a row.
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -58,20 +59,20 @@ def token_log_probabilities(
             )
         if limit and len(ids) > limit:
             raise SurgeryError(f"sequence {row}: {len(ids)} tokens, the model takes {limit}; shorten or remove it")
+    offsets = np.cumsum([0, *(len(ids) - start for ids, start in zip(rows, starts, strict=True))])
     with evaluating(model):
         reason = why_no_trees(model, max(map(len, rows))) if share and len(rows) > 1 else None
         if reason:
             said = f"{type(model).__name__}: shared beginnings are encoded each time: {reason}"
             warnings.warn(said, Note, stacklevel=2)
-        found = _run(model, rows, starts, _size(model, size), shared=share and reason is None, step=step)
-    ends = np.cumsum([len(ids) - start for ids, start in zip(rows, starts, strict=True)])
+        found = _run(model, rows, starts, offsets, _size(model, size), shared=share and reason is None, step=step)
     if not np.isfinite(found).all():
-        broken = np.searchsorted(ends, np.flatnonzero(~np.isfinite(found))[0], side="right")
+        broken = np.searchsorted(offsets, np.flatnonzero(~np.isfinite(found))[0], side="right") - 1
         raise SurgeryError(
             f"{type(model).__name__}: log-probabilities of sequence {broken} are not finite; the weights or the dtype "
             f"({model.dtype}) are broken, try float32"
         )
-    return [found[end - len(ids) + start : end] for ids, start, end in zip(rows, starts, ends.tolist(), strict=True)]
+    return [found[begin:end] for begin, end in pairwise(offsets.tolist())]
 
 
 def continuation_probabilities(
@@ -91,6 +92,8 @@ def continuation_probabilities(
 
 def summed(logs: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, " sequences"]:
     """The log-probability of each sequence: the sum of those of its tokens, of which each has at least one."""
+    if not logs:
+        return np.empty(0)
     return np.add.reduceat(np.concatenate(logs), np.cumsum([0, *map(len, logs[:-1])]))
 
 
@@ -98,13 +101,13 @@ def _run(
     model: PreTrainedModel,
     rows: Ids,
     starts: Sequence[int],
+    offsets: Int[np.ndarray, " sequences+1"],
     size: int,
     *,
     shared: bool,
     step: Advance | None = None,
 ) -> Float[np.ndarray, " tokens"]:
-    """The values of all sequences, one after the other, shared over the processes."""
-    offsets = np.cumsum([0, *(len(ids) - start for ids, start in zip(rows, starts, strict=True))])
+    """The values of all sequences, each from its entry of ``offsets`` on, shared over the processes."""
     found, where, values = np.zeros(offsets[-1]), [], []
     for planned in dealt(_batches(model, plans(rows, starts, size=size, shared=shared))):
         batch = [filled(rows, starts, each.rows) for each in planned]
