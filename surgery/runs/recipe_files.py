@@ -19,16 +19,21 @@ S = TypeVar("S", bound=BaseModel)
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a flat TOML file; raises ``SurgeryError`` when it cannot be read or is not flat TOML."""
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise SurgeryError(f"{path}: cannot be read ({error.strerror}); give a recipe's TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SurgeryError(f"{path}: not valid TOML ({error}); mend that place") from None
+    values = toml_of(path, "recipe")
     nested = [key for key, value in values.items() if isinstance(value, dict)]
     if nested:
         raise SurgeryError(f"{path}: [{nested[0]}] is a table; recipes are flat: write keys without tables")
     return values
+
+
+def toml_of(path: Path, kind: str) -> dict[str, Any]:
+    """What a TOML file of a ``kind`` (recipe, study) holds; raises ``SurgeryError`` where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be read ({error.strerror}); give a {kind}'s TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SurgeryError(f"{path}: not valid TOML ({error}); mend that place") from None
 
 
 def parse_set(pairs: list[str]) -> dict[str, Any]:

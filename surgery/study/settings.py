@@ -1,6 +1,5 @@
 """What a study compares, read from one TOML file: models, methods, seeds, judges, and which numbers decide."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.catalogue import check_suites
 from surgery.errors import SurgeryError
-from surgery.runs.recipe_files import build
+from surgery.runs.recipe_files import build, toml_of
 
 PROMPT_SUITES = ("genbias", "genhint", "free_text")
 WRITING_SUITES = ("free_text", "gas")  # which go on from cached keys, so that no second pass can be made beside
@@ -92,12 +91,7 @@ def settings_for(method: Method, model: str) -> dict[str, Any]:
 
 def read(path: Path) -> tuple[Study, list[Method]]:
     """The study and its methods. Raises ``SurgeryError`` with every fault of the file in one line."""
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise SurgeryError(f"{path}: cannot be read ({error.strerror}); give a study's TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SurgeryError(f"{path}: not valid TOML ({error}); mend that place") from None
+    raw = toml_of(path, "study")
     tables = raw.pop("methods", [])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise SurgeryError(f"{path}: has no methods; write at least one [[methods]] table")
