@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import read_text
 from surgery.data.rows import find_file, json_lines
 from surgery.errors import SurgeryError
 

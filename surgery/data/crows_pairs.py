@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import read_text
 from surgery.errors import SurgeryError
 
 FILE = "crows_pairs/crows_pairs_anonymized.csv"  # inside the user's data folder

@@ -1,10 +1,9 @@
 """Neutral sentences for perplexity: 200 of our own without gendered word or profession, 40 with pronouns, or a file."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import json_object, read_text
 from surgery.errors import SurgeryError
 
 
@@ -21,8 +20,10 @@ def sentences(path: str | Path | None = None) -> list[str]:
             f"no neutral text at {path}: got {'an unknown ending' if path.is_file() else 'no such file'}, "
             f"expected a .txt file with a sentence per line or a .jsonl file with the key 'text'"
         )
-    lines = _lines(read_text(path))
-    found = lines if path.suffix.lower() == ".txt" else [_row(line, path) for line in lines]
+    if path.suffix.lower() == ".txt":
+        found = _lines(read_text(path))
+    else:
+        found = [_text(line, f"{path}, line {number}") for number, line in _numbered(read_text(path))]
     if not found:
         raise SurgeryError(f"no sentence in {path}: got an empty file, expected at least one line; fill it")
     return found
@@ -33,19 +34,17 @@ def with_pronouns() -> list[str]:
     return _lines(files("surgery.data").joinpath("neutral_pronouns.txt").read_text("utf-8"))
 
 
-def _lines(text: str) -> list[str]:
+def _numbered(text: str) -> list[tuple[int, str]]:
     # Only the line feed ends a line: str.splitlines would also cut at characters inside a JSON string.
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _row(line: str, path: Path) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    text = row.get("text") if isinstance(row, dict) else None
+def _lines(text: str) -> list[str]:
+    return [line for _, line in _numbered(text)]
+
+
+def _text(line: str, at: str) -> str:
+    text = json_object(line, at).get("text")
     if not isinstance(text, str) or not text.strip():
-        raise SurgeryError(
-            f"bad line in {path}: got {line[:60]!r}, expected a JSON object with the string 'text'; mend it"
-        )
+        raise SurgeryError(f"{at}: got {line[:60]!r}, expected a JSON object with the string 'text'; mend that line")
     return text.strip()

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from surgery.data.reading import json_value, read_text
 from surgery.errors import SurgeryError
 
 SCALES = ("word", "phrase", "sentence")
@@ -131,17 +132,6 @@ def _professions_file() -> dict[str, Any]:
     return json.loads(files(_PACKAGE).joinpath("professions.json").read_text("utf-8"))
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a user's file, or a SurgeryError that says why it cannot be read."""
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise SurgeryError(
-            f"cannot read {path}: got {type(err).__name__} ({err}), expected a UTF-8 text file; "
-            f"check the file, its permissions and its encoding"
-        ) from err
-
-
 def read_table(path: str | Path) -> dict[str, Any]:
     """The named values of a user's .toml or .json file. Raises ``SurgeryError`` that says why there are none."""
     return _parse(read_text(Path(path)), Path(path).suffix.lower(), str(path))
@@ -153,7 +143,7 @@ def _parse(text: str, suffix: str, where: str) -> dict[str, Any]:
             f"unknown type of {where}: got {suffix or 'no ending'!r}, expected .toml or .json; convert it"
         )
     try:
-        found = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+        found = tomllib.loads(text) if suffix == ".toml" else json_value(text)
     except ValueError as err:  # both parsers' errors are ValueErrors
         raise SurgeryError(
             f"malformed {where}: got {' '.join(str(err).split())}, expected {suffix[1:].upper()}; mend it"

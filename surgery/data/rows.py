@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import json_object, read_text
 from surgery.errors import SurgeryError
 
 T = TypeVar("T")
@@ -56,13 +55,8 @@ def json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise SurgeryError(f"{path}, line {number}: got {line[:60]!r}, expected a JSON object; mend that line")
-        rows.append(_with(row, keys, f"{path}, line {number}"))
+        at = f"{path}, line {number}"
+        rows.append(_with(json_object(line, at), keys, at))
     return _some(rows, path)
 
 

@@ -1,6 +1,5 @@
 """The word sets of WEAT (Caliskan et al. 2017) and the sentence sets of SEAT (May et al. 2019), one test a file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import json_value, read_text
 from surgery.data.rows import find_file
 from surgery.errors import SurgeryError
 
@@ -59,7 +58,7 @@ def load(folder: str | Path, name: str) -> Association:
     """
     path = find_file(folder, f"seat/{name}.jsonl")
     try:
-        sets: Any = json.loads(read_text(path))
+        sets: Any = json_value(read_text(path))
         given = {key: (sets[key]["category"], tuple(sets[key]["examples"])) for key in _KEYS}
     except (ValueError, KeyError, TypeError):
         raise SurgeryError(

@@ -5,14 +5,13 @@ the official JSON (``data.intrasentence[].sentences[].gold_label``; also as a ba
 shortcut of BiasEdit's files), and the hub's data set through ``datasets``.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.data.prompts import read_text
+from surgery.data.reading import json_object, json_value, read_text
 from surgery.errors import SurgeryError
 
 Kind = Literal["intrasentence", "intersentence", "all"]
@@ -119,17 +118,13 @@ def _raw(path: Path, kinds: Sequence[str]) -> tuple[str, Iterator[tuple[str, Any
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except ValueError:
-                raise SurgeryError(
-                    f"{path}, line {number}: got {line[:60]!r}, expected a JSON object; mend that line"
-                ) from None
+            at = f"{path}, line {number}"
+            yield at, json_object(line, at)
 
 
 def _official(path: Path, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:
     try:
-        content = json.loads(read_text(path))
+        content = json_value(read_text(path))
     except ValueError as error:
         raise SurgeryError(f"{path}: malformed ({error}), expected the official StereoSet JSON; mend it") from None
     if isinstance(content, list):

@@ -1,13 +1,13 @@
 """A user's training file: texts, or prompts with their answers, from .txt, .jsonl, .csv or .tsv, row by row."""
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from surgery.data.reading import json_object
 from surgery.errors import SurgeryError
 
 ENDINGS = (".txt", ".jsonl", ".csv", ".tsv")
@@ -71,7 +71,7 @@ def _table(path: Path, ending: str, header: bool) -> Iterator[tuple[str, dict[st
                 rows = _cells(file, "," if ending == ".csv" else "\t", path, header)
             else:
                 located = ((f"{path}, line {number}", line) for number, line in _lines(file))
-                rows = ((at, {"text": line} if ending == ".txt" else _object(line, at)) for at, line in located)
+                rows = ((at, {"text": line} if ending == ".txt" else json_object(line, at)) for at, line in located)
             for row in rows:
                 empty = False
                 yield row
@@ -88,16 +88,6 @@ def _lines(file: Iterable[str]) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield number, line.removesuffix("\n").removesuffix("\r")
-
-
-def _object(line: str, at: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise SurgeryError(f"{at}: got {line[:60]!r}, expected a JSON object on one line; mend that line")
-    return value
 
 
 def _cells(file: Iterable[str], delimiter: str, path: Path, header: bool) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,6 @@
 The paper gives the words, but neither prompts nor length nor sampling; ours are recorded in every result.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import (
 from hooks.batching import context_limit, takes_positions
 from hooks.errors import HookError
 from surgery.data import bios, genbias
-from surgery.data.prompts import read_text
+from surgery.data.reading import json_value, read_text
 from surgery.data.rows import find_file, sample
 from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for
@@ -111,7 +110,7 @@ def prompts(folder: str | Path, kind: str = "professions") -> list[str]:
     path = find_file(folder, BOLD)
     try:
         texts = [
-            text.strip() for people in json.loads(read_text(path)).values() for of in people.values() for text in of
+            text.strip() for people in json_value(read_text(path)).values() for of in people.values() for text in of
         ]
     except (ValueError, AttributeError, TypeError):
         raise SurgeryError(f"{path}: expected {{group: {{name: [prompt, ...]}}}}; take BOLD's file as it is") from None
