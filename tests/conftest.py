@@ -84,18 +84,18 @@ def tiny(checkpoint: Path) -> tuple[Any, Any]:
     return model, PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-PAINT = report.png, report.svg
+PAINT = report.bytes_of, report.svg
 
 
 @contextmanager
 def painted() -> Iterator[None]:
     """In here a report's pictures are painted as for a user."""
-    quick = report.png, report.svg
-    report.png, report.svg = PAINT
+    quick = report.bytes_of, report.svg
+    report.bytes_of, report.svg = PAINT
     try:
         yield
     finally:
-        report.png, report.svg = quick
+        report.bytes_of, report.svg = quick
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,6 +103,6 @@ def quick_pictures() -> None:
     """A run of a tiny model takes as long as painting its pictures twice, so that each is built, and an empty one
     painted in its place; tests of what a reader sees say ``with painted()``."""
     empty = new_figure(1, 1)
-    as_png, as_svg = report.png(empty), report.svg("empty", empty)
-    report.png = lambda figure: as_png
+    as_png, as_svg = report.bytes_of(empty), report.svg("empty", empty)
+    report.bytes_of = lambda figure, kind="png": as_png
     report.svg = lambda name, figure: as_svg

@@ -60,6 +60,8 @@ def _file(path: Path | None) -> Path | None:
     """What no file can be written to is wrong usage, which is said before the work and not behind it."""
     if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise typer.BadParameter(f"got {path}, but {path.parent} is no folder that takes files; create it first")
+    if path is not None and path.exists() and not path.is_file():
+        raise typer.BadParameter(f"got {path}, which is no plain file; give a name that is free, or a file's")
     return path
 
 
@@ -127,9 +129,11 @@ def command(
                 print("interrupted", file=sys.stderr)
                 raise typer.Exit(1) from None
             except OSError as error:  # of a path that was given: too long, not to be looked into, on a disk that fails
-                if options.get("debug") or not error.filename:
+                if options.get("debug") or error.errno is None:
                     raise
                 said = f"{error.filename}: {error.strerror}; check the path and its permissions, or see --debug"
+                if error.filename is None:
+                    said = f"{error.strerror} while something was written; make room on the disk, or see --debug"
                 print(f"error: {' '.join([said, *getattr(error, '__notes__', ())])}", file=sys.stderr)
                 raise typer.Exit(1) from None
             except Exception as error:

@@ -94,7 +94,7 @@ def compare(
 def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path | None, json_file: Path | None) -> None:
     from dataclasses import asdict
 
-    from surgery.files.atomic import write_json
+    from surgery.files.atomic import write_bytes, write_json, write_text
     from surgery.runs.compare import axis, cases, differing, read_run, table
     from surgery.runs.compare import pareto as picture
     from surgery.runs.report import page
@@ -116,9 +116,9 @@ def _show(folders: list[Path], only: list[str], pareto: str | None, html: Path |
         keys = ", ".join(differing(runs)) or "nothing"
         lines = [f"{len(runs)} runs; what differs between their settings: {keys}."]
         text, pictures = page(title="Runs side by side", lines=lines, tables=[shown], figures=figures)
-        html.write_text(text, "utf-8")
+        write_text(html, text)
         for name, data in pictures.items():
-            html.with_name(f"{html.stem}_{name}.png").write_bytes(data)
+            write_bytes(html.with_name(f"{html.stem}_{name}.png"), data)
         print(html)
     if json_file:
         write_json(json_file, {"runs": [str(folder) for folder in folders], "cases": [asdict(case) for case in found]})

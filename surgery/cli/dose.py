@@ -196,7 +196,7 @@ def _command(delta: "Delta", file: Path, checkpoint: str, scale: float) -> str:
     words = ["apply", str(file), checkpoint, "--out", "edited"]
     if delta.kind == "module":
         words = ["export", str(file), "--transformers", "edited", "--checkpoint", checkpoint]
-    return shlex.join(["surgery", *words, "--scale", f"{scale:g}"])
+    return shlex.join(["surgery", *words, "--scale", f"{scale:.12g}"])
 
 
 def _write(
@@ -212,9 +212,10 @@ def _write(
 ) -> None:
     from dataclasses import asdict
 
-    from surgery.files.atomic import write_json
+    from surgery.files.atomic import write_bytes, write_json, write_text
     from surgery.metrics.suite import plain
     from surgery.runs.dose import changes, picture, tables
+    from surgery.runs.pictures import bytes_of
     from surgery.runs.report import page
 
     if json_file:
@@ -239,8 +240,8 @@ def _write(
         progress.say(f"the picture has the first {PANELS} of {len(shown)} numbers; choose with --metric")
     figure = picture(found, shown[:PANELS], answers)
     if plot:
-        figure.savefig(plot, format="png", dpi=130)
+        write_bytes(plot, bytes_of(figure, plot.suffix[1:].lower()))
     if html:
         lines = [f"{about['delta']} on {about['checkpoint']}, in memory.", *map(str, answers)]
         text, _ = page(title="Dose-response", lines=lines, tables=tables(found, shown), figures={"dose": figure})
-        html.write_text(text, "utf-8")
+        write_text(html, text)

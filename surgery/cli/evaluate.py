@@ -98,14 +98,14 @@ def evaluate(
     if reference is not None:
         pairs = sum(1 for _ in leaves(differences(reference, measured)))
         found = differences(reference, measured, axes=pairs)
-    if json_file:
-        about = {"model": model, "dtype": dtype, "deltas": [str(path) for path in delta or []]}
-        second = {"against": {"model": against, "scores": plain(reference)}, "differences": found}
-        write_json(json_file, scores | about | (second if reference is not None else {}))
     if reference is None:
         _print_scores(scores)
     else:
         _print_differences(plain(reference), scores, found)
+    if json_file:
+        about = {"model": model, "dtype": dtype, "deltas": [str(path) for path in delta or []]}
+        second = {"against": {"model": against, "scores": plain(reference)}, "differences": found}
+        write_json(json_file, scores | about | (second if reference is not None else {}))
 
 
 def _judges(suites: list[str], data: str, asked: dict[str, Any], progress: Any, *, whole: bool) -> Any:

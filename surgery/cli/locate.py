@@ -81,7 +81,7 @@ def locate(
     from surgery.data.pairs import load
     from surgery.data.prompts import load_prompt_set
     from surgery.data.rows import sample
-    from surgery.files.atomic import write_json
+    from surgery.files.atomic import write_bytes, write_json
     from surgery.progress import Progress
 
     chosen, progress = rankings(by), Progress(quiet)
@@ -98,6 +98,7 @@ def locate(
     from surgery.locate.gain import GAIN_LIMIT, RETAIN, details, gain_of, rankings_of
     from surgery.locate.summary import picture as compared
     from surgery.locate.summary import summary
+    from surgery.runs.pictures import bytes_of
 
     alone = by == "bmi" and not compare
     rows = every[: limit or (None if alone else GAIN_LIMIT if by == "gain" and not compare else LIMIT)]
@@ -130,4 +131,5 @@ def locate(
     if json_file:
         write_json(json_file, numbers)
     if plot:
-        (compared if compare and len(found) > 1 else picture)(found).savefig(plot, dpi=130)
+        figure = (compared if compare and len(found) > 1 else picture)(found)
+        write_bytes(plot, bytes_of(figure, plot.suffix[1:].lower()))

@@ -228,10 +228,11 @@ def _show(out: Path, model: Any, tokenizer: Any, shown: Any, probe: Any, normali
     from dataclasses import replace
 
     from hooks.gradient_influence import highlighted, token_influence
+    from surgery.files.atomic import write_text
 
     parts = token_influence(model, tokenizer, [text for _, text in shown], probe, normalise=normalise, cut=cut or None)
     placed = [replace(part, place=place) for part, (place, _) in zip(parts, shown, strict=True)]
-    out.write_text(highlighted(placed, probe=len(probe.names) - 1, title="What the tokens add to the score"), "utf-8")
+    write_text(out, highlighted(placed, probe=len(probe.names) - 1, title="What the tokens add to the score"))
 
 
 def _judge(

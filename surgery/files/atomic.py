@@ -116,9 +116,25 @@ def check_outside(out: Path, source: Path) -> None:
         raise SurgeryError(f"{out}: lies inside the checkpoint {source}; choose a folder elsewhere")
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Write JSON with sorted keys, complete or not at all. Without ``indent`` it takes a tenth of the time."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, complete or not at all, in place of one that stands there.
+
+    Raises: SurgeryError for what the system refuses (the disk is full, ...), and a name of something else than a file.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        raise SurgeryError(f"{path}: is no plain file, and none can take its place; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
+    with temporary(path, folder=False) as part:
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of a text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """The same of a JSON value, with sorted keys. Without ``indent`` it takes a tenth of the time."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n")

@@ -25,8 +25,8 @@ def svg(name: str, figure: "Figure") -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def png(figure: "Figure") -> bytes:
-    """The figure as the bytes of a PNG file."""
+def bytes_of(figure: "Figure", kind: str = "png") -> bytes:
+    """The figure as the bytes of a file of this kind: png, svg or pdf."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
+    figure.savefig(data, format=kind, dpi=130)
     return data.getvalue()

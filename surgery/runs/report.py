@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from surgery import __version__
+from surgery.files.atomic import write_bytes, write_text
 from surgery.metrics.metric import ideal_of
 from surgery.runs.definitions import defined
 from surgery.runs.mechanism import said
 from surgery.runs.paired import told
-from surgery.runs.pictures import png, svg
+from surgery.runs.pictures import bytes_of, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,7 +180,7 @@ def page(
     see it. ``summary`` is ``run.json`` of the one run that the page is about, ``recipe`` its settings as TOML, and
     ``commands`` are those that repeat it.
     """
-    files_of = {name: png(figure) for name, figure in figures.items()}
+    files_of = {name: bytes_of(figure) for name, figure in figures.items()}
     for figure in figures.values():
         figure.set_layout_engine("none")  # it is laid out; once more would take as long as painting it
     pictures = {
@@ -248,9 +249,8 @@ def write_page(
 def save(file: Path, text: str, pictures: Mapping[str, bytes]) -> None:
     """Write a page to ``file`` and its pictures to ``plots/NAME.png`` beside it."""
     for name, picture in pictures.items():
-        (file.parent / "plots").mkdir(exist_ok=True)
-        (file.parent / "plots" / f"{name}.png").write_bytes(picture)
-    file.write_text(text, "utf-8")
+        write_bytes(file.parent / "plots" / f"{name}.png", picture)
+    write_text(file, text)
 
 
 def heads(tables: Sequence[Table]) -> list[str]:

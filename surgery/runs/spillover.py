@@ -8,7 +8,7 @@ from statistics import median
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.delta import Delta
-from surgery.files.atomic import write_json
+from surgery.files.atomic import write_json, write_text
 from surgery.metrics.judges import Judges
 from surgery.metrics.metric import Difference, Metric, difference, flat, points
 from surgery.progress import Progress
@@ -43,7 +43,7 @@ def spillover(
         },
     )
     text, _ = page(title="What else the edit moved", lines=lines, tables=[_table(found, before, after)], figures={})
-    (run / "ledger.html").write_text(text, "utf-8")
+    write_text(run / "ledger.html", text)
     return lines
 
 
