@@ -18,6 +18,7 @@ from hooks.errors import Note
 from hooks.tokens import added, ids_of, reads_whole, text_tokens, word_pieces
 from surgery.data.capability import Question
 from surgery.forward.next_token import next_words, token_losses
+from surgery.forward.shown import shown
 from surgery.forward.tokens import answered, encode, word_ids
 from surgery.metrics.association import states
 from surgery.metrics.multiple_choice import score
@@ -117,6 +118,8 @@ def test_nothing_is_read_behind_an_end_token_that_the_tokenizer_adds(closing: An
     own = tok(PROMPT, add_special_tokens=False)["input_ids"]
     assert counts[0] == len(own)
     assert sums[0] == pytest.approx(-logs(PROMPT)[range(len(own)), own].sum().item(), abs=1e-4)
+    (said,) = shown(model, tok, [PROMPT], ["he", "she"], length=2)
+    assert list(said["words"].values()) == pytest.approx(right[[he, she]].exp().tolist(), abs=1e-6)
     lens = hooks.lens(model, tok, [PROMPT], ("he", "she"))
     assert float(lens.difference) == pytest.approx((right[he] - right[she]).item(), abs=1e-4)
     with torch.no_grad():

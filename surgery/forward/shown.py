@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.tokens import word_pieces
 from surgery.forward.evaluation import evaluating
 from surgery.forward.generation import plain_generation
+from surgery.forward.tokens import encode
 
 TOP = 10
 
@@ -28,10 +30,10 @@ def shown(
     """
     if not model.can_generate() or not texts:
         return []
-    single = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words}
+    single = {word: word_pieces(tokenizer, word) for word in words}
     found = []
     with evaluating(model), plain_generation(model):
-        rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+        rows = encode(tokenizer, texts)
         chances = [model(torch.tensor([row], device=model.device)).logits[0, -1].float().softmax(-1) for row in rows]
         written = _written(model, rows, [int(each.argmax()) for each in chances], length)
     for text, each, tokens in zip(texts, chances, written, strict=True):
