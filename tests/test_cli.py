@@ -104,8 +104,8 @@ def test_run_apply_eval_undo(run: Path, checkpoint: Path, tmp_path: Path) -> Non
     assert measured["genbias"]["afgb"]["all"]["value"] == pytest.approx(
         after["genbias"]["afgb"]["all"]["value"], rel=1e-4
     )
-    code, _, _ = surgery("undo", edited, "--out", tmp_path / "back")
-    assert code == 0
+    code, stdout, _ = surgery("undo", edited, "--out", tmp_path / "back")
+    assert code == 0 and f"all else is as in {edited}" in stdout
     for file in checkpoint.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 

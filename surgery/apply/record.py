@@ -188,7 +188,6 @@ class Blob:
     def __init__(self, path: Path, entry: Entry) -> None:
         self._path, self._at, self._end = path, entry.begin, entry.end
         self._fd = open_regular(path)
-        # The shuffled XOR is runs of zeros and noise: looking for runs only is faster and gives less than level 6.
         self._stream = zlib.decompressobj()
         self._input = b""
 

@@ -34,6 +34,9 @@ class UndoReport:
 def undo(checkpoint: Path | str, out: Path | str, *, progress: OnBytes | None = None) -> UndoReport:
     """Write to the new folder `out` the checkpoint as it was before the last `apply`, byte for byte.
 
+    The record knows the tensors that were edited. Whatever else was changed since, another tensor or a file, is copied
+    as it stands.
+
     Raises:
         SurgeryError: no record, a broken one, an edited tensor that was changed since (named), the original
             that a "reference" record points to is gone or changed; then nothing was created.

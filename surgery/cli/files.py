@@ -97,12 +97,12 @@ def undo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Give back the original checkpoint, byte for byte."""
+    """Give back the original checkpoint, byte for byte; what was changed since beside the edit stays changed."""
     from surgery.apply import undo as undo_to
     from surgery.apply.gguf_undo import undo_gguf
 
     place = undo_gguf(checkpoint, out) if checkpoint.suffix == ".gguf" else undo_to(checkpoint, out).out
-    print(f"{place}: restored")
+    print(f"{place}: what the edit changed is as before it, byte for byte; all else is as in {checkpoint}")
 
 
 @command(
