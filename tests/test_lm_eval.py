@@ -47,7 +47,7 @@ def test_numbers_keep_their_errors_counts_and_directions() -> None:
     assert (piqa.value, piqa.n, piqa.data) == (0.6, 25, "piqa, 0-shot")
     assert piqa.low == pytest.approx(0.404) and piqa.high == pytest.approx(0.796)
     assert found["piqa"]["acc_norm"].low == 0.7 and "no standard error" in found["piqa"]["acc_norm"].scorer
-    assert found["wikitext"]["word_perplexity"].direction == "lower"
+    assert (found["wikitext"]["word_perplexity"].direction, found["wikitext"]["word_perplexity"].ideal) == ("lower", 1)
     assert set(found["gsm8k"]) == {"exact_match strict-match", "exact_match flexible"}
     with pytest.raises(SurgeryError, match="no number"):
         lm_eval.metrics_of({"results": {}}, "0.4")

@@ -141,6 +141,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: Any) ->
         ({"spec": "nowhere.csv,share=1"}, "nowhere.csv: got no such file"),
         ({"spec": "BAD,colum=worse"}, "got 'colum=worse', expected key=value with a key of column"),
         ({"spec": "BAD,share=much"}, "share is 'much', expected a number"),
+        ({"spec": "BAD,share=nan"}, "share is 'nan', expected a number"),
         ({"spec": "BAD,biased=perhaps"}, "biased is 'perhaps', expected a true or false"),
         ({"spec": "BAD,column=text,share=1"}, "line 3: no column 'text'; expected one of worse, kind"),
         ({"spec": "BAD,column=worse,group=type"}, "no column 'type'"),

@@ -68,6 +68,7 @@ def test_equal_scores_are_drawn_and_not_taken_in_the_order_of_the_file() -> None
         ([1.0, 2.0], {}, "give a share above 0 or a threshold"),
         ([1.0, 2.0], {"share": 0.5, "threshold": 1.0}, "one of the two"),
         ([1.0, 2.0], {"share": 1.5}, "got a share of 1.5"),
+        ([1.0, 2.0], {"threshold": math.nan}, "got a threshold of nan"),
         ([1.0, math.nan], {"share": 0.5}, "row 1 has the score nan"),
         ([], {"share": 0.5}, "shape \\(0,\\)"),
     ],

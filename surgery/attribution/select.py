@@ -31,13 +31,15 @@ def select(scores: Scores, *, share: float = 0.0, threshold: float | None = None
     """Which rows to take: the top ``share`` of the scores, or those of at least ``threshold``; give one of the two.
 
     ``share`` of n rows is ``round(share * n)`` rows. Among equal scores a seeded draw decides, not the order of the
-    file, which may give the classes away. Raises ``SurgeryError`` for no scores, a score that is not finite, a share
-    outside 0 to 1, both or none of the two.
+    file, which may give the classes away. Raises ``SurgeryError`` for no scores, a score or a threshold that is not
+    finite, a share outside 0 to 1, both or none of the two.
     """
     values = _finite(scores, "scores")
     if (threshold is None) == (share == 0.0):
         raise SurgeryError("selection: give a share above 0 or a threshold, one of the two")
     if threshold is not None:
+        if not np.isfinite(threshold):
+            raise SurgeryError(f"selection: got a threshold of {threshold}, expected a finite number")
         return values >= threshold
     if not 0 < share <= 1:
         raise SurgeryError(f"selection: got a share of {share}, expected more than 0 and at most 1")

@@ -192,6 +192,8 @@ def select(
     for path in (out, rest):
         if path is not None:
             check_destination(path)
+    if rest is not None and rest.resolve() == out.resolve():
+        raise SurgeryError(f"--rest {rest}: is --out as well; give the other rows a file of their own")
     found = open_index(index)
     texts, antis = read_probe(probe)
     _contrasted(contrast, antis, probe)

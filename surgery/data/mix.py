@@ -56,7 +56,7 @@ def parse(spec: str) -> Source:
     Raises ``SurgeryError`` for an unknown key or a value of the wrong type, naming the right ones.
     """
     first, *pairs = spec.split(",")
-    kinds: dict[str, Any] = {"column": str, "name": str, "share": float, "count": int, "group": str}
+    kinds: dict[str, Any] = {"column": str, "name": str, "share": _finite, "count": int, "group": str}
     kinds |= {"biased": _bool, "header": _bool}
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -70,6 +70,12 @@ def parse(spec: str) -> Source:
     return Source(Path(first), **values)
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(found := float(text)):
+        raise ValueError(text)
+    return found
+
+
 def _bool(text: str) -> bool:
     found = truth(text)
     if found is None:
@@ -78,7 +84,7 @@ def _bool(text: str) -> bool:
 
 
 def _named(kind: Any) -> str:
-    return {float: "number", int: "whole number", _bool: "true or false"}[kind]
+    return {_finite: "number", int: "whole number", _bool: "true or false"}[kind]
 
 
 def mix(sources: Sequence[Source], out: Path, *, seed: int, rows: int = 0) -> dict[str, int]:

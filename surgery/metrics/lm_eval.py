@@ -84,7 +84,7 @@ def metrics_of(results: dict[str, Any], version: str) -> dict[str, Any]:
                 scorer=f"lm-eval {version}, {name}, "
                 + ("1.96 standard errors" if known else "no standard error given"),
                 data=about,
-                ideal=1.0 if higher else 0.0,
+                ideal=1.0 if higher or metric.endswith("perplexity") else 0.0,
                 direction="higher" if higher else "lower",
             )
     if not tables:
