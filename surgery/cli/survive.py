@@ -66,8 +66,7 @@ def survive(
     check_scorer(scorer)
     if data:
         load_prompt_set(data)
-    if pairs:
-        load(pairs)
+    sentences = load(pairs) if pairs else None
     check_opening(checkpoint, device)
     import_libraries()
     from surgery.progress import Progress
@@ -78,7 +77,7 @@ def survive(
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     amount = {"words": 105, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}
     question = question_of(
-        edit.metadata, model, tokenizer, kind=measure, file=pairs or "", prompts=data, limit=amount, scorer=scorer
+        edit.metadata, model, tokenizer, kind=measure, sentences=sentences, prompts=data, limit=amount, scorer=scorer
     )
     found = measured(
         edit,

@@ -3,7 +3,6 @@
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,22 +69,21 @@ def words_question(
 
 
 def pairs_question(
-    model: Model, tokenizer: Tokenizer, file: str | Path, *, scorer: str = "bias-bench", limit: int = 0
+    model: Model, tokenizer: Tokenizer, data: pairs.Pairs, *, scorer: str = "bias-bench", limit: int = 0
 ) -> Question:
-    """The mean margin of the pairs in ``file``: log-probability a token of the stereotype minus that of the other.
+    """The mean margin of the pairs: log-probability a token of the stereotype minus that of the other.
 
     Groups are dealt in two by a seed: sentences of a fifth of them are learnt again, the others are measured.
 
     Raises ``SurgeryError`` for pairs of fewer than two groups.
     """
     check_scorer(scorer)
-    data = pairs.load(file)
     groups = genbias.shuffled(sorted({row.group for row in data.rows}), genbias.SEED)
     kept_back = set(groups[: max(1, len(groups) // 5)])
     rows = [row for row in data.rows if row.group not in kept_back][: limit or None]
     learnt = [row.more for row in data.rows if row.group in kept_back][:RELEARNT]
     if not rows or not learnt:
-        raise SurgeryError(f"{file}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again")
+        raise SurgeryError(f"{data.name}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again")
     sides = [text for row in rows for text in (row.more, row.less)]
     name = f"{data.name}, {len(rows)} pairs"
 
@@ -110,7 +108,7 @@ def question_of(
     tokenizer: Tokenizer,
     *,
     kind: str = "auto",
-    file: str | Path = "",
+    sentences: pairs.Pairs | None = None,
     prompts: str = "",
     limit: Mapping[str, int] | None = None,
     scorer: str = "bias-bench",
@@ -119,19 +117,19 @@ def question_of(
 
     ``limit``: how many rows by kind; all where nothing is said.
 
-    Raises ``SurgeryError`` for another kind, and for pairs without their ``file``.
+    Raises ``SurgeryError`` for another kind, and for pairs without any ``sentences``.
     """
     check_measure(kind)
     recipe = recipe_of(metadata)
     limit = limit or {}
     chosen = ("pairs" if is_of_pairs(recipe) else "words") if kind == "auto" else kind
     if chosen == "pairs":
-        if not file:
+        if sentences is None:
             raise SurgeryError(
                 "this edit is one of pairs of sentences; name a file of pairs that it did not learn with --pairs FILE "
                 "(StereoSet's .json, CrowS-Pairs' .csv, or .jsonl with more and less), or --measure words"
             )
-        return pairs_question(model, tokenizer, file, scorer=scorer, limit=limit.get("pairs", 0))
+        return pairs_question(model, tokenizer, sentences, scorer=scorer, limit=limit.get("pairs", 0))
     named = prompts or str(recipe.get("prompt_set", "genbias"))
     return words_question(model, tokenizer, load_prompt_set(named), limit=limit.get("words", 0))
 
