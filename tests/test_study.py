@@ -109,6 +109,8 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         (("scale = -1.0", "seeds = [1]"), "it names none"),
         (("seeds = [1]\n", "seeds = [1]\ndeterministic = true\n"), "seeds of what draws nothing"),
         (("{ perplexity", "{ perplexty"), "expected some of"),
+        (("seeds = [0, 1]", "seeds = [1, 1]"), "got [1, 1], expected different ones"),
+        (("scale = -1.0", "scale = -1.0\n[[methods]]\nname = 'two'\nrecipe = 'lftf'\nseeds = [2, 2]"), "got [2, 2]"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
@@ -118,6 +120,14 @@ def test_mistakes_are_named_before_anything_runs(
     text = text.replace("DELTA", json.dumps(str(checkpoint / "config.json")))
     code, _, stderr = surgery("study", write(tmp_path / "s.toml", text), "--out", tmp_path / "out")
     assert code == 1 and message in stderr and not list(tmp_path.rglob("run*"))
+
+
+def test_a_number_that_nothing_measures_is_named_before_an_edit_is_made(checkpoint: Path, tmp_path: Path) -> None:
+    text = FILE.replace("MODEL", json.dumps(str(checkpoint))).replace("DELTA", json.dumps(str(checkpoint / "config.json")))
+    file = write(tmp_path / "s.toml", text.replace("seeds", 'bias = ["genbias.afgb.al"]\nseeds', 1))
+    code, _, stderr = surgery("study", file, "--out", tmp_path / "out")
+    assert code == 1 and "bias: got 'genbias.afgb.al', expected some of" in stderr and "genbias.afgb.all" in stderr
+    assert not list(tmp_path.rglob("run")) and list(tmp_path.rglob("judged.json"))
 
 
 def test_two_studies_in_one_folder_are_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def study(
     import_libraries()
     from surgery.study.carry_out import carry_out
     from surgery.study.cells import cells
+    from surgery.study.judging import check_axes
     from surgery.study.made_with import refuse_other_settings
 
     for cell in cells(asked, methods, place):
@@ -92,6 +93,8 @@ def study(
         from surgery.study.taking import refuse_another
 
         refuse_another(found, sources)
+        if not found.refused:
+            check_axes(asked, found.scores)
 
     print(carry_out(asked, methods, place, run, untouched, share=share, device=device, progress=progress))
 

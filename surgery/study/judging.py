@@ -1,8 +1,9 @@
 """One list of judges for every cell of a study, on the same rows, kept on disk with the draws that pair them."""
 
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def check(study: Study) -> tuple[Judges, dict[str, str]]:
     judges = Judges(suites=tuple(dict.fromkeys(study.suites)), folder=study.folder, rows=study.rows, **asked)
     judges.check("folder =")
     return judges, {}
+
+
+def check_axes(study: Study, found: Collection[str]) -> None:
+    """Raises ``SurgeryError`` for a number that is to decide and is not among those ``found`` of the untouched model."""
+    for key, places in (("bias", study.bias), ("cost", study.cost)):
+        for place in (one for one in places if one not in found):
+            near = difflib.get_close_matches(place, found, 3, 0.3) or list(found)[:3]
+            raise SurgeryError(
+                f"{key}: got {place!r}, expected some of the {len(found)} numbers that the study measures, such as "
+                f"{', '.join(near)}"
+            )
 
 
 def judge(

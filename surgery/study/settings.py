@@ -116,4 +116,7 @@ def read(path: Path) -> tuple[Study, list[Method]]:
         raise SurgeryError(f"{path}: the method {twice!r} is named twice, or is the model itself; name each once")
     if not study.models or not study.seeds:
         raise SurgeryError(f"{path}: no {'seeds' if study.models else 'models'}; name at least one")
+    for seeds in (study.seeds, *(method.seeds for method in methods)):
+        if len(set(seeds)) < len(seeds):  # the one run would count as two that agree
+            raise SurgeryError(f"{path}: seeds: got {seeds}, expected different ones; name each once")
     return study, methods
