@@ -154,6 +154,9 @@ def test_the_prompt_gets_no_gradient_as_a_target_and_padding_changes_nothing() -
     rows = [Row((5, 6, 7, 8, 9), 3), Row((5, 6), 1), Row((9, 8, 7, 6, 5, 4, 3), 1)]
     alone = [evaluate(model, [row])[0] for row in rows]
     assert evaluate(model, rows).tolist() == pytest.approx(alone, abs=1e-5)
+    dropping: Any = build("gpt2")
+    quiet = evaluate(dropping, rows).tolist()
+    assert evaluate(dropping.train(), rows).tolist() == quiet and dropping.training
     given = torch.tensor([rows[0].ids])
     with torch.no_grad():
         logs = model(given).logits.log_softmax(-1)[0]

@@ -87,6 +87,11 @@ def test_mistakes_are_named(pair: str, message: str) -> None:
         build(lftf.Settings, parse_set([pair]), "--set")
 
 
+def test_a_recipe_that_an_editor_began_with_a_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("\ufeffrecipe = 'lftf'\r\nlr = 1e-4\r\n", "utf-8", newline="")
+    assert read_toml(tmp_path / "a.toml") == {"recipe": "lftf", "lr": 1e-4}
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     with pytest.raises(SurgeryError, match="cannot be read"):

@@ -170,7 +170,6 @@ def _back(
             return decided is not None and decided.is_file() and int(decided.read_text()) == step
         if step % EVERY:
             return False
-        model.eval()
         ended = float(likelihoods(model, rows, others).mean()) <= aim
         if ended and decided:
             decided.write_text(str(step))

@@ -25,6 +25,7 @@ from surgery.data.texts import Example
 from surgery.edits.block import Trained
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, batches_for, logit_budget, pad
+from surgery.forward.evaluation import evaluating
 from surgery.forward.tokens import answered
 from surgery.moved import Moved
 from surgery.objective import Losses
@@ -118,14 +119,14 @@ def row_losses(module: nn.Module, rows: Sequence[Row], chosen: Sequence[int], de
     return token_losses(module(**batch.inputs(), use_cache=False).logits, batch.ids, target_mask)
 
 
-@torch.no_grad()
 def evaluate(model: PreTrainedModel, rows: Sequence[Row], step: Advance | None = None) -> Float[np.ndarray, " rows"]:
-    """The loss of each row (nats, the mean over its targets) without training."""
+    """The loss of each row (nats, the mean over its targets) without training; the model's mode does not matter."""
     found = np.empty(len(rows))
-    for chosen in batches_for(model, [row.ids for row in rows], tokens=logit_budget(model)):
-        found[chosen] = row_losses(model, rows, chosen, model.device).double().cpu().numpy()
-        if step:
-            step(len(chosen))
+    with evaluating(model):
+        for chosen in batches_for(model, [row.ids for row in rows], tokens=logit_budget(model)):
+            found[chosen] = row_losses(model, rows, chosen, model.device).double().cpu().numpy()
+            if step:
+                step(len(chosen))
     return found
 
 

@@ -62,7 +62,7 @@ def rank_by_gain(
     Products of float32 matrices may be rounded to bfloat16, where the processor gains by it: ranks do not need more.
     """
     texts = list(neutral.sentences()[:RETAIN] if retain is None else retain)
-    groups = min(GainConfig.groups, count)
+    groups = max(2, min(GainConfig.groups, count))
     done = 0
 
     def advance(now: int, _: int | None) -> None:

@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def toml_of(path: Path, kind: str) -> dict[str, Any]:
     """What a TOML file of a ``kind`` (recipe, study) holds; raises ``SurgeryError`` where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise SurgeryError(f"{path}: cannot be read ({error.strerror}); give a {kind}'s TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
