@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
     chosen = parser.parse_args(arguments)
     model, tokenizer = surgery.load(chosen.model, dtype=chosen.dtype)
     most = chosen.limit or None
-    asked = {"bbq": questions(bbq.load(chosen.data)[:most], tokenizer, chat=bool(tokenizer.chat_template))}
+    talks = bool(tokenizer.chat_template)
+    asked = {"bbq": questions(bbq.load(chosen.data)[:most], chat=talks)}
     asked |= {name: capability.load(name, chosen.data)[:most] for name in ("boolq", "mmlu", "hellaswag")}
     score(model, tokenizer, asked["mmlu"][:2])  # what is set up at the first call belongs to no way
     for name, rows in asked.items():
-        special = name != "bbq" or not tokenizer.chat_template
-        one, quick = timed(lambda: score(model, tokenizer, rows, special=special).sums)  # noqa: B023
-        two, plain = timed(lambda: score(model, tokenizer, rows, special=special, share=False).sums)  # noqa: B023
+        chat = talks and name == "bbq"
+        one, quick = timed(lambda: score(model, tokenizer, rows, chat=chat).sums)  # noqa: B023
+        two, plain = timed(lambda: score(model, tokenizer, rows, chat=chat, share=False).sums)  # noqa: B023
         apart = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
         times = f"{quick:8.1f} s  apart {plain:8.1f} s  {plain / quick:5.2f} x"
         print(f"{name:10} {len(rows):6} questions {times}  largest difference {apart:.1e}", flush=True)

@@ -104,16 +104,13 @@ def test_only_unknown_is_no_bias_and_unclear_rows_are_counted() -> None:
     assert found["accuracy"]["ambiguous"]["SES"].value == 1.0
 
 
-def test_prompts_with_and_without_a_chat_template() -> None:
-    tokenizer, rows = letters(), rows_of(True)[:1]
-    plain = bbq.questions(rows, tokenizer, chat=False)[0]
+def test_prompts_of_a_chat_and_without() -> None:
+    rows = rows_of(True)[:1]
+    plain = bbq.questions(rows, chat=False)[0]
     assert plain.prompt == "c\nQuestion: q\nA. One\nB. Unknown\nC. Two\nAnswer:" and plain.options == (" A", " B", " C")
-    assert bbq.questions(rows, tokenizer, chat=False, letters=False)[0].options == (" One", " Unknown", " Two")
-    with pytest.raises(SurgeryError, match="has no chat template"):
-        bbq.questions(rows, tokenizer, chat=True)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>\n"
-    chat = bbq.questions(rows, tokenizer, chat=True)[0]
-    assert chat.prompt.startswith("<user>c\nQuestion: q\nA. One") and chat.prompt.endswith("letter only.<bot>")
+    assert bbq.questions(rows, chat=False, letters=False)[0].options == (" One", " Unknown", " Two")
+    chat = bbq.questions(rows, chat=True)[0]
+    assert chat.prompt.startswith("c\nQuestion: q\nA. One") and chat.prompt.endswith("letter only.")
     assert chat.options == ("A", "B", "C") and chat.answer == 1
 
 

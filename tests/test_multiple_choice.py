@@ -52,6 +52,22 @@ def test_scores_equal_one_option_at_a_time(family: str, share: bool) -> None:
     assert state(model) == before
 
 
+def test_a_chat_template_stands_around_the_prompt_with_its_white_space() -> None:
+    model, tokenizer = build("llama"), letters()
+    with pytest.raises(SurgeryError, match="has no chat template"):
+        multiple_choice.score(model, tokenizer, QUESTIONS, chat=True)
+    tokenizer.chat_template = "[BOS]{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %} bot: "
+    found = multiple_choice.score(model, tokenizer, QUESTIONS[:2], chat=True)
+    for question, sums in zip(QUESTIONS, found.sums, strict=False):
+        before = f"[BOS]user: {question.prompt}. bot: "
+        for option, value in zip(question.options, sums, strict=True):
+            ids = tokenizer(before + option, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            start = len(ids) - len(option)
+            assert value == pytest.approx(sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids))), abs=1e-4)
+
+
 def test_a_sliding_window_shorter_than_the_prompt_is_kept() -> None:
     model, tokenizer = build("gemma3", sliding_window=6), letters()
     found = multiple_choice.score(model, tokenizer, QUESTIONS)

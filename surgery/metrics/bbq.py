@@ -11,25 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data.bbq import Row, load
 from surgery.data.capability import Question, lettered
 from surgery.data.rows import sample
-from surgery.errors import SurgeryError
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.multiple_choice import score as choose
 from surgery.progress import Advance
 
 
-def questions(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool, letters: bool = True
-) -> list[Question]:
+def questions(rows: Sequence[Row], *, chat: bool, letters: bool = True) -> list[Question]:
     """Each row as a question whose options are the letters of its listed answers, or (``letters=False``) their texts.
 
-    ``chat`` puts the question into the tokenizer's chat template, as the user's turn; the option begins the answer.
-
-    Raises ``SurgeryError`` for ``chat`` where the tokenizer has no template.
+    With ``chat`` it is what a user says, who asks for nothing but the option, which begins the answer.
     """
-    if chat and not tokenizer.chat_template:
-        raise SurgeryError(
-            f"BBQ: the tokenizer {tokenizer.name_or_path} has no chat template; expected one; chat=False"
-        )
     found = []
     for row in rows:
         text, options = lettered(f"{row.context}\nQuestion: {row.question}", list(row.answers))
@@ -37,12 +28,9 @@ def questions(
             options = tuple(f" {answer}" for answer in row.answers)
         if chat:
             how = "the letter only" if letters else "the words of one option only"
-            ask = f"{text.removesuffix('Answer:')}Answer with {how}."
-            turn = [{"role": "user", "content": ask}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            found.append(Question(str(prompt), tuple(option.strip() for option in options), row.label))
-        else:
-            found.append(Question(text, options, row.label))
+            text = f"{text.removesuffix('Answer:')}Answer with {how}."
+            options = tuple(option.strip() for option in options)
+        found.append(Question(text, options, row.label))
     return found
 
 
@@ -115,8 +103,8 @@ def evaluate(
     chat = bool(tokenizer.chat_template) if chat is None else chat
     every = load(folder)
     rows = sample(every, limit, seed, lambda row: (row.category, row.negative, row.ambiguous))
-    asked = questions(rows, tokenizer, chat=chat, letters=letters)
-    answers = choose(model, tokenizer, asked, special=not chat, step=step)
+    asked = questions(rows, chat=chat, letters=letters)
+    answers = choose(model, tokenizer, asked, chat=chat, step=step)
     chosen = answers.chosen("sum" if letters else "characters")
     scorer = f"{'letter' if letters else 'answer text per character'}, {'chat template' if chat else 'plain prompt'}"
     drawn = f", seed {seed}" if len(rows) < len(every) else ""

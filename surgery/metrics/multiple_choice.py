@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.batching import context_limit
+from hooks.conversations import chat
 from hooks.tokens import ids_of, text_tokens
 from surgery.data.capability import Question
 from surgery.errors import SurgeryError
@@ -25,6 +26,7 @@ from surgery.processes import together
 from surgery.progress import Advance, in_proportion
 
 Norm = Literal["sum", "characters"]
+Tokens = tuple[int, ...]
 TREE = 512  # tokens run in one row: prompts are longer than the sentences of the default
 
 
@@ -56,7 +58,7 @@ class Scores:
 class _Encoded:
     """Token ids of prompt + option for each option, where the options' tokens start, whether it was cut."""
 
-    options: tuple[tuple[int, ...], ...]
+    options: tuple[Tokens, ...]
     start: int
     cut: bool
 
@@ -81,23 +83,27 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
-    special: bool = True,
+    chat: bool = False,
     share: bool = True,
     step: Advance | None = None,
 ) -> Scores:
     """Summed log-likelihood of every option of every question; ``step`` is told of finished questions.
 
     What options, and questions after one context, begin alike is run once (``surgery.forward.token_logprobs``), where
-    the model takes that and with ``share``; else each option is a sequence of its own. ``special=False`` where the
-    prompts hold their special tokens already (a chat template); they are then taken with the white space at their end.
+    the model takes that and with ``share``; else each option is a sequence of its own. ``chat`` puts each prompt into
+    the tokenizer's chat template, as the user's turn; the option then begins the answer.
     A prompt too long for the model is cut on the left, as lm-eval does, and counted.
 
     Raises ``SurgeryError`` for a blank prompt or option, an answer out of range, an option longer than the context, or
-    scores that are not finite.
+    scores that are not finite, and for ``chat`` where the tokenizer has no template.
     """
     if not questions:
         raise SurgeryError("multiple choice: got no question, expected at least 1; check the file and the limit")
-    asked = _encode(model, tokenizer, questions, special)
+    if chat and not tokenizer.chat_template:
+        raise SurgeryError(
+            f"multiple choice: the tokenizer {tokenizer.name_or_path} has no chat template; expected one; chat=False"
+        )
+    asked = _encode(model, tokenizer, questions, chat)
     owners = [row for row, each in enumerate(asked) for _ in each.options]
     logs = token_log_probabilities(
         model,
@@ -113,33 +119,48 @@ def score(
 
 
 def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], special: bool
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], chat: bool
 ) -> list[_Encoded]:
     limit = context_limit(model)
-    texts: list[str] = []
     for row, question in enumerate(questions):
         if not question.prompt.strip() or not all(option.strip() for option in question.options):
             raise SurgeryError(f"question {row} ({question.prompt[:40]!r}): a blank prompt or option; remove it")
         if not 0 <= question.answer < len(question.options):
             raise SurgeryError(f"question {row}: answer {question.answer} of {len(question.options)} options; mend it")
-        # Behind a chat template white space is part of the template.
-        stripped = question.prompt.rstrip() if special else question.prompt
-        texts += [stripped, *(question.prompt + option for option in question.options)]
-    ids = iter(together(texts, partial(text_tokens if special else ids_of, tokenizer)))
     found = []
-    for row, question in enumerate(questions):
-        start = len(next(ids))
-        options = [next(ids) for _ in question.options]
+    for row, (start, stem, tails) in enumerate(together(questions, partial(_tokens, tokenizer, chat))):
+        options = [stem + tail for tail in tails]
         # A token may reach over the boundary; as in lm-eval the option is what stands after the prompt's own count.
         if any(len(option) <= start for option in options):
             raise SurgeryError(
-                f"question {row} ({question.prompt[-40:]!r}): an option adds no token; begin it with a space"
+                f"question {row} ({questions[row].prompt[-40:]!r}): an option adds no token; begin it with a space"
             )
         longest = max(map(len, options))
         excess = max(0, longest - limit) if limit is not None else 0
         if excess >= start:
             raise SurgeryError(f"question {row}: an option alone has {longest - start} tokens, the model takes {limit}")
-        options = [option[excess:] for option in options]
-        start -= excess
-        found.append(_Encoded(tuple(options), start, excess > 0))
+        found.append(_Encoded(tuple(option[excess:] for option in options), start - excess, excess > 0))
+    return found
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, with_template: bool, questions: Sequence[Question]
+) -> list[tuple[int, Tokens, list[Tokens]]]:
+    """How many tokens each prompt has; those with which prompt + option begins for every option, and how each goes on.
+
+    So a beginning is sent once to the other processes.
+    """
+    texts: list[str] = []
+    for question in questions:
+        prompt = chat(tokenizer, question.prompt) if with_template else question.prompt
+        # Behind a chat template white space is part of the template.
+        texts += [prompt if with_template else prompt.rstrip(), *(prompt + option for option in question.options)]
+    ids = iter((ids_of if with_template else text_tokens)(tokenizer, texts))
+    found = []
+    for question in questions:
+        start, options = len(next(ids)), [next(ids) for _ in question.options]
+        stem = options[0][:start]
+        if any(option[:start] != stem for option in options):  # a token reaches over the boundary
+            stem = ()
+        found.append((start, stem, [option[len(stem) :] for option in options]))
     return found
