@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.shapes import Shape, write
+from benchmarks._shapes import Shape, write
 from surgery.apply import apply
 from surgery.delta import make
 from surgery.files.checkpoint_files import open_checkpoint

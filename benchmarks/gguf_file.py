@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.apply import COMMAND, run
-from benchmarks.shapes import Shape
+from benchmarks._shapes import Shape
 from surgery.apply.gguf import RECORD
 from surgery.delta import make
 

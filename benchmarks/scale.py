@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import Shape, normal, write
+from benchmarks._shapes import Shape, normal, write
 
 STAGES = ("start", "open", "ranking", "before", "train", "write", "apply", "after", "control", "report")
 # Llama 3.2 1B, Llama 3 8B, a 40B between, Llama 3 70B.
