@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 4 -m benchmarks evaluation --shape 8b --data DIR
 
-Each process draws the model, of a Llama shape with random weights, on a device of its own. A first pass by all, in which
-everything is found out once, is not counted. What is measured must be the same numbers, bit for bit.
+Each process draws the model, of a Llama shape with random weights, on a device of its own. A first pass by all, in
+which everything is found out once, is not counted. What is measured must be the same numbers, bit for bit.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] = ("demo",)) -> None:
 
 def evaluated(model: Any, tokenizer: Any, suites: Sequence[str], chosen: argparse.Namespace) -> tuple[Any, list[float]]:
     """The metrics of all suites; the seconds that each took until the last process had it, and their sum."""
-    found, seconds = {}, []
+    found: dict[str, Any] = {}
+    seconds = []
     for suite in suites:
         processes.wait()
         began = time.perf_counter()

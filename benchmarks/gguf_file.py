@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.apply import COMMAND, run
 from benchmarks._shapes import Shape
+from benchmarks.apply import COMMAND, run
 from surgery.apply.gguf import RECORD
 from surgery.delta import make
 
