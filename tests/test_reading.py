@@ -38,5 +38,5 @@ def test_a_whole_character_written_in_halves_is_read(tmp_path: Path) -> None:
 def test_half_of_a_character_in_a_prompt_set_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     path.write_text('{"name": "x", "words": ["he", "sh\\ud83d"], "templates": []}')
-    with pytest.raises(SurgeryError, match="set.json.*surrogates not allowed"):
+    with pytest.raises(SurgeryError, match=r"set\.json.*surrogates not allowed"):
         load_prompt_set(path)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_cli import surgery
 
 from surgery import delta as deltas
-from surgery.data.pairs import load
+from surgery.data import pairs as pairs_data
 from surgery.delta import Delta
 from surgery.errors import SurgeryError
 from surgery.files.q4_k import quantise_q4_k
@@ -190,7 +190,8 @@ def test_pairs_are_measured_on_groups_that_are_not_learnt_again(tiny: tuple[Any,
     ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = question_of({"recipe": 'recipe = "bias_unlearn"'}, model, tokenizer, sentences=load(file), scorer="no-start")
+    recipe = {"recipe": 'recipe = "bias_unlearn"'}
+    found = question_of(recipe, model, tokenizer, sentences=pairs_data.load(file), scorer="no-start")
     assert found.kind == "pairs" and not found.relative
     assert found.measure("").n == 2 and len(found.biased()) == 1
     assert found.measure("").value != found.measure("The nurse. ").value

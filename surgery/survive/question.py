@@ -83,7 +83,9 @@ def pairs_question(
     rows = [row for row in data.rows if row.group not in kept_back][: limit or None]
     learnt = [row.more for row in data.rows if row.group in kept_back][:RELEARNT]
     if not rows or not learnt:
-        raise SurgeryError(f"{data.name}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again")
+        raise SurgeryError(
+            f"{data.name}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again"
+        )
     sides = [text for row in rows for text in (row.more, row.less)]
     name = f"{data.name}, {len(rows)} pairs"
 
