@@ -173,18 +173,12 @@ def head_logits(
     head: Any = model.get_submodule(anatomy.head)
     final = anatomy.blocks[-1].name
 
-    def on(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = probe.first_tensor(args, kwargs)
-        if tensor is None:
-            raise HookError("a block received no tensor; expected the residual stream")
-        return tensor
-
     def run(rows: bool) -> Tensor:
         with ExitStack() as stack:
             for block in (b for s in anatomy.stacks for b in s.blocks):
-                give: Callable[..., Tensor] = on
+                give: Callable[..., Tensor] = _entering
                 if block.name == final:
-                    give = lambda *args, **kwargs: stream[:, None].to(on(*args, **kwargs).device)  # noqa: E731
+                    give = lambda *args, **kwargs: stream[:, None].to(_entering(*args, **kwargs).device)  # noqa: E731
                 stack.enter_context(_forward(model.get_submodule(block.name), give, block.returns_tuple))
             if frozen_norm and anatomy.final_norm is not None:
                 norm = model.get_submodule(anatomy.final_norm)
@@ -211,6 +205,14 @@ def head_logits(
         except RuntimeError:  # and ESM a bias that is no buffer: shapes differ
             return run(rows=False)
     return run(rows=False)
+
+
+def _entering(*args: Any, **kwargs: Any) -> Tensor:
+    """The stream among a block's arguments."""
+    tensor = probe.first_tensor(args, kwargs)
+    if tensor is None:
+        raise HookError("a block received no tensor; expected the residual stream")
+    return tensor
 
 
 def frozen(norm: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

@@ -93,13 +93,7 @@ def gain(
     places = find_places(model)
     limit = positions_limit(model)
     texts = list(rows(tokenizer, retain, limit=limit, cut=config.cut, what="retain text"))
-    if len(texts) < 2:
-        raise HookError(
-            f"gain: the retain text is {len(texts)} sentence; expected at least 2, better 64: its Fisher information "
-            "is a mean over texts"
-        )
-    if count < config.groups:
-        raise HookError(f"gain: {count} examples for {config.groups} groups; give at least one example a group")
+    _refuse_few(len(texts), count, config.groups)
     named = dict(model.named_parameters())
     parameters = [named[place.name] for place in places]
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -131,6 +125,16 @@ def gain(
     weights = np.array([float(each.square().sum(dtype=torch.float64)) for each in norms])
     settings = vars(config) | {"retain": len(texts), "fisher_mean": float(mean)}
     return Gain(places, sizes, whitened, plain, traces, weights, data, count, settings)
+
+
+def _refuse_few(texts: int, examples: int, groups: int) -> None:
+    if texts < 2:
+        raise HookError(
+            f"gain: the retain text is {texts} sentence; expected at least 2, better 64: its Fisher information "
+            "is a mean over texts"
+        )
+    if examples < groups:
+        raise HookError(f"gain: {examples} examples for {groups} groups; give at least one example a group")
 
 
 def find_places(model: nn.Module) -> tuple[Place, ...]:

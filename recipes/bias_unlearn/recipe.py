@@ -72,15 +72,9 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
             )
         after, others = main.measured, {}
         if NO_PUSH in settings.controls and (off := _without_push(op, settings)):
-            replay = replayed(main.edit, evaluate)
-            others[NO_PUSH] = op.carry_out(
-                NO_PUSH,
-                partial(train, op, tokenizer, given, off, replay),
-                partial(measured, when=f"control {NO_PUSH}"),
-                trains=trains,
-                steps=settings.steps,
-                keep=False,
-            )
+            pushless = partial(train, op, tokenizer, given, off, replayed(main.edit, evaluate))
+            again: Any = {"trains": trains, "steps": settings.steps, "keep": False}
+            others[NO_PUSH] = op.carry_out(NO_PUSH, pushless, partial(measured, when=f"control {NO_PUSH}"), **again)
         if settings.steer == "folds":
             kept = main.edit.details["kept_step"]
             before, after = before | {"dev": unseen(tables[0])}, after | {"dev": unseen(tables[kept])}

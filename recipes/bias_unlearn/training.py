@@ -18,6 +18,7 @@ from surgery.edits.unlearning import (
     EarlyStopping,
     Objective,
     Scores,
+    Unlearned,
     encode_triples,
     reference,
     unlearn,
@@ -90,20 +91,24 @@ def train(
         log=track["log"],
         step_done=track["step_done"],
     )
-    edit = Edit.of(
+    return Made(found.trained.differences, _edit(settings, found, chunks, weights), "lora")
+
+
+def _edit(settings: Settings, found: Unlearned, chunks: BatchSampler, weights: Mapping[str, float]) -> Edit:
+    """What ``run.json`` says of the training."""
+    return Edit.of(
         found.trained,
         blocks="all",
         part="lora",
         objective=OBJECTIVES[settings.method],
-        chunk=sizes,
+        chunk=chunks.sizes,
         triples=found.triples,
         kept_step=found.kept_step,
         stopped=found.stopped,
         evaluations=[{"step": step} | scores for step, scores in sorted(found.evaluations.items())],
-        weights={role: weights[role] * (found.pushed if role in PUSHES else 1) for role in sizes},
+        weights={role: weights[role] * (found.pushed if role in PUSHES else 1) for role in chunks.sizes},
         passes=chunks.passes(len(found.trained.losses)),
     )
-    return Made(found.trained.differences, edit, "lora")
 
 
 def offsets_of(settings: Settings, types: Sequence[str]) -> list[float]:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,22 +82,15 @@ def export_peft(
     saved = _saved(delta, checkpoint) if checkpoint is not None and not (drop_vectors or served) else {}
     dropped = _dropped(delta, drop_vectors, set(saved), checkpoint is None and not served)
     wrapped = _wrapped(delta, checkpoint)
-    factors, errors = _factored(
-        delta, [name for name in delta.shapes if name not in {**dropped, **saved}], rank, served
-    )
+    matrices = [name for name in delta.shapes if name not in {**dropped, **saved}]
+    factors, errors = _factored(delta, matrices, rank, served)
     if not factors:
         raise SurgeryError(f"{out}: the delta has no matrix; there is nothing that LoRA can hold")
     ranks = {wrapped.module(name): right.shape[0] for name, (_, right) in factors.items()}
     highest = max(ranks.values())
     if served:
         _refuse_high(highest, out)
-    of_experts = next((module for module in ranks if _OF_EXPERTS.search(module)), None)
-    if of_experts and checkpoint is None:
-        raise SurgeryError(
-            f"{of_experts}: of experts and routers peft reads what its rules for the family allow; add --checkpoint "
-            "CHECKPOINT, so that what it reads is compared with the delta"
-        )
-    if served or of_experts:
+    if served or _of_experts(ranks, checkpoint):
         factors = {name: _padded(*both, highest) for name, both in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
     transposed = delta.metadata["architecture"].get("model_type") in _CONV1D_MODELS
@@ -111,8 +104,7 @@ def export_peft(
         if checkpoint is not None:
             from surgery.adapters.effect import refuse_unread  # which needs torch and peft
 
-            lost = math.hypot(max(errors.values()), math.sqrt(sum(dropped.values())))
-            refuse_unread(delta, part, checkpoint, lost)
+            refuse_unread(delta, part, checkpoint, math.hypot(max(errors.values()), sum(dropped.values()) ** 0.5))
         publish(part, out)
     return PeftReport(out, highest, errors, dropped, tuple(saved), size)
 
@@ -163,6 +155,17 @@ def _factored(
         left, right, errors[name] = _factors(delta.read(name, 0, math.prod(shape)).reshape(shape), rank)
         factors[name] = left, right
     return factors, errors
+
+
+def _of_experts(modules: Iterable[str], checkpoint: Path | str | None) -> bool:
+    """Whether experts or their router are among the modules. Raises ``SurgeryError`` where so without a checkpoint."""
+    found = next((module for module in modules if _OF_EXPERTS.search(module)), None)
+    if found and checkpoint is None:
+        raise SurgeryError(
+            f"{found}: of experts and routers peft reads what its rules for the family allow; add --checkpoint "
+            "CHECKPOINT, so that what it reads is compared with the delta"
+        )
+    return found is not None
 
 
 def _in_place(name: str, module: str, left: np.ndarray, right: np.ndarray, transposed: bool) -> dict[str, np.ndarray]:

@@ -83,23 +83,15 @@ def build(
     names = tuple(name.strip() for name in targets.split(",") if name.strip()) or None
     source = Source(opened, tokenizer, chosen, targets=names, cut=cut or None, batch_tokens=batch_tokens)
     progress = Progress(quiet or (state is not None and not state.is_main_process))
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"shard": shard, "dtype": rows, "resume": resume}
     if state is not None:
-        options = {"process": (state.process_index, state.num_processes), "wait": state.wait_for_everyone}
+        options |= {"process": (state.process_index, state.num_processes), "wait": state.wait_for_everyone}
     with progress.work("read the texts", None) as step:
         total = sum(1 for _ in stream(data, columns=texts))
         step(total)
     with progress.work("project the gradients", total) as step:
-        build_index(
-            out,
-            lambda: (example.answer for example in stream(data, columns=texts)),
-            source,
-            shard=shard,
-            dtype=rows,
-            resume=resume,
-            step=step,
-            **options,
-        )
+        again = lambda: (example.answer for example in stream(data, columns=texts))  # noqa: E731
+        build_index(out, again, source, step=step, **options)
     if state is None or state.is_main_process:
         print(f"{out}: {total:,} texts, {dim:,} numbers each ({rows})")
 
@@ -198,12 +190,7 @@ def select(
     texts, antis = read_probe(probe)
     _contrasted(contrast, antis, probe)
     found.refuse_overlap([*texts, *antis])
-    pairs = read_probe(twins) if twins else ([], [])
-    if twins:
-        _contrasted(True, pairs[1], twins)
-        found.refuse_overlap([*pairs[0], *pairs[1]], "twin test")
-        if shared := {*texts, *antis}.intersection([*pairs[0], *pairs[1]]):
-            raise SurgeryError(f"{twins}: {min(shared)[:60]!r} is also a text of the probe; test on other pairs")
+    pairs = _twins(found, twins, [*texts, *antis]) if twins else ([], [])
     source = _source(found, model, adapter, quiet, device)
     vector, scale = source.probe(texts, contrast=antis if contrast else None)
     scores = found.scores(vector, scale=scale, normalise=normalise)
@@ -230,6 +217,16 @@ def select(
 def _contrasted(wanted: bool, twins: list[str], path: Path | None) -> None:
     if wanted and not twins:
         raise SurgeryError(f"{path}: holds no twins; expected pairs with the columns text and anti")
+
+
+def _twins(found: Any, file: Path, probe: list[str]) -> tuple[list[str], list[str]]:
+    """The pairs of the twin test, of which no text is indexed or of the probe."""
+    pairs = read_probe(file)
+    _contrasted(True, pairs[1], file)
+    found.refuse_overlap([*pairs[0], *pairs[1]], "twin test")
+    if shared := set(probe).intersection([*pairs[0], *pairs[1]]):
+        raise SurgeryError(f"{file}: {min(shared)[:60]!r} is also a text of the probe; test on other pairs")
+    return pairs
 
 
 def _source(found: Any, model: str, adapter: Path | None, quiet: bool, device: str | None) -> Any:

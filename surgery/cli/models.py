@@ -17,6 +17,7 @@ from surgery.seeds import SEEDS
 if TYPE_CHECKING:
     from surgery.metrics.judges import Judges
     from surgery.progress import Progress
+    from surgery.runs.folder import Run
 
 
 @command(
@@ -57,13 +58,12 @@ def run(
         _help(ctx, recipe, asked=show_help)
         return
     from surgery.progress import Progress
+    from surgery.runs.folder import check_free
     from surgery.runs.recipe_files import build
 
     module, values, path = chosen_recipe(recipe, model, settings or [], seed)
     ready = build(module.Settings, values, str(path))
     folder = out or Path("runs") / path.stem
-    from surgery.runs.folder import check_free
-
     if processes.count() > 1 and not module.Settings.shares_work:
         raise SurgeryError(
             f"{path.stem}: got {processes.count()} processes, and this recipe works in one; expected one: start it "
@@ -82,24 +82,26 @@ def run(
     try:
         finished = module.run(opened, tokenizer, ready, **where)
     except KeyboardInterrupt:
-        again = f"surgery run {folder}.part/recipe.toml --out {folder} --resume"
-        print(
-            f"interrupted; continue with: {again}" if Path(f"{folder}.part").exists() else "interrupted",
-            file=sys.stderr,
-        )
+        again = f"; continue with: surgery run {folder}.part/recipe.toml --out {folder} --resume"
+        print(f"interrupted{again if Path(f'{folder}.part').exists() else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
-    from surgery.runs.mechanism import said
-    from surgery.runs.paired import told
-    from surgery.runs.words_report import verdict
-
-    for line in [*verdict(finished.summary), *told(finished.summary), *said(finished.summary)]:
-        print(line)
+    _tell(finished)
     if judges is not None and (finished.folder / "delta.safetensors").is_file():
         from surgery.runs.spillover import spillover
 
         for line in spillover(opened, tokenizer, finished.folder, judges, progress=Progress(quiet)):
             print(line)
     print(finished.folder / "report.html")
+
+
+def _tell(finished: "Run") -> None:
+    """What came out, a line for each thing."""
+    from surgery.runs.mechanism import said
+    from surgery.runs.paired import told
+    from surgery.runs.words_report import verdict
+
+    for line in [*verdict(finished.summary), *told(finished.summary), *said(finished.summary)]:
+        print(line)
 
 
 def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "Judges | None":

@@ -20,7 +20,7 @@ from surgery.edits.block import Trained
 from surgery.edits.supervised import Lora, Row, evaluate, fit, target_batch
 from surgery.edits.unlearning import losses as equations
 from surgery.errors import SurgeryError
-from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.forward.token_logprobs import summed, token_log_probabilities
 from surgery.progress import Advance
 from surgery.training import After, Log, Plan
 
@@ -83,12 +83,8 @@ def forget(
     weight of 0 for what "multi" keeps, and a loss that is not finite.
     """
     _check(selected, kept, how, twins, original)
-    reference = torch.tensor(
-        [
-            float(logs.sum())
-            for logs in token_log_probabilities(model, [r.ids for r in selected], starts=[r.start for r in selected])
-        ]
-    )
+    starts = [row.start for row in selected]
+    reference = torch.from_numpy(summed(token_log_probabilities(model, [r.ids for r in selected], starts=starts)))
     order = _order(len(selected), len(kept), plan.epochs, seed)
     goal = torch.tensor([] if original is None else original, dtype=torch.float32)
 
@@ -104,12 +100,12 @@ def forget(
             return {"margin": MARGIN * (own - other - wanted).square(), "retain": -how.retain * rest}
         if how.kind != "multi":
             logs, scored = token_logs(module, selected, forgotten, model.device)
-            return _forgetting(logs, scored, reference[forgotten].to(logs.device), how)
+            return _forgetting(logs, scored, reference[forgotten].to(logs), how)
         # One forward pass for both, so that a distributed wrapper sees one.
         rows = [*(selected[first] for first in forgotten), *(kept[second] for _, second in pairs)]
         logs, scored = token_logs(module, rows, range(len(rows)), model.device)
         half = len(pairs)
-        forgetting = _forgetting(logs[:half], scored[:half], reference[forgotten].to(logs.device), how)
+        forgetting = _forgetting(logs[:half], scored[:half], reference[forgotten].to(logs), how)
         retention = -logs[half:].sum(1)
         if how.form == "original" and how.retain_by == "token":
             retention = retention / scored[half:].sum(1)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks.activations import capture
+from hooks.activations import Reducer, capture
 from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
 from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
@@ -80,14 +80,8 @@ def next_words(
             kept.attach(model, stack)
         if watch is not None and batches:
             feed = watch.feed
-            stack.enter_context(
-                capture(
-                    model,
-                    watch.sites,
-                    reducer=lambda *seen: feed(kept.rows, *seen),
-                    positions=watch.positions,
-                )
-            )
+            reducer: Reducer = lambda *seen: feed(kept.rows, *seen)  # noqa: E731
+            stack.enter_context(capture(model, watch.sites, reducer=reducer, positions=watch.positions))
         for given in batches:
             batch: Batch
             if packed:
@@ -104,13 +98,17 @@ def next_words(
             if step:
                 step(len(rows))
     found = joined(found)
+    _refuse_not_finite(found, model)
+    return Observation(found, kept.prefixes())
+
+
+def _refuse_not_finite(found: Float[np.ndarray, "prompts words"], model: PreTrainedModel) -> None:
     if not np.isfinite(found).all():
         where = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
         raise SurgeryError(
             f"{type(model).__name__}: next-token probabilities of prompt {where} are not finite; "
             f"expected numbers in 0..1; the weights or the dtype ({model.dtype}) are broken, try float32"
         )
-    return Observation(found, kept.prefixes())
 
 
 def token_losses(

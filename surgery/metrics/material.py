@@ -92,29 +92,32 @@ def material(
         "perplexity": list(neutral.sentences(texts)) if "perplexity" in suites else [],
         "perplexity_pronouns": neutral.with_pronouns() if "perplexity" in suites and not texts else [],
     }
-    names = {
-        "genbias": f"{prompts.name} {part} (split by {split})",
-        "genhint": f"{prompts.name} hints {part} (professions of the {part} part)",
-        "locality": f"prompts on which nothing should change, {judged} part",
-        "facts_of_gender": f"gender by definition, title or introduction, {judged} part",
-        "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
-        "perplexity_pronouns": "sentences full of pronouns shipped with the package",
-    }
     whole = words_as == "continuations"
-    if whole:
-        names |= {name: f"{names[name]}, words as continuations" for name in WORD_SUITES}
     return Material(
         ids={name: encode(tokenizer, lines, limit=limit) for name, lines in chosen.items() if lines},
         words=() if whole else tuple(word_ids(tokenizer, prompts.words.words)),
         continuations=continuation_ids(tokenizer, prompts.words.words) if whole else (),
         prompts=rows,
         hints=hints,
-        names=names,
+        names=_names(prompts.name, split, part, judged, texts, whole),
         compared=tuple(prompts.words.words),
         settled=settled,
         pronouns=pronouns,
         skipped={suite: reason for suite in PRONOUN_SUITES if reason and suite in suites},
     )
+
+
+def _names(prompts: str, split: str, part: str, judged: str, texts: str | Path | None, whole: bool) -> dict[str, str]:
+    """What each suite's texts are called in a metric's ``data``."""
+    names = {
+        "genbias": f"{prompts} {part} (split by {split})",
+        "genhint": f"{prompts} hints {part} (professions of the {part} part)",
+        "locality": f"prompts on which nothing should change, {judged} part",
+        "facts_of_gender": f"gender by definition, title or introduction, {judged} part",
+        "perplexity": str(texts) if texts else "neutral sentences shipped with the package",
+        "perplexity_pronouns": "sentences full of pronouns shipped with the package",
+    }
+    return names | ({name: f"{names[name]}, words as continuations" for name in WORD_SUITES} if whole else {})
 
 
 def fewer(given: Material, rows: Mapping[str, int], seed: int = 0) -> Material:

@@ -16,7 +16,7 @@ from hooks import anatomy
 from surgery.edits.block import Trained
 from surgery.edits.supervised import Lora, Row, fit, target_names
 from surgery.edits.unlearning import losses as equations
-from surgery.edits.unlearning.batches import BatchSampler
+from surgery.edits.unlearning.batches import BatchSampler, Item
 from surgery.edits.unlearning.early_stopping import Decision, EarlyStopping
 from surgery.edits.unlearning.objective import PUSHES, Objective, batch_losses, gradients_of_terms, push
 from surgery.edits.unlearning.reference_logprobs import Reference
@@ -79,17 +79,8 @@ def unlearn(
     trained_names(model, lora.targets)
     if state:
         state.mkdir(parents=True, exist_ok=True)
-
-    def pushes(parameters: Sequence[Tensor]) -> float:
-        if not objective.ratio:
-            return 1.0
-        first = [item for step in range(min(SAME, steps)) for item in chunks.items(step)]
-        half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
-        with evaluating(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-            each = lambda items: batch_losses(model, model, items, rows, kept, objective)[0]  # noqa: E731
-            return push(objective, gradients_of_terms(first, each, parameters))
-
-    watch = Watch(control, chunks, evaluate, steps, state, log, pushes)
+    first = [item for step in range(min(SAME, steps)) for item in chunks.items(step)]
+    watch = Watch(control, chunks, evaluate, steps, state, log, partial(_push, model, first, rows, kept, objective))
     factors = equations.batch_weights(chunks.sizes, objective.weights)
 
     def losses(module: nn.Module, places: Sequence[int], at_first: bool = False) -> dict[str, Tensor]:
@@ -116,3 +107,20 @@ def unlearn(
         asked=partial(losses, at_first=True),
     )
     return Unlearned(trained, len(rows), watch.kept, watch.reason, watch.record, watch.pushed)
+
+
+def _push(
+    model: PreTrainedModel,
+    first: Sequence[Item],
+    rows: Sequence[Mapping[str, Row]],
+    kept: Reference,
+    objective: Objective,
+    parameters: Sequence[Tensor],
+) -> float:
+    """``push`` of the gradients of the ``first`` items, of the model as it is now."""
+    if not objective.ratio:
+        return 1.0
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    with evaluating(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+        each = lambda items: batch_losses(model, model, items, rows, kept, objective)[0]  # noqa: E731
+        return push(objective, gradients_of_terms(first, each, parameters))
