@@ -38,7 +38,7 @@ def check(study: Study) -> tuple[Judges, dict[str, str]]:
 
 
 def check_axes(study: Study, found: Collection[str]) -> None:
-    """Raises ``SurgeryError`` for a number that is to decide and is not among those ``found`` of the untouched model."""
+    """Raises ``SurgeryError`` for a number that is to decide and is not among the ``found`` of the untouched model."""
     for key, places in (("bias", study.bias), ("cost", study.cost)):
         for place in (one for one in places if one not in found):
             near = difflib.get_close_matches(place, found, 3, 0.3) or list(found)[:3]
