@@ -86,7 +86,7 @@ def _random_block(number: int, main: Variant, at: Place) -> int:
     first = free[int(draw.integers(len(free)))]
     order = [first, *(free[place] for place in draw.permutation(len(free)) if free[place] != first)]
     if number > len(order):
-        raise SurgeryError(f"random_blocks: got {number} of them, expected at most {len(order)} beside the edited one")
+        raise SurgeryError(f"random_blocks: got {number} or more, expected at most {len(order)} beside the edited one")
     return order[number - 1]
 
 
