@@ -31,7 +31,7 @@ def test_biographies_are_read_once_with_readable_professions(tmp_path: Path) -> 
     with pytest.raises(SurgeryError, match=r"row 1: gender 'X'.*expected Female or Male"):
         bios.load(tmp_path)
     write(tmp_path, bios.FILE, "hard_text,profession,gender\nRuns.,dj\n")
-    with pytest.raises(SurgeryError, match="line 2: expected 3 cells"):
+    with pytest.raises(SurgeryError, match="line 2: got 2 cells, expected 3"):
         bios.load(tmp_path)
     with pytest.raises(SurgeryError, match=r"part: got 'training', expected one of train, dev, test, all"):
         write(tmp_path, bios.FILE, head + "Runs.,dj,Male\n")

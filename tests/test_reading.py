@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 HALF = '{"text": "an emoji cut in two \\ud83d", "more": "a", "less": "b"}\n'
 READERS: dict[str, Callable[[Path], Any]] = {
     "training texts": texts.examples,
-    "rows of a benchmark": lambda path: rows.json_lines(path, ("text",)),
+    "rows of a benchmark": lambda path: rows.read_rows(path, ("text",)),
     "neutral sentences": neutral.sentences,
     "pairs of one's own": pairs.load,
     "stereoset": lambda path: stereoset.load(path, least=1),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.data.rows import json_lines
+from surgery.data.rows import read_rows
 from surgery.errors import SurgeryError
 
 FOLDER = "bbq"
@@ -52,7 +52,7 @@ def load(folder: str | Path) -> list[Row]:
         raise SurgeryError(f"{Path(folder) / FOLDER}: got no .jsonl file, expected one a category; name other data")
     found = []
     for path in paths:
-        for number, row in enumerate(json_lines(path, KEYS + TEXTS), 1):
+        for number, row in enumerate(read_rows(path, KEYS + TEXTS), 1):
             try:
                 found.append(_row(row))
             except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.data.rows import csv_rows, find_file, part
+from surgery.data.rows import find_file, part, read_rows
 from surgery.errors import SurgeryError
 
 FILE = "bias_in_bios/bios_28_professions.csv"
@@ -32,7 +32,7 @@ def load(
     found: dict[str, Biography] = {}
     for name in files:
         path = find_file(folder, name)
-        for number, row in enumerate(csv_rows(path, ("hard_text", "profession", "gender")), 1):
+        for number, row in enumerate(read_rows(path, ("hard_text", "profession", "gender")), 1):
             if row["gender"] not in ("Female", "Male") or not all(row[k].strip() for k in ("hard_text", "profession")):
                 raise SurgeryError(
                     f"{path}, row {number}: gender {row['gender']!r}, profession {row['profession']!r}; expected "

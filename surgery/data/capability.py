@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from surgery.data.reading import read_text
-from surgery.data.rows import find_file, json_lines
+from surgery.data.rows import find_file, read_rows
 from surgery.errors import SurgeryError
 
 FILES = {
@@ -46,10 +46,10 @@ def load(task: str, folder: str | Path) -> list[Question]:
     if task == "hellaswag":
         return _hellaswag(path, find_file(folder, WRONG_ENDINGS))
     if task == "boolq":
-        return [_boolq(row, path, number) for number, row in enumerate(json_lines(path, ("question", "answer")), 1)]
+        return [_boolq(row, path, number) for number, row in enumerate(read_rows(path, ("question", "answer")), 1)]
     make = _MAKERS[task]
     found = []
-    for number, row in enumerate(json_lines(path, ("question", "options", "answer")), 1):
+    for number, row in enumerate(read_rows(path, ("question", "options", "answer")), 1):
         question, texts = split_options(row["question"], row["options"])
         letter = row["answer"][:1]
         if len(texts) < 2 or letter not in ascii_uppercase[: len(texts)]:

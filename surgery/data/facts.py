@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.data.rows import json_lines
+from surgery.data.rows import read_rows
 from surgery.errors import SurgeryError
 
 FOLDER = "factual/trex_pararel"
@@ -42,9 +42,9 @@ def load(folder: str | Path) -> Facts:
     without: list[str] = []
     skipped = 0
     for path in files:
-        rows = json_lines(path, ("sub_label", "obj_label"))
+        rows = read_rows(path, ("sub_label", "obj_label"))
         patterns = root / "patterns" / path.name
-        pattern = usable(row["pattern"] for row in json_lines(patterns, ("pattern",))) if patterns.is_file() else None
+        pattern = usable(row["pattern"] for row in read_rows(patterns, ("pattern",))) if patterns.is_file() else None
         if pattern is None:
             skipped, without = skipped + len(rows), [*without, path.stem]
             continue

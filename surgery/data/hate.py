@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.data.rows import csv_rows, find_file, part
+from surgery.data.rows import find_file, part, read_rows
 from surgery.errors import SurgeryError
 
 HATECHECK = "toxicity/hatecheck_test_suite_cases.csv"
@@ -36,7 +36,7 @@ def hatecheck(folder: str | Path, wanted: str = "all", seed: int = 0) -> list[La
     """
     path = find_file(folder, HATECHECK)
     cases = []
-    rows = csv_rows(path, ("test_case", "label_gold", "target_ident", "functionality", "templ_id"))
+    rows = read_rows(path, ("test_case", "label_gold", "target_ident", "functionality", "templ_id"))
     for number, row in enumerate(rows, 1):
         if row["label_gold"] not in ("hateful", "non-hateful"):
             raise SurgeryError(f"{path}, row {number}: label {row['label_gold']!r}; expected hateful or non-hateful")
@@ -56,7 +56,7 @@ def davidson(folder: str | Path, wanted: str = "all", seed: int = 0, *, binary: 
     """
     path = find_file(folder, DAVIDSON)
     found = []
-    for number, row in enumerate(csv_rows(path, ("class", "tweet")), 1):
+    for number, row in enumerate(read_rows(path, ("class", "tweet")), 1):
         if row["class"] not in ("0", "1", "2"):
             raise SurgeryError(f"{path}, row {number}: class {row['class']!r}; expected 0, 1 or 2")
         label = int(row["class"] == "0") if binary else int(row["class"])

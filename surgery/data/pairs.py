@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.data import crows_pairs, stereoset
-from surgery.data.rows import json_lines
+from surgery.data.rows import read_rows
 from surgery.errors import SurgeryError
 
 LEAST = 10  # groups of a bias type: with fewer, what was chosen on some of them says little of the others
@@ -59,8 +59,8 @@ def load(path: str | Path) -> Pairs:
         found = crows_pairs.load(path)
         rows = [Pair(row.sent_more, row.sent_less, row.bias_type, row.where, row.where) for row in found.rows]
         return Pairs(tuple(rows), found.skipped, found.name)
-    if path.suffix.lower() == ".jsonl" and path.is_file() and "more" in json_lines(path, ())[0]:
-        own = [_own(raw, f"{path}, row {number}") for number, raw in enumerate(json_lines(path, ("more", "less")), 1)]
+    if path.suffix.lower() == ".jsonl" and path.is_file() and "more" in read_rows(path, ())[0]:
+        own = [_own(raw, f"{path}, row {number}") for number, raw in enumerate(read_rows(path, ("more", "less")), 1)]
         first: dict[frozenset[str], str] = {}  # two sentences twice, either way round, are alike whatever is said
         alike = [first.setdefault(frozenset((row.more, row.less)), row.group) for row in own]
         return Pairs(tuple(replace(row, group=group) for row, group in zip(own, alike, strict=True)), (), path.name)

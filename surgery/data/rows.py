@@ -1,14 +1,12 @@
 """Rows of a benchmark's file with the place they stand at, and seeded samples and splits of them."""
 
-import csv
-import io
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from surgery.data.reading import json_object, read_text
+from surgery.data.texts import table
 from surgery.errors import SurgeryError
 
 T = TypeVar("T")
@@ -45,49 +43,18 @@ def find_file(folder: str | Path, name: str) -> Path:
     return path
 
 
-def json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, each of which must have ``keys``; blank lines are skipped.
+def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a ``.jsonl``, ``.csv`` or ``.tsv`` file (``surgery.data.texts.table``), each of which has ``keys``.
 
     Raises ``SurgeryError`` naming the file and the line, and for a file without rows.
     """
     rows = []
-    # Only the line feed ends a line: str.splitlines would also cut at characters inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        at = f"{path}, line {number}"
-        rows.append(_with(json_object(line, at), keys, at))
-    return _some(rows, path)
-
-
-def csv_rows(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a first row of column names; cells may hold line breaks.
-
-    Raises ``SurgeryError`` naming the file and the line, and for a file without rows.
-    """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        rows = []
-        for row in reader:
-            at = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise SurgeryError(f"{at}: expected {len(reader.fieldnames or [])} cells; mend that row")
-            rows.append(_with(row, keys, at))
-    except csv.Error as error:
-        raise SurgeryError(f"{path}, line {reader.line_num}: malformed ({error}); mend the quotes there") from None
-    return _some(rows, path)
-
-
-def _with(row: dict[str, Any], keys: Sequence[str], at: str) -> dict[str, Any]:
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise SurgeryError(f"{at}: got {', '.join(map(str, row))[:80]}, expected the key {missing[0]!r}; mend that row")
-    return row
-
-
-def _some(rows: list[T], path: Path) -> list[T]:
-    if not rows:
-        raise SurgeryError(f"{path}: got no row, expected at least 1; fill it")
+    for at, row in table(path):
+        missing = next((key for key in keys if key not in row), None)
+        if missing is not None:
+            got = ", ".join(map(str, row))[:80]
+            raise SurgeryError(f"{at}: got {got}, expected the key {missing!r}; mend that row")
+        rows.append(row)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A user's training file: texts, or prompts with their answers, from .txt, .jsonl, .csv or .tsv, row by row."""
+"""The rows of a .txt, .jsonl, .csv or .tsv file, one by one; of a training file texts, or prompts with answers."""
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,7 +58,7 @@ def table(path: str | Path, *, header: bool = True) -> Iterator[tuple[str, dict[
     ending = path.suffix.lower()
     if not path.is_file() or ending not in ENDINGS:
         got = f"the ending {ending or 'none'!r}" if path.is_file() else "no such file"
-        raise SurgeryError(f"training file {path}: got {got}, expected a file ending in {', '.join(ENDINGS)}")
+        raise SurgeryError(f"{path}: got {got}, expected a file ending in {', '.join(ENDINGS)}")
     return _table(path, ending, header)
 
 
@@ -81,7 +81,7 @@ def _table(path: Path, ending: str, header: bool) -> Iterator[tuple[str, dict[st
             "check the file, its permissions and its encoding"
         ) from error
     if empty:
-        raise SurgeryError(f"training file {path}: got no row, expected at least 1; fill it")
+        raise SurgeryError(f"{path}: got no row, expected at least 1; fill it")
 
 
 def _lines(file: Iterable[str]) -> Iterator[tuple[int, str]]:
