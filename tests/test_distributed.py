@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from surgery.data.capability import Question
 from surgery.edits.block import fine_tune
 from surgery.edits.equalize import equalize, hold_term, words_term
 from surgery.errors import SurgeryError
+from surgery.forward import token_logprobs
 from surgery.forward.next_token import next_words, rank_blocks, token_losses
 from surgery.forward.token_logprobs import token_log_probabilities
 from surgery.metrics.gas import Sampling, generate
@@ -45,6 +47,12 @@ def digest(*values: Any) -> str:
     return found.hexdigest()
 
 
+def in_pieces(model: Any) -> list[np.ndarray]:
+    """Log-probabilities whose trees are laid out by whoever it is, a piece of the sequences each."""
+    with patch.object(token_logprobs, "PLANNED", 33):
+        return token_log_probabilities(model, IDS)
+
+
 def everything(tiny: Any) -> dict[str, str]:
     """The digest of what each shared step gives."""
     model = build("llama")
@@ -65,7 +73,7 @@ def everything(tiny: Any) -> dict[str, str]:
         "next words": digest(seen.probabilities),
         "losses": digest(*token_losses(model, IDS)[:2]),
         "two prompts": digest(next_words(model, IDS[:2], WORDS).probabilities),  # and up to three processes
-        "log-probabilities": digest(*token_log_probabilities(model, IDS)),
+        "log-probabilities": digest(*token_log_probabilities(model, IDS), *in_pieces(model)),
         "trained": digest(trained.losses, *trained.differences.values()),
         "equalised": digest(equal.losses, *equal.differences.values()),
         "options": digest(*score(opened, tokenizer, questions).sums),

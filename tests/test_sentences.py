@@ -119,7 +119,7 @@ def test_models_that_take_no_trees_are_found_out_and_give_the_same(family: str, 
         assert values == pytest.approx(one_by_one(model, ids), abs=1e-5)
 
 
-def test_only_what_is_asked_for_comes_back(opened: Any) -> None:
+def test_only_what_is_asked_for_comes_back(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = opened
     rows = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8]]
     told: list[int] = []
@@ -127,6 +127,9 @@ def test_only_what_is_asked_for_comes_back(opened: Any) -> None:
     assert [len(values) for values in found] == [1, 2, 2]
     assert found[0] == pytest.approx(one_by_one(model, rows[0])[2:], abs=1e-5)
     assert sum(told) == 3
+    monkeypatch.setattr("surgery.forward.token_logprobs.PLANNED", 2)  # laid into trees in two pieces
+    again = token_log_probabilities(model, rows, starts=[3, 1, 2])
+    assert np.concatenate(again) == pytest.approx(np.concatenate(found), abs=1e-6)
     assert token_log_probabilities(model, []) == [] and per_token([]).shape == (0,)
     assert continuation_probabilities(model, [], [[1]]).shape == (0, 1)
 

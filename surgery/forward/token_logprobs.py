@@ -24,10 +24,11 @@ from surgery.errors import SurgeryError
 from surgery.forward.batching import batches_for, logit_budget, sent
 from surgery.forward.evaluation import evaluating
 from surgery.forward.trees import PACK, Ids, Pack, Plan, filled, plans, sees, why_no_trees
-from surgery.processes import dealt, joined
+from surgery.processes import dealt, joined, together
 from surgery.progress import Advance
 
 CPU_TOKENS, CARD_TOKENS = 2048, 4096  # of a batch: on one H100 as quick as 16384, and shared out more evenly
+PLANNED = 2048  # sequences that are laid into trees together: those that begin alike mostly are neighbours
 LAST, LAST_TOKENS = 4, 1024  # how many batches are cut into smaller ones, which are dealt last
 
 
@@ -109,7 +110,7 @@ def _run(
 ) -> Float[np.ndarray, " tokens"]:
     """The values of all sequences, each from its entry of ``offsets`` on, shared over the processes."""
     found, where, values = np.zeros(offsets[-1]), [], []
-    for planned in dealt(_batches(model, plans(rows, starts, size=size, shared=shared))):
+    for planned in dealt(_batches(model, _planned(rows, starts, size=size, shared=shared))):
         batch = [filled(rows, starts, each.rows) for each in planned]
         width = max(len(pack.ids) for pack in batch)
         wanted = [
@@ -131,6 +132,22 @@ def _run(
     if values:  # read at the end: an accelerator works on while the next batch is laid out
         found[np.concatenate(where)] = torch.cat(values).cpu().numpy()
     return joined(found) if len(rows) else found
+
+
+def _planned(rows: Ids, starts: Sequence[int], *, size: int, shared: bool) -> list[Plan]:
+    """The trees of all sequences; of so many that each process can lay out a share, ``PLANNED`` are looked at alone."""
+
+    def laid_out(firsts: Sequence[int]) -> list[list[Plan]]:
+        parts = [(rows[first : first + PLANNED], starts[first : first + PLANNED]) for first in firsts]
+        return [plans(*part, size=size, shared=shared) for part in parts]
+
+    firsts = range(0, len(rows), PLANNED)
+    found = together(firsts, laid_out) if len(firsts) > 1 else laid_out(firsts)
+    return [
+        each._replace(rows=[first + row for row in each.rows])
+        for first, every in zip(firsts, found, strict=True)
+        for each in every
+    ]
 
 
 def _head(model: PreTrainedModel) -> str:

@@ -98,6 +98,22 @@ def _scored(
     return locality_metric.score(chances, pronouns, given.settled[suite], words=words, data=data, kl=kl)
 
 
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what there is already, such as all that the libraries made.
+
+    To go through that stops a process for some tenths of a second, and each of several at another time.
+    """
+    own = gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if own:
+            gc.unfreeze()
+
+
+@_only_new_garbage()
 def evaluate_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,7 +136,7 @@ def evaluate_suites(
     progress, scores = progress or Progress(quiet=True), {}
     for name in names:
         module = import_module(f"surgery.metrics.{name}")
-        with progress.work(f"measure {name}", None) as step, _only_new_garbage():
+        with progress.work(f"measure {name}", None) as step:
             scores[name] = module.evaluate(
                 model,
                 tokenizer,
@@ -131,21 +147,6 @@ def evaluate_suites(
         if skipped:
             progress.say(f"{name}: {len(skipped)} rows skipped; {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
     return scores
-
-
-@contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Inside, the garbage collector leaves alone what there is already, such as all that the libraries made.
-
-    To go through that stops a process for some tenths of a second, and each of several at another time.
-    """
-    own = gc.get_freeze_count() == 0
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if own:
-            gc.unfreeze()
 
 
 def plain(scores: Any, *, samples: bool = False) -> Any:
