@@ -107,14 +107,11 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     monkeypatch.setattr(shapes, "texts", lambda: few)
     monkeypatch.setattr("surgery.data.neutral.with_pronouns", lambda: few)
     whole = operate(checkpoint, tmp_path / "whole", **settings)
-    assert set(whole["doses"]) == {
-        "gender, with a start token",
-        "gender, without one",
-    }  # by the form that a scorer reads
+    assert set(whole["doses"]) == {"gender"}
     for chosen in whole["doses"].values():
         assert set(chosen) == {"dose", "low", "high", "curve", "groups", "reached"} and chosen["groups"] == 12
-        assert chosen["low"] <= chosen["dose"] <= chosen["high"] and {"0", "0.4"} <= set(chosen["curve"])
-    assert [row["scale"] for row in whole["scales"]] == [0.5, 1.0, whole["scale"]] and whole["scale"] in (0.5, 1.0)
+        assert chosen["low"] <= chosen["dose"] <= chosen["high"] and set(chosen["curve"]) == {"0", "0.4"}
+    assert [row["scale"] for row in whole["scales"]] == [0.5, 1.0] * 2 and whole["scale"] in (0.5, 1.0)
     for row in whole["scales"]:
         assert row["margin_gone"] < 1 and np.isfinite(row["perplexity"]) and set(row["doses"]) == {"gender"}
     # What is held: the shipped sentences and 5 of the model's own, of which every other one has a start token.
@@ -156,8 +153,11 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
         ({"dose": ["race=0.1"]}, "dose: got 'race=0.1'; the pairs have the bias types gender"),
         ({"dose": ["much"]}, "dose: got 'much', expected a number"),
         ({"dose": [0.1, 0.2]}, "dose: 'of the other types' is given twice"),
-        ({"dose": ["auto"], "doses": [0.1]}, "doses: got .0.1., expected at least 2"),
-        ({"dose": ["auto"], "doses": [0, 0.1, 0.2], "folds": 2}, "doses: got 3 and 2 folds, which take one each"),
+        ({"dose": ["auto"], "doses": [0.1]}, "doses: got .0.1. for gender, expected at least 2"),
+        ({"dose": ["auto"], "doses": [0, 0.1, 0.2], "folds": 2}, "doses: got 3 for gender and 2 folds, which"),
+        ({"dose": ["auto"], "doses": ["race=0:1"]}, "doses: got 'race=0:1'; the pairs have the bias types gender"),
+        ({"dose": ["auto"], "doses": ["gender=0-1"]}, "doses: got 'gender=0-1', expected a number .* or TYPE=LOW:HIGH"),
+        ({"dose": ["auto"], "doses": ["gender=0:1", "gender=0:2"]}, "doses: 'gender' is given twice"),
         ({"scales": [1.0, 3.0]}, r"scales: got .1.0, 3.0., expected numbers above 0 up to 2"),
         ({"scales": [0.5, 1.0]}, "scales: got .* and a dose for every bias type"),
         ({"scorers": ["bos", "bos"]}, "scorers: 'bos' is named twice"),
@@ -216,7 +216,7 @@ def chosen_by(
         once=lambda _, compute: compute(), model=None, directory=None, folder=SimpleNamespace(path=None)
     )
     usual = {"scales": [1.0], "doses": [0.0, 1.0], "margin_gone": 0.3, "seed": 0, "folds": 2, "split_seed": 0}
-    usual |= {"scorers": ["bos"]}
+    usual |= {"scorers": ["bos"], "ss_within": 0.0}
     work: Any = SimpleNamespace(op=op, settings=SimpleNamespace(**usual | settings), trains=lambda _: [])
     variant: Any = None
     return dosing.choose_doses(
@@ -235,42 +235,43 @@ def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatc
     def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
         return [0.4 * (1 - scale) - scale * doses["t"] + 0.01]
 
-    for wanted, scale in ((0.3, 0.5), (0.99, 1.0)):
+    for wanted, scale in ((0.3, 0.5), (0.999, 1.0)):
         given = {"scales": [0.2, 0.5, 1.0], "margin_gone": wanted}
         chosen = chosen_by(monkeypatch, some_pairs("t"), {"t": None}, margin, [0.4], **given)
-        assert chosen.scale == scale == chosen.scales[-1]["scale"] and chosen.scales[-1]["own"]
+        assert chosen.scale == scale and [row["own"] for row in chosen.scales] == [False] * 3 + [True] * 3
     # At .2 it would take a dose of 1.65.
-    assert [row["reached"] for row in chosen.scales] == [False, True, True, True]
+    assert [row["reached"] for row in chosen.scales] == [False, True, True] * 2
     assert chosen.scales[1]["perplexity"] == pytest.approx(0.025)
     assert chosen.scales[1]["margin_gone"] > 0.95 and chosen.scales[1]["doses"]["t"] == pytest.approx(0.42, abs=0.05)
 
 
 def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Margins .6 - t - u / 2 of type t, .15 - u of u: in the grid t seems to need .4, beside u at .15 it is .525."""
+    """Margins .6 - t - u / 2 of type t, .15 - u of u: in the grid, beside u at 0, t seems to need .6."""
 
     def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
         return [0.6 - doses["t"] - doses["u"] / 2 if pair.bias_type == "t" else 0.15 - doses["u"]]
 
-    chosen = chosen_by(monkeypatch, some_pairs("tu"), {"t": None, "u": None}, margin, [0.4])
+    chosen = chosen_by(monkeypatch, some_pairs("tu"), {"t": None, "u": None}, margin, [0.4], doses=["t=0.2:1", 0, 0.5])
     grid, own = chosen.scales
-    assert grid["doses"] == pytest.approx({"t": 0.4, "u": 0.15}, abs=0.03) and not grid["own"] and own["own"]
-    assert own["doses"] == grid["doses"] and 0.45 < chosen.doses["t"] < 0.525
-    assert chosen.doses["u"] == pytest.approx(0.15, abs=0.01)
-    assert set(chosen.told["t"]["curve"]) == {"0", f"{own['doses']['t']:g}", "1"}
+    assert grid["doses"] == pytest.approx({"t": 0.6, "u": 0.15}, abs=0.03) and not grid["own"] and own["own"]
+    assert chosen.doses == own["doses"] == pytest.approx({"t": 0.525, "u": 0.15}, abs=0.05)
+    assert set(chosen.told["t"]["curve"]) == {"0.2", "1"} and set(chosen.told["u"]["curve"]) == {"0", "0.5"}
 
 
-def test_a_form_that_prefers_more_gets_a_larger_dose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Margins .6 - dose with a start token and .2 - dose without: one dose, .4, would leave both where they differ."""
+def test_a_dose_is_chosen_on_all_scorers_together_and_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Margins .6 - dose by one scorer and .2 - dose by the other, .4 before: one dose for both; what goes is the least.
+
+    From .2 on half of them prefer the one side and from .6 on none: SS 100, 50, 0. At .2 the first still has its .4.
+    """
 
     def margin(pair: Pair, doses: Any, scale: float) -> list[float]:
-        begun, bare = doses["t"] if isinstance(doses["t"], tuple) else (doses["t"], doses["t"])
-        return [0.2 - bare, 0.6 - begun]
+        return [0.2 - doses["t"], 0.6 - doses["t"]]
 
-    given = {"scorers": ["bias-bench", "bos"]}
-    chosen = chosen_by(monkeypatch, some_pairs("t"), {"t": None, "u": 0.1}, margin, [0.4, 0.4], **given)
-    assert chosen.doses == {"u": 0.1, "t": pytest.approx((0.6, 0.2), abs=0.03)}
-    assert set(chosen.told) == {"u", "t, with a start token", "t, without one"}
-    assert chosen.scales[-1]["margin_gone"] > 0.9
+    for within, dose in ((0.0, 0.2), (49.0, 0.15)):  # between .15 and .2 SS falls from 100 to 50
+        given = {"scorers": ["bias-bench", "bos"], "ss_within": within}
+        chosen = chosen_by(monkeypatch, some_pairs("t"), {"t": None, "u": 0.1}, margin, [0.4, 0.4], **given)
+        assert chosen.doses == {"u": 0.1, "t": pytest.approx(dose, abs=0.01)} and set(chosen.told) == {"u", "t"}
+        assert chosen.scales[-1]["margin_gone"] == pytest.approx(1 - (0.6 - dose) / 0.4, abs=0.05)
 
 
 def test_settled_pronouns_are_held_where_they_would_stand(checkpoint: Path, rows: list[dict[str, str]]) -> None:

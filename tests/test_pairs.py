@@ -12,7 +12,7 @@ from surgery import SurgeryError
 from surgery.data import pairs as data
 from surgery.data.pairs import Pair
 from surgery.edits.equalize import equalize, prepare
-from surgery.edits.equalize.dose import choose, crossing, moved
+from surgery.edits.equalize.dose import choose, crossing, slopes
 from surgery.edits.equalize.pairs import pairs_term, squared_margin
 from surgery.edits.equalize.training import losses_of
 from surgery.metrics.sentences import per_token, sentence_tokens
@@ -110,15 +110,13 @@ def test_folds_share_no_group_and_few_groups_are_refused() -> None:
         data.folds(few, 4, seed=0)
 
 
-def test_a_dose_moves_margins_by_the_slope_of_their_type() -> None:
-    """After = before / 2 - b dose with b .5 of one type and 1 of the other, measured at one dose a pair."""
+def test_the_slope_of_a_dose_is_that_of_all_types_beside_a_line_of_each() -> None:
+    """After = before / 2 - .7 dose of one type and 1 - before / 4 - .7 dose of the other, one dose a pair."""
     pairs = [Pair("a", "b", kind, f"{number}", "") for kind in "tu" for number in range(6)]
     before = np.linspace(-1, 1, 12)[:, None] ** 3
-    at, slope = np.array([0.0, 0.4] * 6), np.array([0.5] * 6 + [1.0] * 6)
-    after = before / 2 - (slope * at)[:, None]
-    found = moved(pairs, before, after, at, [0.0, 0.2, 0.4])
-    for dose, margins in found.items():
-        assert np.allclose(margins, before / 2 - (slope * dose)[:, None])
+    at, t = np.array([0.0, 0.4] * 6), np.array([True] * 6 + [False] * 6)
+    after = np.where(t[:, None], before / 2, 1 - before / 4) - 0.7 * at[:, None]
+    assert np.allclose(slopes(pairs, np.hstack([before, before**2]), np.hstack([after, after]), at)[0], -0.7)
 
 
 def test_the_dose_is_where_held_out_pairs_prefer_neither_side() -> None:
@@ -136,5 +134,7 @@ def test_the_dose_is_where_held_out_pairs_prefer_neither_side() -> None:
     assert found.low <= found.dose <= found.high and found.groups == 2
     assert crossing([0.0, 0.2], [60.0, 55.0], 50.0) == (0.2, False)
     assert crossing([0.1, 0.2], [49.0, 45.0], 50.0) == (0.1, False)
+    assert crossing([0.1, 0.2], [49.0, 45.0], 50.0, 1.0) == (0.1, True)
+    assert crossing([0.0, 0.2], [53.0, 49.0], 50.0, 1.0) == (pytest.approx(0.1), True)
     with pytest.raises(SurgeryError, match="expected at least 2 to choose between"):
         choose(pairs, {0.0: margins[0.0]})

@@ -1,18 +1,22 @@
-"""Choosing doses and the delta's scale: all folds of the groups but one are learnt at a dose of the grid, in turn.
+"""Choosing doses and the delta's scale: all folds of the groups but one are learnt, each type at a dose of its grid.
 
-The fold left out is judged at every scale, in memory. Each fold has one dose of the grid; what a dose does is taken
-from all of them, and moves a fold's margins to the doses that it did not have. So many folds can be afforded, and
+The fold left out is judged at every scale, in memory. Of a type each fold has one dose of the grid, and of every other
+type another, so that with eight folds and two doses three types stand at all combinations; what a dose does is the
+slope over all folds, and moves a fold's margins to the doses that it did not have. So many folds can be afforded, and
 nearly all groups are learnt from, as in the last training: what is learnt of two thirds reaches the others less.
 
-At each scale a bias type's dose is where as many of its held-out pairs prefer one side as the other; the scale is the
-smallest at which enough of the margin goes, since what an edit does to other text grows about as the square of the
-scale, and what it does to the pairs in proportion. Then each fold is trained once more with every type at the dose
-found, since what one of them learns moves the others, and the choice is made anew with that point in its curve.
+At each scale a bias type's dose is the smallest at which nearly as many of its held-out pairs prefer one side as the
+other, since a dose costs text; the scale is the smallest at which enough of the margin goes, since what an edit does to
+other text grows about as the square of the scale, and what it does to the pairs in proportion. Then each fold is
+trained once more with every type at the dose found, since what one of them learns may move the others, and doses and
+scale are taken anew, from these margins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -21,15 +25,12 @@ from jaxtyping import Float
 from recipes.equalize.work import Variant, Work
 from surgery.data.pairs import Pair, folds
 from surgery.delta import check_edit
-from surgery.edits.equalize.dose import Choice, Dose, between, choose, moved
+from surgery.edits.equalize.dose import Choice, Dose, choose, read_levels, slopes
 from surgery.edits.equalize.terms import Term
 from surgery.errors import SurgeryError
-from surgery.metrics.sentences import DEFINITIONS
 
 Build = Callable[[Sequence[Pair], Mapping[str, Dose]], Sequence[Term]]
 Judge = Callable[[Sequence[Pair]], tuple[Float[np.ndarray, "pairs scorers"], float]]
-Margins = Mapping[float, Float[np.ndarray, "pairs scorers"]]  # by dose
-Form = tuple[str, list[int]]  # in words, and its scorers
 
 
 @dataclass(frozen=True)
@@ -40,36 +41,27 @@ class Chosen:
     told: Mapping[str, Mapping[str, Any]]
     scale: float
     scales: Sequence[Mapping[str, Any]] = ()
-    """For each scale: the share of the mean |margin| that goes from held-out pairs with the doses chosen there, the
-    rise of perplexity on ordinary text, and whether every type's dose lay inside the grid; then the same of the
-    training with every type at its ``own`` dose, before the last choice."""
-
-
-def forms(scorers: Sequence[str]) -> list[Form]:
-    """The forms of a sentence, each with the places of the scorers that read it: with a start token, and without one.
-
-    One form stands for both where no scorer reads the other. A model may prefer one side of a pair in one form and the
-    other in the other (Gemma 3 270M: SS 65.8 with a start token, 54.4 without), so each has doses of its own.
-    """
-    begun = [place for place, name in enumerate(scorers) if DEFINITIONS[name].start == "before"]
-    bare = [place for place in range(len(scorers)) if place not in begun]
-    if begun and bare:
-        return [("with a start token", begun), ("without one", bare)]
-    return [("", [*begun, *bare])]
+    """For each scale: the share of the mean |margin| that goes from held-out pairs with the doses chosen there (the
+    least of the scorers'), the rise of perplexity on ordinary text, and whether every type's dose lay inside the grid;
+    first of the trainings at the doses of the grid, then of those with every type at its ``own``."""
 
 
 def check_doses(
-    pairs: Sequence[Pair], wanted: Mapping[str, Dose | None], grid: Sequence[float], count: int, seed: int
+    pairs: Sequence[Pair],
+    wanted: Mapping[str, Dose | None],
+    grid: Sequence[str | float],
+    count: int,
+    seed: int,
 ) -> None:
     """Raises ``SurgeryError`` where a dose is to be chosen, and groups, doses or folds are too few."""
     judged = [pair for pair in pairs if wanted[pair.bias_type] is None]
     if judged:
         folds(judged, count, seed=seed)
-        if len(set(grid)) < max(2, len(grid)) or not np.isfinite(grid).all():
-            raise SurgeryError(f"doses: got {list(grid)}, expected at least 2 numbers, each once; name others")
-        if len(grid) > count:
+        levels = read_levels(grid, list(wanted))
+        most = max((len(levels[name]), name) for name, dose in wanted.items() if dose is None)
+        if most[0] > count:
             raise SurgeryError(
-                f"doses: got {len(grid)} and {count} folds, which take one each; name fewer, or more folds"
+                f"doses: got {most[0]} for {most[1]} and {count} folds, which take one each; name fewer, or more folds"
             )
 
 
@@ -105,80 +97,92 @@ def choose_doses(
     fixed = [pair for pair in pairs if wanted[pair.bias_type] is not None]
     check_edit(work.op.model, work.trains(variant), work.op.directory, out=work.op.folder.path)
     before = work.op.once("dose-untouched", lambda: _plain(judge(judged)))
-    types = dict.fromkeys(pair.bias_type for pair in judged)
-    across = partial(_held_out, work, variant, judged, fixed, build=build, judge=judge)
-    grid, parts = sorted(work.settings.doses), folds(judged, work.settings.folds, seed=work.settings.split_seed)
-    turns = [grid[number % len(grid)] for number in range(len(parts))]
-    at = np.full(len(judged), np.nan)
-    for dose, part in zip(turns, parts, strict=True):
-        at[part] = dose
-    measured, costs = across(
-        "grid", [given | dict.fromkeys(types, dose) for dose in turns], sorted(work.settings.scales)
-    )
     was = np.array(before["margins"])
-    margins = {scale: moved(judged, was, after, at, grid) for scale, after in measured.items()}
-    kinds, seed = forms(work.settings.scorers), work.settings.seed
-
-    def row(
-        scale: float, doses: Mapping[str, Dose], found: _Choices, left: float, cost: Sequence[float]
-    ) -> dict[str, Any]:
-        return {
-            "scale": scale,
-            "margin_gone": float(1 - left / np.abs(before["margins"]).mean()),
-            "perplexity": float(np.exp(np.mean(cost) - np.log(before["perplexity"])) - 1),
-            "reached": all(each.reached for form in found for each in form.values()),
-            "doses": dict(doses),
-        }
-
-    chosen: dict[float, _Choices] = {}
-    rows: list[dict[str, Any]] = []
-    for scale, by_dose in margins.items():
-        chosen[scale] = [choose(judged, _of_form(by_dose, form), seed=seed) for form in kinds]
-        doses = _by_type(chosen[scale])
-        left = _left(judged, by_dose, kinds, chosen[scale])
-        rows.append(row(scale, doses, chosen[scale], left, costs[scale]) | {"own": False})
-    enough = [each["scale"] for each in rows if each["reached"] and each["margin_gone"] >= work.settings.margin_gone]
-    scale = enough[0] if enough else max(margins)
-    own = _by_type(chosen[scale])
-    settled, cost = across("own", [given | own] * len(parts), [scale])
-    chosen[scale] = [
-        _anew(judged, _of_form(margins[scale], form), settled[scale][:, form[1]], found, seed)
-        for form, found in zip(kinds, chosen[scale], strict=True)
-    ]
-    rows.append(row(scale, own, chosen[scale], np.abs(settled[scale]).mean(), cost[scale]) | {"own": True})
-    for (form, _), found in zip(kinds, chosen[scale], strict=True):
-        told |= {f"{name}, {form}" if form else name: each.to_dict() for name, each in found.items()}
-    return Chosen(given | _by_type(chosen[scale]), told, scale, rows)
+    scales, levels = sorted(work.settings.scales), read_levels(work.settings.doses, list(wanted))
+    types = list(dict.fromkeys(pair.bias_type for pair in judged))
+    parts = folds(judged, work.settings.folds, seed=work.settings.split_seed)
+    turns = _turns({name: levels[name] for name in types}, len(parts))
+    across = partial(_held_out, work, variant, judged, fixed, build=build, judge=judge)
+    measured, costs = across("grid", [given | doses for doses in turns], scales)
+    at = np.empty(len(judged))
+    for doses, part in zip(turns, parts, strict=True):
+        at[part] = [doses[judged[place].bias_type] for place in part]
+    by_scale = {scale: slopes(judged, was, after, at) for scale, after in measured.items()}
+    judging = _Judging(work, judged, was, before["perplexity"], by_scale, levels)
+    _, first, rows = judging.taken(measured, at, costs, own=False)
+    own = {name: each.dose for name, each in first.items()}
+    settled, costs = across("own", [given | own] * len(parts), scales)
+    scale, found, more = judging.taken(settled, _at(judged, own), costs, own=True)
+    told |= {name: each.to_dict() for name, each in found.items()}
+    return Chosen(given | {name: each.dose for name, each in found.items()}, told, scale, [*rows, *more])
 
 
-_Choices = Sequence[Mapping[str, Choice]]  # by form, by bias type
+_ByScale = Mapping[float, Float[np.ndarray, "pairs scorers"]]
+_Choices = Mapping[str, Choice]  # by bias type
 
 
-def _by_type(found: _Choices) -> dict[str, Dose]:
-    if len(found) == 1:
-        return {name: each.dose for name, each in found[0].items()}
-    begun, bare = found
-    return {name: (each.dose, bare[name].dose) for name, each in begun.items()}
+def _turns(levels: Mapping[str, Sequence[float]], count: int) -> list[dict[str, float]]:
+    """For each of ``count`` folds a dose of each type: the first type changes with every fold, the next more slowly.
+
+    >>> [list(each.values()) for each in _turns({"a": [0.0, 1.0], "b": [2.0, 3.0]}, 4)]
+    [[0.0, 2.0], [1.0, 2.0], [0.0, 3.0], [1.0, 3.0]]
+    """
+    strides = accumulate(map(len, levels.values()), mul, initial=1)
+    each = {name: (doses, stride) for (name, doses), stride in zip(levels.items(), strides, strict=False)}
+    turns = range(count)
+    return [{name: doses[turn // stride % len(doses)] for name, (doses, stride) in each.items()} for turn in turns]
 
 
-def _of_form(margins: Margins, form: Form) -> Margins:
-    return {dose: values[:, form[1]] for dose, values in margins.items()}
+def _at(pairs: Sequence[Pair], doses: Mapping[str, float]) -> Float[np.ndarray, " pairs"]:
+    return np.array([doses[pair.bias_type] for pair in pairs])
 
 
-def _anew(
-    pairs: Sequence[Pair],
-    grid: Margins,
-    own: Float[np.ndarray, "pairs scorers"],
-    first: Mapping[str, Choice],
-    seed: int,
-) -> dict[str, Choice]:
-    """The choice of each bias type by the grid and the training with every type at the dose that ``first`` has."""
-    found: dict[str, Choice] = {}
-    for name, choice in first.items():
-        mine = [place for place, pair in enumerate(pairs) if pair.bias_type == name]
-        curve = {dose: values[mine] for dose, values in grid.items()} | {choice.dose: own[mine]}
-        found |= choose([pairs[place] for place in mine], curve, seed=seed)
-    return found
+@dataclass(frozen=True)
+class _Judging:
+    """What choices are made by: the left-out pairs, untouched, and the slope of a dose at each scale."""
+
+    work: Work
+    pairs: Sequence[Pair]
+    before: Float[np.ndarray, "pairs scorers"]
+    perplexity: float
+    slope: Mapping[float, Float[np.ndarray, " scorers"]]
+    levels: Mapping[str, Sequence[float]]
+
+    def taken(
+        self, after: _ByScale, at: Float[np.ndarray, " pairs"], costs: Mapping[float, Sequence[float]], *, own: bool
+    ) -> tuple[float, _Choices, list[dict[str, Any]]]:
+        """The scale, each type's choice there, and a row for each scale, where every pair had the dose ``at``."""
+        chosen: dict[float, _Choices] = {}
+        rows: list[dict[str, Any]] = []
+        for scale, margins in after.items():
+            slope = self.slope[scale]
+            plain = margins - slope * at[:, None]  # at no dose
+            chosen[scale] = self._choices(plain, slope)
+            doses = {name: each.dose for name, each in chosen[scale].items()}
+            left = np.abs(plain + slope * _at(self.pairs, doses)[:, None]).mean(axis=0)
+            row = {"scale": scale, "margin_gone": float((1 - left / np.abs(self.before).mean(axis=0)).min())}
+            row["perplexity"] = float(np.exp(np.mean(costs[scale]) - np.log(self.perplexity)) - 1)
+            row["reached"] = all(each.reached for each in chosen[scale].values())
+            rows.append(row | {"doses": doses, "own": own})
+        least = self.work.settings.margin_gone
+        enough = [row["scale"] for row in rows if row["reached"] and row["margin_gone"] >= least]
+        scale = min(enough, default=max(after))
+        return scale, chosen[scale], rows
+
+    def _choices(
+        self, plain: Float[np.ndarray, "pairs scorers"], slope: Float[np.ndarray, " scorers"]
+    ) -> dict[str, Choice]:
+        """The choice of each bias type, from its margins at no dose and the dose's slope.
+
+        One dose serves both forms of a sentence: of the slope of one form's own dose so few groups say too little.
+        """
+        found: dict[str, Choice] = {}
+        within, seed = self.work.settings.ss_within, self.work.settings.seed
+        for name in dict.fromkeys(pair.bias_type for pair in self.pairs):
+            mine = [place for place, pair in enumerate(self.pairs) if pair.bias_type == name]
+            curve = {dose: plain[mine] + slope * dose for dose in self.levels[name]}
+            found |= choose([self.pairs[place] for place in mine], curve, within=within, seed=seed)
+        return found
 
 
 def _held_out(
@@ -235,15 +239,3 @@ def _scored(
 
 def _plain(judged: tuple[Float[np.ndarray, "pairs scorers"], float]) -> dict[str, Any]:
     return {"margins": judged[0].tolist(), "perplexity": judged[1]}
-
-
-def _left(pairs: Sequence[Pair], margins: Margins, kinds: Sequence[Form], found: _Choices) -> float:
-    """The mean |margin| of the pairs, each at its type's dose in each form."""
-    fine = between(margins)
-    at = np.array(list(fine))
-    left: list[float] = []
-    for (_, scorers), choices in zip(kinds, found, strict=True):
-        nearest = {name: list(fine.values())[int(np.abs(at - each.dose).argmin())] for name, each in choices.items()}
-        for place, pair in enumerate(pairs):
-            left += np.abs(nearest[pair.bias_type][place, scorers]).tolist()
-    return float(np.mean(left))

@@ -86,7 +86,7 @@ def scale_table(summary: Summary) -> list[Table]:
         cells = [f"{each['margin_gone']:.1%}", f"{each['perplexity']:+.1%}", "yes" if each["reached"] else "no", doses]
         name = f"{each['scale']:g}{', each type at its own dose' if each['own'] else ''}"
         rows.append([name + " (taken)" * (each is last), *cells])
-    head = ["scale", "mean |margin| gone", "perplexity, sentences with pronouns", "SS reaches 50", "doses"]
+    head = ["scale", "mean |margin| gone", "perplexity, sentences with pronouns", "SS comes to 50", "doses"]
     note = "Of trainings that never saw the groups on which margins are measured, without an interval."
     return [Table("Scales of what is learnt", head, rows, note)] if rows else []
 
@@ -138,7 +138,7 @@ def _dose(kind: str, each: Mapping[str, Any]) -> str:
     if each["reached"]:
         return f"Dose of {said} by cross-validation."
     return (
-        f"Warning: dose of {said}, is an end of the grid: on groups left out SS crosses 50 nowhere between the doses "
+        f"Warning: dose of {said}, is an end of the grid: on groups left out SS comes to 50 nowhere between the doses "
         "that were tried; widen doses."
     )
 

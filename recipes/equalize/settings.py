@@ -14,7 +14,7 @@ from surgery.runs import settings as shared
 
 FOLDERS = ("stereoset", "crows_pairs")
 CONTROLS = ("lftf", "random", "no_hold")
-OF_PAIRS = ("data", "dose", "doses", "margin_gone", "folds", "scorers", "repeat", "hold_unrelated")
+OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "scorers", "repeat", "hold_unrelated")
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
@@ -32,14 +32,16 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     dose: list[str | int | float] = ["auto"]
     """Offset of a pair's margin (nats a token): 0.2, auto (by cross-validation), or by bias type: gender=0.2,auto.
     0.4/0.2 are of a sentence with a start token and of one without."""
-    doses: list[float] = [0.0, 0.6]
-    """The doses among which auto chooses, by straight lines between them; the folds are trained at them in turn."""
+    doses: list[str | int | float] = [0.0, 0.6]
+    """The doses among which auto chooses, by straight lines between them, or of single types: gender=0.5:1.3,0,0.6."""
     scales: list[float] = [1.0]
     """By how much what is learnt may be multiplied, chosen with the doses: the smallest at which margin_gone is met.
     Of words one number."""
     margin_gone: float = Field(0.3, gt=0, lt=1)
-    """The share of the mean |margin| that is to go from pairs of groups that training never saw."""
-    folds: int = Field(5, ge=2)
+    """The share of the mean |margin| that is to go, with each scorer, from pairs of groups that training never saw."""
+    ss_within: float = Field(1.0, ge=0, lt=50)
+    """auto takes the smallest dose at which SS of such pairs, the mean over groups and scorers, is so near to 50."""
+    folds: int = Field(8, ge=2)
     """Into so many parts of its groups (terms) the training data is cut for that; twice as many trainings are made."""
     scorers: list[str] = ["bos", "bias-bench"]
     """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""

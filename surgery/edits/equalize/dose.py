@@ -73,44 +73,75 @@ def read_doses(given: Sequence[str | float], types: Sequence[str], key: str = "d
     return {name: found.get(name, found.get("")) for name in types}
 
 
-def crossing(doses: Sequence[float], scores: Sequence[float], aim: float) -> tuple[float, bool]:
-    """Where ``scores``, joined by straight lines over rising ``doses``, first come down to ``aim``; and whether so.
+def crossing(doses: Sequence[float], scores: Sequence[float], aim: float, within: float = 0.0) -> tuple[float, bool]:
+    """Where ``scores``, joined by straight lines over rising ``doses``, first come down to within so much of ``aim``.
+
+    And whether they do: those that begin below that have an end of the doses for an answer, as those that stay above.
 
     >>> crossing([0.0, 0.2, 0.4], [60.0, 54.0, 48.0], 50.0)
     (0.33333333333333337, True)
     """
-    if scores[0] <= aim:
-        return float(doses[0]), scores[0] == aim
+    wanted = aim + within
+    if scores[0] <= wanted:
+        return float(doses[0]), scores[0] >= aim - within
     for place in range(1, len(doses)):
         before, after = scores[place - 1], scores[place]
-        if after <= aim:
-            share = (before - aim) / (before - after)
+        if after <= wanted:
+            share = (before - wanted) / (before - after)
             return float(doses[place - 1] + share * (doses[place] - doses[place - 1])), True
     return float(doses[-1]), False
 
 
-def moved(
+def read_levels(given: Sequence[str | float], types: Sequence[str], key: str = "doses") -> dict[str, list[float]]:
+    """The doses among which a bias type's is chosen, rising: "TYPE=LOW:HIGH" for single types, numbers for the others.
+
+    >>> read_levels(["gender=0.5:1.3", 0.0, 0.6], ["gender", "race"])
+    {'gender': [0.5, 1.3], 'race': [0.0, 0.6]}
+
+    Raises ``SurgeryError`` for what is no number, a type that the pairs do not have, one that is given twice, and fewer
+    than two different doses.
+    """
+    found: dict[str, list[float]] = {}
+    for piece in given:
+        name, _, text = str(piece).rpartition("=")
+        name = name.strip()
+        if name and name not in types:
+            raise SurgeryError(f"{key}: got {piece!r}; the pairs have the bias types {', '.join(types)}; name one")
+        if name in found and name:
+            raise SurgeryError(f"{key}: {name!r} is given twice; give it once")
+        try:
+            numbers = [float(each) for each in text.split(":")]
+        except ValueError:
+            numbers = [np.nan]
+        if not np.isfinite(numbers).all():
+            raise SurgeryError(f"{key}: got {piece!r}, expected a number (nats a token) or TYPE=LOW:HIGH")
+        found[name] = [*found.get(name, ()), *numbers]
+    levels = {name: sorted(found.get(name, found.get("", []))) for name in types}
+    for name, doses in levels.items():
+        if len(set(doses)) < max(2, len(doses)):
+            raise SurgeryError(f"{key}: got {doses} for {name}, expected at least 2 numbers, each once; name others")
+    return levels
+
+
+def slopes(
     pairs: Sequence[Pair],
     before: Float[np.ndarray, "pairs scorers"],
     after: Float[np.ndarray, "pairs scorers"],
     at: Float[np.ndarray, " pairs"],
-    doses: Sequence[float],
-) -> dict[float, Float[np.ndarray, "pairs scorers"]]:
-    """The margins ``after`` a training, moved from the dose ``at`` which each was measured to each of ``doses``.
+) -> Float[np.ndarray, " scorers"]:
+    """By how much a margin moves for a unit of dose, for each scorer: of all bias types together.
 
-    By how much is the slope of the dose in the least-squares line of the margins after on those before and the dose,
-    one for each bias type and scorer.
+    The dose's slope in the least-squares fit of the margins after a training on those before and the dose ``at`` which
+    each was measured, with a line in the margins before for each type. A type has too few groups for a slope of its
+    own: what they differ in by chance would be taken for it.
     """
     types = np.array([pair.bias_type for pair in pairs])
-    found = {dose: after.copy() for dose in doses}
-    for name in set(types.tolist()):
-        mine = types == name
-        for scorer in range(after.shape[1]):
-            known = np.stack([before[mine, scorer], np.ones(mine.sum()), at[mine]], axis=1)
-            slope = np.linalg.lstsq(known, after[mine, scorer], rcond=None)[0][2]
-            for dose, margins in found.items():
-                margins[mine, scorer] += slope * (dose - at[mine])
-    return found
+    own = [types == name for name in sorted(set(types.tolist()))]
+    found = []
+    for was, now in zip(before.T, after.T, strict=True):
+        known = np.stack([at, *(column for mine in own for column in (was * mine, 1.0 * mine))], axis=1)
+        found.append(np.linalg.lstsq(known, now, rcond=None)[0][0])
+    return np.array(found)
 
 
 def between(
@@ -135,14 +166,15 @@ def choose(
     margins: Mapping[float, Float[np.ndarray, "pairs scorers"]],
     *,
     aim: float = 50.0,
+    within: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Choice]:
-    """For each bias type the dose at which as many held-out pairs prefer one side as the other.
+    """For each bias type the smallest dose at which as many held-out pairs prefer one side as the other.
 
     ``margins[dose]`` are those of every pair by a model that was trained on other groups with that dose, or moved to
     it from another (``moved``); between two doses each pair's margin is taken to lie on a straight line, since signs,
     once counted, would no longer. The score is StereoSet's: the percentage of margins above 0, the mean over groups of
-    their means, here also over scorers.
+    their means, here also over scorers. A score ``within`` so much of ``aim`` will do.
 
     Raises ``SurgeryError`` for fewer than two doses.
     """
@@ -160,9 +192,9 @@ def choose(
         counts = np.bincount(index)
         each = np.stack([np.bincount(index, column) / counts for column in prefers[types == name].T], axis=1)
         curve = each.mean(axis=0)
-        dose, reached = crossing(list(fine), curve.tolist(), aim)
+        dose, reached = crossing(list(fine), curve.tolist(), aim, within)
         draws = generator.integers(0, len(each), size=(RESAMPLES, len(each)))
-        drawn = [crossing(list(fine), each[draw].mean(axis=0).tolist(), aim)[0] for draw in draws]
+        drawn = [crossing(list(fine), each[draw].mean(axis=0).tolist(), aim, within)[0] for draw in draws]
         low, high = np.quantile(drawn, [0.025, 0.975])
         points = dict(zip(doses, curve[::BETWEEN].tolist(), strict=True))
         found[name] = Choice(dose, float(low), float(high), points, len(each), reached)
