@@ -19,7 +19,7 @@ from surgery.files.atomic import check_destination, publish, temporary
 from surgery.files.checkpoint_files import open_checkpoint, values
 from surgery.files.converted import public_name
 from surgery.files.copying import sync_tree
-from surgery.files.safetensors_io import file_parts
+from surgery.files.safetensors_io import write_floats
 from surgery.files.tensor_names import is_vocabulary
 
 # transformers' Conv1D stores [in, out], the transpose of nn.Linear; PEFT calls that fan_in_fan_out.
@@ -178,14 +178,8 @@ def _in_place(name: str, module: str, left: np.ndarray, right: np.ndarray, trans
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> int:
     """The adapter's two files, on the disk; their bytes."""
-    spec = {name: ("F32", array.shape) for name, array in arrays.items()}
-
-    def data(name: str) -> list[memoryview]:
-        return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
-
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    with open(folder / WEIGHTS, "wb") as file:
-        file.writelines(file_parts(spec, {"format": "pt"}, data))
+    write_floats(folder / WEIGHTS, arrays)
     sync_tree(folder, [CONFIG, WEIGHTS])
     return sum(os.path.getsize(folder / name) for name in (CONFIG, WEIGHTS))
 

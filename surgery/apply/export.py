@@ -20,7 +20,7 @@ from surgery.files.atomic import check_outside, publish, temporary
 from surgery.files.checkpoint_files import INDEX, SINGLE, CheckpointFiles, open_checkpoint
 from surgery.files.copying import Copier, sync_tree
 from surgery.files.rounding import Rounding
-from surgery.files.safetensors_io import file_parts
+from surgery.files.safetensors_io import write_floats
 from surgery.modules.cross_attention import modeling_crawd
 from surgery.modules.cross_attention.reference import NAME, place_of
 
@@ -160,13 +160,7 @@ def _copy(stored: CheckpointFiles, folder: Path) -> None:
 def _add_shard(folder: Path, stored: CheckpointFiles, module: dict[str, np.ndarray]) -> None:
     """The module's tensors as a file of their own, and the index that names all tensors."""
     arrays = {f"{NAME}.{name}": array for name, array in sorted(module.items())}
-    spec = {name: ("F32", array.shape) for name, array in arrays.items()}
-
-    def data(name: str) -> list[memoryview]:
-        return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
-
-    with open(folder / SHARD, "wb") as file:
-        file.writelines(file_parts(spec, {"format": "pt"}, data))
+    write_floats(folder / SHARD, arrays)
     places = dict(stored.places)
     if set(places.values()) == {SINGLE}:
         os.rename(folder / SINGLE, folder / RENAMED)

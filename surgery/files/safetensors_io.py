@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgery.errors import SurgeryError
 
 # Bits per element. Types below one byte exist in the format (F4); a shape of them fills whole bytes.
@@ -250,3 +252,13 @@ def file_parts(
     yield head
     for name in order:
         yield from data(name)
+
+
+def write_floats(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays of any shape as a file of fp32 tensors that torch's users read ("format": "pt")."""
+
+    def data(name: str) -> list[memoryview]:
+        return [np.ascontiguousarray(arrays[name], "<f4").reshape(-1).view(np.uint8).data]
+
+    with open(path, "wb") as file:
+        file.writelines(file_parts({name: ("F32", one.shape) for name, one in arrays.items()}, {"format": "pt"}, data))
