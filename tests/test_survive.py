@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from test_cli import surgery
 
 from surgery import delta as deltas
+from surgery.data import genbias
 from surgery.data import pairs as pairs_data
+from surgery.data.prompts import load_prompt_set
 from surgery.delta import Delta
 from surgery.errors import SurgeryError
 from surgery.files.q4_k import quantise_q4_k
+from surgery.metrics.material import material
 from surgery.metrics.metric import Metric
-from surgery.survive import question_of, share, survive
+from surgery.survive import question_of, share, survive, words_question
 from surgery.survive.formats import FORMATS, NF4, int8, matrices, nf4
 
 MATRIX = "model.layers.2.mlp.down_proj.weight"
@@ -198,6 +201,17 @@ def test_pairs_are_measured_on_groups_that_are_not_learnt_again(tiny: tuple[Any,
     with pytest.raises(SurgeryError, match="--pairs FILE"):
         question_of({"recipe": 'recipe = "equalize"\npairs = "stereoset"'}, model, tokenizer)
     assert question_of({"recipe": "surgery diff a b"}, model, tokenizer, limit={"words": 9}).kind == "words"
+
+
+def test_words_are_measured_on_subjects_that_the_edit_s_own_split_left_unseen(tiny: tuple[Any, Any]) -> None:
+    prompts = load_prompt_set()
+    for seed in (0, 3):
+        unseen = words_question(*tiny, prompts, seed=seed, limit=9).measure("")
+        found = question_of({"recipe": f"split_seed = {seed}"}, *tiny, limit={"words": 9}).measure("")
+        assert (found.value, found.n) == (unseen.value, 9)
+    seen = {row.profession for row in genbias.records("profession", "train", 3)}
+    assert seen & {row.profession for row in genbias.records("profession", "test", 0)}  # so that it matters
+    assert material(*tiny, prompts, seed=3, suites=("genbias",)).names["genbias"].endswith(", split seed 3)")
 
 
 def test_conv1d_is_cut_along_its_inputs() -> None:

@@ -72,7 +72,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
     asked = fewer(asked, {"genbias": settings.test_rows, "genhint": settings.test_rows}, settings.seed)
     with operation("erase", model, settings, **where) as op:
         if settings.block == "auto" and settings.site != "head":
-            ids = encode(tokenizer, [row.text for row in genbias.records("profession", "train", prompts=prompts)])
+            train = genbias.records("profession", "train", settings.split_seed, prompts)
+            ids = encode(tokenizer, [row.text for row in train])
             located = op.located(tokenizer, words_objective(model, ids, asked.words), len(ids), of=(ids, asked.words))
             work = replace(work, writers=_writers(model, settings, located["block"]), located=located)
         first = work.first

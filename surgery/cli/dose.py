@@ -83,9 +83,11 @@ def dose(
     In the table "+" is better than at scale 0 and "-" worse, by the paired interval. A target's scale is interpolated
     between the measured ones, with its interval over the bootstrap, and then measured itself.
     """
+    from dataclasses import replace
+
     from surgery.catalogue import SUITES
     from surgery.delta import Delta
-    from surgery.metrics.judges import Judges
+    from surgery.metrics.judges import Judges, split_seed_of
     from surgery.progress import Progress
     from surgery.runs.compare import axis
     from surgery.runs.dose import dosed, reached, read_scales, read_target
@@ -97,6 +99,7 @@ def dose(
     judges.check("--folder")
     check_opening(checkpoint, device)
     edit, progress = Delta.load(delta), Progress(quiet)
+    judges = replace(judges, split_seed=split_seed_of(edit.metadata))
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     how: Any = {"as_stored": as_stored(edit, local(checkpoint), progress), "force": force}
     with edit.applied(model, scale=max(steps, key=abs), **how):

@@ -69,6 +69,8 @@ def evaluate(
     differences are widened so that all of them hold together. Without --suite that is the ledger: every axis in a quick
     form, those whose data is not in --data left out by name.
     """
+    from dataclasses import replace
+
     from surgery.files.atomic import write_json
     from surgery.metrics.metric import differences
     from surgery.progress import Progress
@@ -85,7 +87,12 @@ def evaluate(
             check_opening(spec, device)
     _check_files(delta or [])
     import_libraries()
+    from surgery.delta import open_delta
+    from surgery.metrics.judges import split_seed_of
     from surgery.metrics.suite import plain
+
+    if delta:
+        judges = replace(judges, split_seed=split_seed_of(open_delta(delta[0]).metadata))
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
         opened = open_model(spec, quiet, dtype=dtype, device=device, deltas=deltas)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.metrics.judges import Judges
     from surgery.progress import Progress
     from surgery.runs.folder import Run
+    from surgery.runs.settings import Settings
 
 
 @command(
@@ -75,7 +76,7 @@ def run(
     ready.check()
     for line in ready.cautions():
         Progress(quiet).say(line)
-    judges = _ledger(ledger, getattr(ready, "data", ""), device, Progress(quiet)) if ready.has_ledger else None
+    judges = _ledger(ledger, ready, device, Progress(quiet)) if ready.has_ledger else None
     began = time.monotonic()
     opened, tokenizer = open_model(ready.model, quiet, dtype=ready.dtype, device=device)
     where: Any = {"out": folder, "resume": resume, "progress": Progress(quiet), "opened": time.monotonic() - began}
@@ -104,18 +105,20 @@ def _tell(finished: "Run") -> None:
         print(line)
 
 
-def _ledger(asked: str, own: str, device: str | None, progress: "Progress") -> "Judges | None":
+def _ledger(asked: str, settings: "Settings", device: str | None, progress: "Progress") -> "Judges | None":
     """The judges of the spillover ledger, or None where it is not measured; those without their data are named.
 
     On a processor of fewer rows, since there the full quick form takes longer than many a run.
     """
-    if asked == "none" or processes.count() > 1 or not (asked or own):
+    folder = asked or getattr(settings, "data", "")
+    if asked == "none" or processes.count() > 1 or not folder:
         return None
     from surgery.devices import device_named
     from surgery.metrics.judges import ledger
     from surgery.metrics.ledger import BRIEF
 
-    judges, missing = ledger(asked or own, rows=BRIEF if device_named(device).type == "cpu" else {})
+    asking: Any = {"split_seed": settings.split_seed} if hasattr(settings, "split_seed") else {}
+    judges, missing = ledger(folder, rows=BRIEF if device_named(device).type == "cpu" else {}, **asking)
     for name, reason in missing.items():
         progress.say(f"ledger: without {name}: {reason}")
     return judges

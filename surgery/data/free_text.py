@@ -34,14 +34,14 @@ class Pair:
     profession: str
 
 
-def open_starts(part: str = "test") -> list[Start]:
+def open_starts(part: str = "test", seed: int = genbias.SEED) -> list[Start]:
     """Each profession of GenBiasEval's part (``split="profession"``) in one start of every kind; no gender is said.
 
     The order is that of the professions' split, so that a head of the list is a sample.
     """
     templates = _content()["open"]
     people: dict[str, Subject] = {subject.name: subject for subject in load_prompt_set("genbias").subjects}
-    names = dict.fromkeys(row.profession for row in genbias.records("profession", part))
+    names = dict.fromkeys(row.profession for row in genbias.records("profession", part, seed))
     return [
         Start(_filled(templates[kind], number, name), kind, name, people[name].stereotype_score)
         for number, name in enumerate(names)

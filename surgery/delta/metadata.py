@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +66,14 @@ def encode(metadata: Mapping[str, Any]) -> str:
         raise SurgeryError(
             f"the delta's metadata cannot be written as JSON ({error}); use plain finite values"
         ) from None
+
+
+def recipe_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a delta's `metadata` says it was made with; none where it says nothing that can be read."""
+    try:
+        return tomllib.loads(str(metadata.get("recipe", "")))
+    except ValueError:  # a foreign delta's own words
+        return {}
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.data.free_text import Pair, Start, open_starts, pairs, words
+from surgery.data.genbias import SEED
 from surgery.data.rows import sample
 from surgery.metrics.gas import Sampling, generate
 from surgery.metrics.metric import Metric, mean_metric
@@ -134,14 +135,16 @@ def evaluate(
     step: Advance | None = None,
     preamble: str = "",
     details: dict[str, Any] | None = None,
+    split_seed: int = SEED,
 ) -> dict[str, Any]:
     """``score`` of texts sampled after the shipped starts (``folder`` is not read), one text a start.
 
-    ``limit`` starts about a profession are drawn with ``seed``, and a quarter as many pairs; 0 takes all. The two texts
+    ``limit`` starts about a profession of the test part (of the split by ``split_seed``) are drawn with ``seed``, and a
+    quarter as many pairs; 0 takes all. The two texts
     of a pair are drawn with the same random numbers. ``details``, where given, is filled with the texts:
     ``{"texts": [[kind, profession, start, text, who]]}``.
     """
-    starts = sample(open_starts(), limit, seed, lambda start: start.kind)
+    starts = sample(open_starts(seed=split_seed), limit, seed, lambda start: start.kind)
     beside = sample(pairs(), max(1, limit // 4) if limit else 0, seed, lambda pair: pair.kind)
     how = replace(HOW, seed=seed)
     asked = [start.text for start in starts] + [pair.man for pair in beside] + [pair.woman for pair in beside]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.catalogue import FOLDER_SUITES, SUITES, check_lm_eval, check_scorer, check_suites, check_words_as
-from surgery.data.genbias import PARTS, SPLITS
+from surgery.data.genbias import PARTS, SEED, SPLITS
 from surgery.data.neutral import sentences
 from surgery.data.prompts import load_prompt_set
+from surgery.delta.metadata import recipe_of
 from surgery.errors import SurgeryError
 from surgery.metrics.ledger import LEDGER, ROWS, absent
 from surgery.progress import Progress
@@ -42,6 +43,8 @@ class Judges:
     rows: Mapping[str, int] = field(default_factory=dict)
     """The same by suite, instead of ``limit``."""
     seed: int = 0
+    split_seed: int = SEED
+    """Of the split into parts, so that an edit's own test part is unseen; that of the recipe."""
     tasks: tuple[str, ...] = ()
     """Of lm-eval."""
 
@@ -124,6 +127,7 @@ class Judges:
                 load_prompt_set(self.prompts),
                 split=self.split,
                 part=self.part,
+                seed=self.split_seed,
                 texts=self.texts,
                 suites=self.shipped,
                 preamble=preamble,
@@ -139,7 +143,7 @@ class Judges:
                 details["prompts"] = [[row.text, row.profession, *chances] for row, chances in asked]
                 details["words"] = list(given.compared)
         options: dict[str, Any] = {name: {"scorer": self.scorer} for name in ("stereoset", "crows_pairs")}
-        options["free_text"] = {"preamble": preamble, "details": details}
+        options["free_text"] = {"preamble": preamble, "details": details, "split_seed": self.split_seed}
         for name, count in self.rows.items():
             if name in SUITES:
                 continue
@@ -151,6 +155,12 @@ class Judges:
         if self.tasks:
             scores["lm_eval"] = lm_eval.evaluate(model, tokenizer, list(self.tasks), **rows)
         return scores
+
+
+def split_seed_of(metadata: Mapping[str, Any]) -> int:
+    """The ``split_seed`` of the recipe that made a delta, by its ``metadata``; the usual one where that says none."""
+    said = recipe_of(metadata).get("split_seed")
+    return said if isinstance(said, int) else SEED
 
 
 def ledger(folder: str | Path, *, suites: Sequence[str] = LEDGER, **asked: Any) -> tuple[Judges, dict[str, str]]:

@@ -99,7 +99,7 @@ def material(
         continuations=continuation_ids(tokenizer, prompts.words.words) if whole else (),
         prompts=rows,
         hints=hints,
-        names=_names(prompts.name, split, part, judged, texts, whole),
+        names=_names(prompts.name, split, part, seed, judged, texts, whole),
         compared=tuple(prompts.words.words),
         settled=settled,
         pronouns=pronouns,
@@ -107,11 +107,14 @@ def material(
     )
 
 
-def _names(prompts: str, split: str, part: str, judged: str, texts: str | Path | None, whole: bool) -> dict[str, str]:
-    """What each suite's texts are called in a metric's ``data``."""
+def _names(
+    prompts: str, split: str, part: str, seed: int, judged: str, texts: str | Path | None, whole: bool
+) -> dict[str, str]:
+    """What each suite's texts are called in a metric's ``data``; another split than the published one is other data."""
+    drawn = "" if seed == genbias.SEED else f", split seed {seed}"
     names = {
-        "genbias": f"{prompts} {part} (split by {split})",
-        "genhint": f"{prompts} hints {part} (professions of the {part} part)",
+        "genbias": f"{prompts} {part} (split by {split}{drawn})",
+        "genhint": f"{prompts} hints {part} (professions of the {part} part{drawn})",
         "locality": f"prompts on which nothing should change, {judged} part",
         "facts_of_gender": f"gender by definition, title or introduction, {judged} part",
         "perplexity": str(texts) if texts else "neutral sentences shipped with the package",

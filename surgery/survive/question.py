@@ -1,6 +1,5 @@
 """What an edit changed, as one number of a model: the gap between words, or the margin between pairs of sentences."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,12 @@ from surgery.catalogue import check_measure, check_scorer
 from surgery.data import genbias, pairs
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.texts import Example
+from surgery.delta.metadata import recipe_of
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words
 from surgery.forward.tokens import encode, word_ids
 from surgery.metrics import genbias as genbias_metric
+from surgery.metrics.judges import split_seed_of
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.sentences import per_token, sentence_tokens
 
@@ -43,12 +44,20 @@ class Question:
 
 
 def words_question(
-    model: Model, tokenizer: Tokenizer, prompts: PromptSet, *, part: str = "test", limit: int = 0
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    *,
+    part: str = "test",
+    limit: int = 0,
+    seed: int = genbias.SEED,
 ) -> Question:
-    """The relative gap between the words of ``prompts`` on its ``part``; subjects unseen. ``limit`` prompts, or all."""
-    rows = genbias.records("profession", part, prompts=prompts)
-    rows = rows[: limit or None]
-    train = genbias.records("profession", "train", prompts=prompts)
+    """The relative gap between the words of ``prompts`` on its ``part``, the first ``limit`` of it or all.
+
+    Subjects are those that an edit whose ``split_seed`` was ``seed`` has not seen.
+    """
+    rows = genbias.records("profession", part, seed, prompts)[: limit or None]
+    train = genbias.records("profession", "train", seed, prompts)
     words, most = word_ids(tokenizer, prompts.words.words), context_limit(model)
 
     def measure(preamble: str) -> Metric:
@@ -133,15 +142,8 @@ def question_of(
             )
         return pairs_question(model, tokenizer, sentences, scorer=scorer, limit=limit.get("pairs", 0))
     named = prompts or str(recipe.get("prompt_set", "genbias"))
-    return words_question(model, tokenizer, load_prompt_set(named), limit=limit.get("words", 0))
-
-
-def recipe_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a delta's ``metadata`` says it was made with; none where it says nothing that can be read."""
-    try:
-        return tomllib.loads(str(metadata.get("recipe", "")))
-    except ValueError:  # a foreign delta's own words
-        return {}
+    asked: Any = {"limit": limit.get("words", 0), "seed": split_seed_of(metadata)}
+    return words_question(model, tokenizer, load_prompt_set(named), **asked)
 
 
 def is_of_pairs(recipe: Mapping[str, Any]) -> bool:
