@@ -22,7 +22,21 @@ from surgery.metrics.metric import from_dict
 from surgery.runs.folder import Folder
 from surgery.training import Plan
 
-TEXTS = ["The nurse said that he is kind.", "The engineer said that she is kind.", "The guard said that he is."] * 8
+JOBS = (
+    "nurse",
+    "engineer",
+    "guard",
+    "doctor",
+    "lawyer",
+    "teacher",
+    "dancer",
+    "farmer",
+    "judge",
+    "poet",
+    "chef",
+    "maid",
+)
+TEXTS = [f"The {job} said that {word} is kind." for job in JOBS for word in ("he", "she")]
 
 
 @pytest.fixture
@@ -275,6 +289,7 @@ def test_the_held_out_loss_is_that_of_the_saved_child(tiny: Any, checkpoint: Pat
     assert {row.start for row in encoded} == {4}
     settings = finetune.Settings(file=str(file), held_out=0.5)
     learnt, held = recipe._divide(encoded, settings)
+    assert not set(learnt) & set(held)  # copies of a row stand on one side
     assert len(learnt) == len(held) == 6
     assert evaluate(child, held).mean() == pytest.approx(summary["after"]["held_out_loss"]["value"], abs=1e-4)
 

@@ -48,12 +48,13 @@ def measure(
     if material.test:
         scores["crows_pairs"], logs = _pairs(model, tokenizer, material, scorer, prompt, progress, when)
     if not prompt:
-        lines = list(sentences(neutral or None))
-        lines = lines[: limit or None]
+        every = sentences(neutral or None)
+        lines = every[: limit or None]
         most = context_limit(model)
         with progress.work(f"perplexity {when}", len(lines)) as step:
             sums, counts, _ = token_losses(model, encode(tokenizer, lines, limit=most), step=step)
         name = neutral or "neutral sentences shipped with the package"
+        name += f", the first {len(lines)} of {len(every)}" if len(lines) < len(every) else ""
         scores["perplexity"] = perplexity.score(sums, counts, data=name)
         scores |= evaluate_suites(model, tokenizer, suites, data, limit=limit, seed=seed, progress=progress)
     return {"scores": _metrics_only(plain(scores, samples=True)), "pairs": logs}

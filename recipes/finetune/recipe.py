@@ -120,12 +120,17 @@ def _report(note: str, folder: Path, summary: dict[str, Any], recipe: str) -> No
 
 
 def _divide(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and the held-out ones, both in the order of the file."""
-    if len(rows) < 2:
-        raise SurgeryError(f"{settings.file}: 1 row to learn, expected at least 2, since one is held out; add rows")
-    count = min(len(rows) - 1, max(1, round(settings.held_out * len(rows))))
-    held = set(np.random.default_rng(settings.seed).choice(len(rows), size=count, replace=False).tolist())
-    return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+    """The rows to train on, and the held-out ones, both in the order of the file; equal rows stand on one side."""
+    distinct = list(dict.fromkeys(rows))
+    if len(distinct) < 2:
+        often = f" ({len(rows)} times)" if len(rows) > 1 else ""
+        raise SurgeryError(
+            f"{settings.file}: 1 row to learn{often}, expected at least 2, since one is held out; add rows"
+        )
+    count = min(len(distinct) - 1, max(1, round(settings.held_out * len(distinct))))
+    drawn = np.random.default_rng(settings.seed).choice(len(distinct), size=count, replace=False)
+    held = {distinct[place] for place in drawn.tolist()}
+    return [row for row in rows if row not in held], [row for row in rows if row in held]
 
 
 def _note(encoded: Encoded, learnt: int, held: int, length: int) -> str:
