@@ -23,6 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward import token_logprobs
 from surgery.forward.next_token import next_words, rank_blocks, token_losses
 from surgery.forward.token_logprobs import token_log_probabilities
+from surgery.metrics.association import states
 from surgery.metrics.gas import Sampling, generate
 from surgery.metrics.multiple_choice import score
 from surgery.operation import Edit, Made, Summary, operation
@@ -77,6 +78,7 @@ def everything(tiny: Any) -> dict[str, str]:
         "trained": digest(trained.losses, *trained.differences.values()),
         "equalised": digest(equal.losses, *equal.differences.values()),
         "options": digest(*score(opened, tokenizer, questions).sums),
+        "states": digest(states(opened, tokenizer, ["The nurse", "A cook said that"] * 20)),
         "texts": digest(np.array(list("\0".join(texts).encode()))),
     }
 

@@ -21,6 +21,7 @@ from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.tokens import encode
 from surgery.metrics.metric import RESAMPLES, Metric, sampled_metric
+from surgery.processes import gathered, mine
 from surgery.progress import Advance
 
 EXACT = 100_000  # partitions up to which all are counted: 12,870 for two sets of eight words
@@ -152,7 +153,7 @@ def states(
         closed=reads_whole(model),
     )
     head = model.get_output_embeddings() if model.can_generate() and not model.config.is_encoder_decoder else None
-    found: list[np.ndarray] = [np.empty(0)] * len(ids)
+    found: dict[int, Float[np.ndarray, " d"]] = {}
     taken: list[Tensor] = []
 
     def at_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -166,7 +167,7 @@ def states(
             stack.callback(head.register_forward_pre_hook(at_head).remove)
         if site is not None:
             stack.enter_context(capture(model, site, reducer=lambda name, tensor, mask: taken.append(tensor.clone())))
-        for rows in batches_for(model, ids):
+        for rows in mine(batches_for(model, ids)):
             batch = pad(ids, rows, model.device)
             if site is None and head is None:
                 taken.append(model.base_model(**batch.inputs()).last_hidden_state)
@@ -174,11 +175,11 @@ def states(
                 model(**batch.inputs())
             stream, mask = taken.pop().float(), batch.mask[..., None]  # (batch, pos, d)
             pooled = batch.at_last(stream) if pool == "last" else (stream * mask).sum(1) / mask.sum(1)
-            for row, vector in zip(rows, pooled.double().cpu().numpy(), strict=True):
-                found[row] = vector
+            found |= zip(rows, pooled.double().cpu().numpy(), strict=True)
             if step:
                 step(len(rows))
-    return np.stack(found)
+    every = {row: vector for share in gathered(found) for row, vector in share.items()}
+    return np.stack([every[row] for row in range(len(ids))])
 
 
 def lookup(texts: Sequence[str], vectors: Vectors) -> Callable[[str], Float[np.ndarray, " d"]]:
