@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import surgery
 
 from surgery.cli import app
+from surgery.data.prompts import professions
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -59,7 +60,7 @@ def desk(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tuned = {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in child.items()}
     save_file(tuned, place / "checkpoint" / "model.safetensors", {"format": "pt"})
-    rows = [{"text": f"The nurse smiled because the day was {n} times good ."} for n in range(24)]
+    rows = [{"text": f"The {one.name} smiled because the day was good ."} for one in professions()[:24]]
     (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for page in PAGES:
         for title, code in re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page.read_text("utf-8"), re.S):

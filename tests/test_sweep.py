@@ -227,7 +227,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
 def test_a_sweep_of_a_real_recipe(checkpoint: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
-    texts.write_text("The nurse said that he is kind.\n" * 4)
+    texts.write_text("".join(f"The {job} said that he is kind.\n" for job in ("nurse", "guard", "judge", "poet")))
     words = ["sweep", "finetune", "--model", checkpoint, "--set", f"file={texts}", "--vary", "lr=1e-3,1e-2"]
     words += ["--out", tmp_path / "runs", "--device", "cpu", "--metric", "held_out_loss"]
     code, stdout, stderr = surgery(*words)
