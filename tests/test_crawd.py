@@ -345,6 +345,13 @@ def test_no_held_out_text_is_trained_on(tiny: Any, data: Path) -> None:
     assert not parts["dev"] & parts["test"]
 
 
+def test_copies_of_a_text_in_a_file_stand_in_one_part(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"The nurse said that she is {n % 10}.\n" for n in range(40)))
+    given = crawd.read(tiny[1], crawd.Settings(file=str(file), suites=[], controls=[]))
+    assert len(given.texts) == 24 and not set(given.texts) & set(given.held_out)
+
+
 def test_a_file_of_one_s_own(tiny: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("".join(f"The nurse said that she is {n}.\n" for n in range(20)))
     summary = learn(

@@ -31,7 +31,8 @@ def read(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Given:
     settings.check()
     if settings.file:
         every = [row.answer for row in examples(settings.file, columns=Columns(text=settings.text))]
-        texts, held = (part(every, which, settings.seed, stratum=lambda _: 0) for which in ("train", settings.part))
+        alike: Any = {"stratum": lambda _: 0, "unit": lambda text: text}  # copies of a text stand in one part
+        texts, held = (part(every, which, settings.seed, **alike) for which in ("train", settings.part))
         name = f"{settings.file}, {settings.part} part of seed {settings.seed}"
     else:
         texts = [row.text for row in bios.load(settings.data, "train", settings.seed)]
