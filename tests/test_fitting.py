@@ -72,23 +72,57 @@ def test_the_fitted_delta_does_what_was_foretold(checkpoint: Path, tmp_path: Pat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert fitting.first_block(whole, model) == 1
     task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1, hold=0.0)
-    found, fit = fitting.fitted(whole, model, task)
+    found, fit = fitting.fitted(whole, model, task, components=0)
     assert all((value == before[name]).all() for name, value in model.state_dict().items())
-    assert set(fit.scales) == set(TWO) and fit.found < fit.given
+    assert fit.found < fit.given
     assert fit.found == pytest.approx(fit.foretold, rel=0.05)
-    for name in TWO:
-        assert found.tensors[name] == pytest.approx(whole.tensors[name] * np.float32(fit.scales[name]), rel=1e-6)
+    for name, scale in zip(whole.tensors, fit.scales, strict=True):
+        assert found.tensors[name] == pytest.approx(whole.tensors[name] * np.float32(scale), rel=1e-6)
     from_the_first = equal_words(model, tokenizer, load_prompt_set("genbias"), start=0, hold=0.0)
-    _, same = fitting.fitted(whole, model, from_the_first)
-    assert list(same.scales.values()) == pytest.approx(list(fit.scales.values()), abs=1e-3)
+    _, same = fitting.fitted(whole, model, from_the_first, components=0)
+    assert same.scales == pytest.approx(fit.scales, abs=1e-3)
 
     out = tmp_path / "fitted.safetensors"
-    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--hold", "0")
-    assert code == 0 and f"{fit.found:.4f} fitted" in stdout, stderr
+    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--hold", "0", "--components", "0")
+    assert code == 0 and "2 scales" in stdout and f"{fit.found:.4f} fitted" in stdout, stderr
     assert "genbias.relative_gap.all" in stdout and "answers to 2 scales" in stderr
     assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]], rel=1e-5)
     code, _, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--quiet")
     assert code == 1 and str(out) in stderr and stderr.count("\n") == 1
+
+
+def test_the_pieces_of_a_delta_are_its_strongest_components_and_the_rest(checkpoint: Path) -> None:
+    """Beside numpy's singular values; a matrix of either form, vectors together, experts whole; all add up."""
+    whole = edit(checkpoint, TWO, size=0.05)
+    draw = np.random.default_rng(0)
+    extra = {"a": draw.normal(size=5), "b": draw.normal(size=7), "experts": draw.normal(size=(2, 3, 4))}
+    tensors = dict(whole.tensors) | {name: array.astype(np.float32) for name, array in extra.items()}
+    cut = fitting.pieces(replace(whole, tensors=tensors), 2)
+    assert [sorted(piece) for piece in cut] == [[name] for name in whole.tensors for _ in range(3)] + [
+        ["experts"],
+        ["a", "b"],
+    ]
+    for name, array in tensors.items():
+        assert sum(piece[name] for piece in cut if name in piece) == pytest.approx(array, abs=1e-6)
+    for turn, name in enumerate(whole.tensors):
+        left, values, right = np.linalg.svd(whole.tensors[name], full_matrices=False)
+        for place in range(2):
+            expected = values[place] * np.outer(left[:, place], right[place])
+            assert cut[3 * turn + place][name] == pytest.approx(expected, abs=1e-5)
+
+
+def test_components_come_nearer_than_whole_matrices(checkpoint: Path) -> None:
+    whole = edit(checkpoint, TWO, size=0.05)
+    model, tokenizer = load(str(checkpoint))
+    task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1, hold=0.0)
+    found, few = fitting.fitted(whole, model, task, components=0)
+    nearer, more = fitting.fitted(whole, model, task, components=3)
+    assert len(few.scales) == 2 and len(more.scales) == 8
+    assert more.given - more.found > 3 * (few.given - few.found)
+    cut = fitting.pieces(whole, 3)
+    for name in TWO:
+        own = [scale * piece[name] for piece, scale in zip(cut, more.scales, strict=True) if name in piece]
+        assert nearer.tensors[name] == pytest.approx(sum(own), abs=1e-6)
 
 
 def test_what_the_delta_says_of_itself_is_heard(checkpoint: Path, tmp_path: Path) -> None:

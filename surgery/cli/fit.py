@@ -1,4 +1,4 @@
-"""The command fit: scale the tensors of a delta for a fine-tuned child of its base, and write the fitted delta."""
+"""The command fit: scale the parts of a delta for a fine-tuned child of its base, and write the fitted delta."""
 
 import math
 from pathlib import Path
@@ -28,12 +28,16 @@ def fit(
     hold: Annotated[
         float, typer.Option("--hold", min=0, help="Weight of what is held, beside 1 of what is to come even.")
     ] = 1.0,
+    components: Annotated[
+        int,
+        typer.Option("--components", min=0, help="Singular components of a matrix with a scale of their own; 0: none."),
+    ] = 4,
     seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS, help="Draws the held prompts.")] = 0,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Choose a scale for each tensor at which the words come even on the child's development prompts.
+    """Choose a scale for each part of each matrix at which the words come even on the child's development prompts.
 
     What is settled (hints, facts of gender, things; training prompts) is held at what the child says untouched. Nothing
     is trained: how the answers change with each scale is computed, and least squares finds the scales. The table is
@@ -67,11 +71,11 @@ def fit(
     model = model.float()
     start = first_block(edit, model)
     task = equal_words(model, tokenizer, prompts, start=start, seed=seed, hold=hold, progress=progress)
-    found, chosen = fitted(edit, model, task, progress=progress)
+    found, chosen = fitted(edit, model, task, components=components, progress=progress)
     rows = measured(model, tokenizer, prompts, {"as it is": edit, "fitted": found}, start=start, progress=progress)
     print(f"{'child, test part':34} {'untouched':>18} {'as it is':>18} {'fitted':>18}")
     for place, cells in rows.items():
         print(f"{place:34} " + " ".join(f"{cell:>18}" for cell in cells))
-    low, high = min(chosen.scales.values()), max(chosen.scales.values())
-    print(f"scales {low:.2f} to {high:.2f}; uneven shares {chosen.given:.4f} as it is, {chosen.found:.4f} fitted (dev)")
+    low, high = chosen.scales.min(), chosen.scales.max()
+    print(f"{len(chosen.scales)} scales, {low:.2f} to {high:.2f}; uneven shares {chosen.given:.4f} as it is, {chosen.found:.4f} fitted (dev)")
     print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")

@@ -1,8 +1,9 @@
-"""Scales of a delta's tensors fitted to a relative of its base, where what the relative prefers itself is left.
+"""Scales of a delta's parts fitted to a relative of its base, where what the relative prefers itself is left.
 
 A delta takes away what its base preferred. A fine-tuned child prefers something else besides, and one scale of the
-whole cannot give it: it needs a shift. The tensors of the delta shift by different amounts, which is measured: the
-derivatives of all answers by all scales (``surgery.forward.scale_slopes``), and least squares on them (Gauss-Newton).
+whole cannot give it: it needs a shift. The delta's parts (the strongest singular components of each matrix, and the
+rest of it) shift by different amounts, which is measured: the derivatives of all answers by all scales
+(``surgery.forward.scale_slopes``), and least squares on them (Gauss-Newton).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 RIDGES = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 0.05)
 FOLDS = 5
-ROUNDS = 8  # at most: one where the answers are linear, two to four where they are not
-NEAR = 0.05  # by so much of what was foretold the answers may miss it and pass for linear
+ROUNDS = 8  # at most: two to four as a rule
+GAIN = 0.01  # a round that takes less of what is left is the last
+COMPONENTS = 4  # of each matrix, which have a scale of their own
 QUIET = Progress(quiet=True)
+
+Piece = Mapping[str, Float[np.ndarray, "..."]]
+"""{tensor: what of its difference is multiplied by one scale}."""
 
 Values = Float[np.ndarray, "answers"]
 Slopes = Float[np.ndarray, "parts answers"]
@@ -60,30 +65,36 @@ class Task:
 
 @dataclass(frozen=True)
 class Fit:
-    """The scales by tensor; the mean square of what is wanted, with the delta as it is, as foretold, and as found."""
+    """The scales by piece; the mean square of what is wanted, with the delta as it is, as foretold, and as found."""
 
-    scales: Mapping[str, float]
+    scales: Float[np.ndarray, "pieces"]
     ridge: float
     given: float
     foretold: float
     found: float
 
 
-def fitted(delta: Delta, model: "PreTrainedModel", task: Task, *, progress: Progress = QUIET) -> tuple[Delta, Fit]:
-    """``delta`` with each tensor at a scale of its own, chosen on ``model``, and what was chosen.
+def fitted(
+    delta: Delta,
+    model: "PreTrainedModel",
+    task: Task,
+    *,
+    components: int = COMPONENTS,
+    progress: Progress = QUIET,
+) -> tuple[Delta, Fit]:
+    """``delta`` with each of its ``pieces`` at a scale of its own, chosen on ``model``, and what was chosen.
 
-    Each matrix has a scale, and all vectors have one. Least squares of the task's equations with a ridge towards 1, by
-    cross-validation over groups. Where the answers come out as foretold it was as good as linear; else the next round
-    begins there. What is best of all that was looked at is taken. ``model`` is as it was afterwards. Raises
-    ``SurgeryError`` for a delta of kind "module" and one that does not fit ``model``.
+    Least squares of the task's equations with a ridge towards 1, by cross-validation over groups; then from there
+    again, until a round gains next to nothing. What is best of all that was looked at is taken. ``model`` is as it was
+    afterwards. Raises ``SurgeryError`` for a delta of kind "module" and one that does not fit ``model``.
     """
     whole = compose([delta])
-    names = together(whole)
-    parts = directions(whole, model, names)
+    cut = pieces(whole, components)
+    parts = directions(whole, model, cut)
 
-    def look(asked: Sequence[Part], scales: Float[np.ndarray, "parts"]) -> list[Equation]:
+    def look(asked: Sequence[Part], scales: Float[np.ndarray, "pieces"]) -> list[Equation]:
         label = f"answers to {len(parts)} scales" if asked else "answers at the scales found"
-        with scaled(whole, names, scales).applied(model), progress.work(label, task.count) as step:
+        with scaled(whole, cut, scales).applied(model), progress.work(label, task.count) as step:
             return task.equations(*task.look(asked, step))
 
     scales, ridge, given = np.ones(len(parts)), 0.0, 0.0
@@ -94,39 +105,63 @@ def fitted(delta: Delta, model: "PreTrainedModel", task: Task, *, progress: Prog
             ridge, given = choose(equations), wanted(equations)
             best = (cost(equations, ridge, scales), given, given, scales)
         change = solve(equations, ridge, scales - 1)
-        foretold = cost(equations, ridge, scales, change), wanted(equations, change)
-        scales = scales + change
+        foretold, scales = wanted(equations, change), scales + change
         there = look([], scales)
-        found = cost(there, ridge, scales)
-        if found >= best[0]:
-            break
-        best = (found, foretold[1], wanted(there), scales)
-        if found < (1 + NEAR) * foretold[0]:
+        left, before = cost(there, ridge, scales), best[0]
+        if left < before:
+            best = (left, foretold, wanted(there), scales)
+        if left > (1 - GAIN) * before:
             break
     _, as_foretold, as_found, scales = best
-    chosen = {name: float(scale) for group, scale in zip(names, scales, strict=True) for name in group}
-    return scaled(whole, names, scales), Fit(chosen, ridge, given, as_foretold, as_found)
+    return scaled(whole, cut, scales), Fit(scales, ridge, given, as_foretold, as_found)
 
 
-def together(delta: Delta) -> list[list[str]]:
-    """What has one scale: each matrix, and all vectors (gains of norms, biases) together."""
-    vectors = [name for name, shape in delta.shapes.items() if len(shape) < 2]
-    return [[name] for name in delta.shapes if name not in vectors] + ([vectors] if vectors else [])
+def pieces(whole: Delta, components: int = COMPONENTS) -> list[Piece]:
+    """What has one scale each: of a matrix its strongest singular ``components`` and the rest, all vectors together.
+
+    The components of a matrix D are D v v^T with v the eigenvectors of D^T D (or from the left, whichever is smaller).
+    A tensor of three dimensions or more is one piece.
+    """
+    vectors: dict[str, np.ndarray] = {}
+    found: list[Piece] = []
+    for name, array in whole.tensors.items():
+        if array.ndim < 2:
+            vectors[name] = array
+            continue
+        rest = array.astype(np.float32)
+        for component in strongest(rest, components) if array.ndim == 2 else ():
+            found.append({name: component})
+            rest = rest - component
+        found.append({name: rest})
+    return found + ([vectors] if vectors else [])
 
 
-def directions(whole: Delta, model: "PreTrainedModel", names: Sequence[Sequence[str]]) -> list[Part]:
-    """{parameter: its difference} of each group of tensors, as the model holds them."""
+def strongest(matrix: Float[np.ndarray, "rows columns"], count: int) -> list[Float[np.ndarray, "rows columns"]]:
+    """The ``count`` components of rank one with the largest singular values, the largest first."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if wide else matrix
+    _, vectors = np.linalg.eigh(tall.T @ tall)
+    found = [np.outer(tall @ vector, vector) for vector in vectors.T[::-1][: min(count, tall.shape[1] - 1)]]
+    return [each.T if wide else each for each in found]
+
+
+def directions(whole: Delta, model: "PreTrainedModel", cut: Sequence[Piece]) -> list[Part]:
+    """{parameter: its difference} of each piece, as the model holds them."""
     held = touched(whole, model)
-    return [
-        held.parameters_of({name: torch.from_numpy(whole.tensors[name]).to(model.device) for name in group})
-        for group in names
-    ]
+
+    def sent(piece: Piece) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in piece.items()}
+
+    return [held.parameters_of(sent(piece)) for piece in cut]
 
 
-def scaled(whole: Delta, names: Sequence[Sequence[str]], scales: Float[np.ndarray, "parts"]) -> Delta:
-    """``whole`` with the tensors of each group multiplied by the group's scale."""
-    of = {name: np.float32(scale) for group, scale in zip(names, scales, strict=True) for name in group}
-    return replace(whole, tensors={name: array * of[name] for name, array in whole.tensors.items()})
+def scaled(whole: Delta, cut: Sequence[Piece], scales: Float[np.ndarray, "pieces"]) -> Delta:
+    """``whole`` with each piece multiplied by its scale."""
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in whole.shapes.items()}
+    for piece, scale in zip(cut, scales, strict=True):
+        for name, array in piece.items():
+            tensors[name] += np.float32(scale) * array
+    return replace(whole, tensors=tensors)
 
 
 def solve(equations: Sequence[Equation], ridge: float, gone: Float[np.ndarray, "parts"]) -> Float[np.ndarray, "parts"]:
