@@ -614,6 +614,12 @@ def test_command_goes_on_after_an_interruption(
     )
     done = command(*told)
     assert done.exit_code == 1 and "continue it with --resume" in done.stderr
+    kept = part.read_bytes()
+    with scored._alone(part):
+        for more in ([], ["--resume"]):
+            done = command(*told, *more)
+            assert done.exit_code == 1 and "another process is writing it" in done.stderr
+    assert part.read_bytes() == kept
     done = command(*told, "--resume", "--normalise", "dot")
     assert done.exit_code == 1 and "other settings" in done.stderr
     assert command(*told, "--resume").exit_code == 0 and starts == [8]

@@ -3,11 +3,13 @@
 The result is one JSON object that has each row on a line of its own, so that it can also be read line by line.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -69,39 +71,60 @@ def write_scores(
     Rows are written to ``out`` with ``.part`` as they come, and an interruption leaves them there; with ``resume``
     (and the same header) the work goes on behind the last whole window. Any other failure removes the ``.part``.
 
-    Raises ``SurgeryError`` for a ``.part`` that stands in the way or belongs to other settings.
+    Raises ``SurgeryError`` for a ``.part`` that stands in the way, belongs to other settings or to a running process.
     """
     part = out.with_name(out.name + ".part")
     if not out.parent.is_dir():
         raise SurgeryError(f"{out.parent}: no such folder for {out.name}; create it first")
     first = json.dumps(header, ensure_ascii=False, allow_nan=False)[:-1] + ', "rows": ['
     totals = Totals(header["scores"], top)
-    size = _taken_up(part, first, totals) if part.exists() and resume else None
-    if size is None and part.exists():
-        raise SurgeryError(f"{part}: an interrupted result is here; continue it with --resume, or remove it")
-    try:
-        with part.open("r+b" if size is not None else "wb") as file:
-            file.truncate(size or 0)
-            file.seek(0, os.SEEK_END)
-            if size is None:
+    with _alone(part) as file:
+        begun = os.fstat(file.fileno()).st_size > 0
+        if begun and not resume:
+            raise SurgeryError(f"{part}: an interrupted result is here; continue it with --resume, or remove it")
+        size = _taken_up(part, first, totals) if begun else 0
+        try:
+            file.truncate(size)
+            if not size:
                 file.write(first.encode() + b"\n")
-            for found, similarity in score(totals.count):
-                rows = list(_rows(found, similarity))
-                lead = "" if totals.count == 0 else ","
-                text = "\n,".join(json.dumps(row, allow_nan=False) for row in rows)
-                file.write(f"{lead}{text}\n".encode())
-                file.flush()
-                totals.add(rows)
-            if not totals.count:
-                raise SurgeryError("got no texts to score, expected at least 1")
-            summary = totals.summary()
-            file.write(("], " + json.dumps(summary, allow_nan=False)[1:] + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except Exception:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, out)
+            summary = _written(file, score, totals)
+        except Exception:
+            part.unlink(missing_ok=True)
+            raise
+        os.replace(part, out)
+    return summary
+
+
+@contextmanager
+def _alone(part: Path) -> Iterator[IO[bytes]]:
+    """The file, to write behind its end; inside, no other process has it, until this one ends however it ends."""
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SurgeryError(f"{part}: another process is writing it; wait for it, or choose another file") from None
+        if not part.exists() or os.stat(part).st_ino != os.fstat(file.fileno()).st_ino:
+            raise SurgeryError(f"{part}: was finished or removed by another process at this moment; run it again")
+        yield file
+
+
+def _written(
+    file: IO[bytes], score: Callable[[int], Iterator[tuple[Influence, list[float]]]], totals: Totals
+) -> dict[str, Any]:
+    """Write the rows that are missing, and the summary, which is returned."""
+    for found, similarity in score(totals.count):
+        rows = list(_rows(found, similarity))
+        lead = "" if totals.count == 0 else ","
+        text = "\n,".join(json.dumps(row, allow_nan=False) for row in rows)
+        file.write(f"{lead}{text}\n".encode())
+        file.flush()
+        totals.add(rows)
+    if not totals.count:
+        raise SurgeryError("got no texts to score, expected at least 1")
+    summary = totals.summary()
+    file.write(("], " + json.dumps(summary, allow_nan=False)[1:] + "\n").encode())
+    file.flush()
+    os.fsync(file.fileno())
     return summary
 
 
