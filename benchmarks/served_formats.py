@@ -62,7 +62,8 @@ def trained(model: str | Path, work: Path, options: Sequence[str]) -> Delta:
     """The delta of recipe demo on ``model``."""
     command = [sys.executable, "-m", "surgery.cli", "run", "demo", "--model", str(model), "--set", "controls=[]"]
     out = Path(tempfile.mkdtemp(dir=work)) / "run"
-    subprocess.run([*command, *options, "--quiet", "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    quietly = ["--ledger", "none", "--quiet", "--out", str(out)]
+    subprocess.run([*command, *options, *quietly], check=True, stdout=subprocess.DEVNULL)
     return Delta.load(out / "delta.safetensors")
 
 
