@@ -31,7 +31,7 @@ from surgery.progress import Progress
 from surgery.runs.words_report import verdict as printed
 
 QUICK = {"lr": 3e-3, "epochs": 1, "batch_size": 128, "each": 2, "shapes": 100, "controls": []}
-QUICK |= {"hints": 100, "settled": 300, "block": [2, 3]}
+QUICK |= {"hints": 100, "settled": 200, "facts": 100, "block": [2, 3]}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def operate(checkpoint: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     """Each term has its texts, LFTF stands beside the edit, three distances are measured before and after."""
-    summary = operate(checkpoint, tmp_path / "run", controls=["lftf"], even_hints=True)
+    summary = operate(checkpoint, tmp_path / "run", controls=["lftf"])
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == json.loads(json.dumps(summary))
-    assert set(summary["edit"]["terms"]) == {"words", "hints", "settled", "texts"}
+    assert set(summary["edit"]["terms"]) == {"words", "hints", "settled", "facts", "texts"}
     assert summary["edit"]["terms"]["hints"] == 100
     assert summary["edit"]["blocks"] == [2, 3]
     assert summary["controls"]["lftf"]["edit"]["blocks"] == [3]
@@ -284,25 +284,15 @@ def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
     assert sum(int(line) % 10 == 0 for line in drawn) == 7
 
 
-def test_facts_are_held_apart_and_by_a_weight_of_their_own() -> None:
-    """So many of each, none among the settled; and their ratio counts on top of that of the others."""
+def test_facts_are_a_term_of_their_own() -> None:
+    """So many of each kind, none among the settled; 0 takes all."""
     kinds = {f"{kind} {place}": kind for kind in ("nouns", "relations", "things", "names") for place in range(20)}
-    held = holding.held_kinds(kinds, 10, 6, 0)
+    held = holding.apart(kinds, 6, 10, 0)
     assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
     assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
-    assert holding.held_kinds(kinds, 0, 8, 0) == {"settled": holding.alike(kinds, 8, 0)}
-    assert set(holding.FACTS) <= set(
-        holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2).values()
-    )
-    ids = {name: ((1, 2), (3, 4)) for name in ("words", "settled", "facts")}
-    settings = equalize.Settings(facts=2, facts_emphasis=2.0, hold_emphasis=1.0)
-    plain, facts = work.word_terms(settings, ids, (5, 6), (0.5, 0.5))[1:]
-    logits, other = torch.randn(2, 9), torch.randn(2, 9)
-    each = [one.loss(other, one.target(logits), (0, 1)) for one in (plain, facts)]
-    among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
-    torch.testing.assert_close(each[1] - each[0], 2.0 * (among[0].exp() * (among[0] - among[1])).sum(-1))
-    with pytest.raises(SurgeryError, match="facts_emphasis: got 2 and facts = 0; name how many"):
-        equalize.Settings(facts_emphasis=2.0).check()
+    assert {name: len(lines) for name, lines in holding.apart(kinds, 0, 0, 0).items()} == {"settled": 40, "facts": 40}
+    whole = holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
+    assert set(holding.FACTS) <= set(whole.values()), "kinds that exist"
 
 
 def test_a_set_about_other_words_has_no_shapes_about_people() -> None:
@@ -332,27 +322,38 @@ def test_what_an_edit_took_with_it_stands_on_the_page() -> None:
     assert not any(line.startswith("Warning") for line in verdict(summary | {"before": scores[0], "after": scores[0]}))
 
 
-def test_what_is_held_counts_the_words_ratio_by_its_own_weight() -> None:
-    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "texts")}
+def test_each_term_has_its_weight_and_counts_the_words_ratio_by_its_own() -> None:
+    """Of all that is held by hold_emphasis, of facts by facts_emphasis on top; ordinary text compares no words."""
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "facts", "texts")}
     logits, other = torch.randn(2, 9), torch.randn(2, 9)
-    losses = []
-    for ratio in (0.0, 2.0):
-        terms = {
-            one.name: one for one in work.word_terms(equalize.Settings(hold_emphasis=ratio), ids, (5, 6), (0.5, 0.5))
-        }
-        one = terms["settled"]
-        losses.append(one.loss(other, one.target(logits), (0, 1)))
-        assert len(terms["texts"].target(logits)) == 2, "ordinary text has no words to compare"
     among = [rows[:, 5:7].log_softmax(-1) for rows in (logits, other)]
     apart = (among[0].exp() * (among[0] - among[1])).sum(-1)
-    torch.testing.assert_close(losses[1] - losses[0], 2.0 * apart)
+    weights: dict[str, Any] = {"hold_hints": 2.5, "hold_settled": 3.5, "hold_texts": 0.5}
+    found = []
+    for ratios in ((0.0, 0.0), (2.0, 1.0)):
+        settings = equalize.Settings(hold_emphasis=ratios[0], facts_emphasis=ratios[1], **weights)
+        found.append({term.name: term for term in work.word_terms(settings, ids, (5, 6), (0.5, 0.5))})
+    plain, more = found
+    assert {name: term.weight for name, term in more.items()} == {
+        **{"words": 1.0, "hints": 2.5, "settled": 3.5, "facts": 3.5, "texts": 0.5}
+    }
+    for name, ratio in {"settled": 2.0, "facts": 3.0}.items():
+        losses = [terms[name].loss(other, terms[name].target(logits), (0, 1)) for terms in (plain, more)]
+        torch.testing.assert_close(losses[1] - losses[0], ratio * apart)
+    assert len(more["hints"].target(logits)) == 3 and len(more["texts"].target(logits)) == 2
+    raised = work.word_terms(equalize.Settings(facts_power=2.0, hold_emphasis=1.0), ids, (5, 6), (0.5, 0.5))
+    for term, power in zip(raised[2:4], (1.0, 2.0), strict=True):  # settled, facts
+        ratio = torch.diff(term.target(logits)[2]) / torch.diff(logits[:, 5:7])
+        torch.testing.assert_close(ratio, torch.full((2, 1), power))
+    without = equalize.Settings(hold_hints=0.0, hold_settled=0.0, hold_texts=0.0)
+    assert [term.name for term in work.word_terms(without, ids, (5, 6), (0.5, 0.5))] == ["words"]
 
 
-def test_evened_hints_stand_with_every_hint_side_by_side() -> None:
-    """Also when some are drawn; and only then their targets depend on each other."""
+def test_hints_stand_with_every_hint_side_by_side() -> None:
+    """Also when some are drawn; and only their targets depend on each other."""
     for words, hints in (("he", "she"), "his her"), (("he", "she", "they"), "his her their"):
         prompts = replace(load_prompt_set(), words=WordSet(words))
-        found = dataset.hints(prompts, seed=0, each=4, every=True)
+        found = dataset.hints(prompts, seed=0, each=4)
         for lines in (found, dataset.some(found, 30, 1, size=len(words))):
             groups = [lines[at : at + len(words)] for at in range(0, len(lines), len(words))]
             assert all(
@@ -360,37 +361,12 @@ def test_evened_hints_stand_with_every_hint_side_by_side() -> None:
             )
             assert all(f" {hint} " in one for each in groups for hint, one in zip(hints.split(), each, strict=True))
         assert len(set(found)) == len(found) and len(lines) == 30
-    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "texts")}
-    terms = work.word_terms(equalize.Settings(even_hints=True), ids, (5, 6), (0.5, 0.5))
+    few = equalize.Settings(hints=10, shapes=50, each=0, settled_each=0)
+    drawn = recipe.texts_of(load_prompt_set(), few, "profession")["hints"]
+    assert [line.replace(" his ", " her ") for line in drawn[::2]] == drawn[1::2] and len(drawn) == 10
+    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "facts", "texts")}
+    terms = work.word_terms(equalize.Settings(), ids, (5, 6), (0.5, 0.5))
     assert [one.name for one in terms if one.together] == ["hints"]
-
-
-def test_nouns_are_held_apart_where_their_ratio_is_raised() -> None:
-    """All that is settled is held either way, and only nouns, and hints by a power of their own, get another target."""
-    small: dict[str, Any] = {"shapes": 100, "each": 0, "hints_each": 0, "settled_each": 1}
-    plain, apart = (
-        recipe.texts_of(load_prompt_set(), equalize.Settings(noun_power=power, **small | more), "profession")
-        for power, more in ((1.0, {}), (2.0, {"hold_after_nouns": 1.0}))
-    )
-    assert not {"nouns", "after nouns"} & {*plain} and {*plain["settled"]} == {*apart["settled"], *apart["nouns"]}
-    cut = apart["after nouns"]
-    assert len(cut) > 100 and "The duchess" in cut and not [line for line in cut if line.endswith(" because")]
-    assert all(any(line.startswith(start) for line in apart["nouns"]) for start in cut)
-    assert "duchess" in " ".join(apart["nouns"]) and "duchess" not in " ".join(apart["settled"])
-    assert any("Mr. " in line for line in apart["settled"]) and not any("Mr. " in line for line in apart["nouns"])
-    ids = {name: ((1, 2), (3, 4)) for name in ("words", "hints", "settled", "nouns")}
-    logits = torch.randn(2, 9)
-    settings = equalize.Settings(noun_power=2.0, hint_power=1.5, hold_emphasis=1.0)
-    ratios = {
-        term.name: torch.diff(term.target(logits)[2]) / torch.diff(logits[:, 5:7])
-        for term in work.word_terms(settings, ids, (5, 6), (0.5, 0.5))[1:]
-    }
-    for name, power in {"hints": 1.5, "settled": 1.0, "nouns": 2.0}.items():
-        torch.testing.assert_close(ratios[name], torch.full((2, 1), power))
-    with pytest.raises(
-        SurgeryError, match="noun_power: got 2 beside facts, which gives those texts another term; take one"
-    ):
-        equalize.Settings(noun_power=2.0, facts=9).check()
 
 
 def test_hints_of_unseen_templates_are_dealt_out_evenly() -> None:

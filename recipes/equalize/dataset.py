@@ -59,11 +59,10 @@ def prompts_to_equalize(
     return list(dict.fromkeys(found))
 
 
-def hints(prompts: PromptSet, *, seed: int, each: int, every: bool = False, more: bool = False) -> list[str]:
-    """Hint prompts of the training professions: the set's own with every hint, and ``each`` of the grammar's.
+def hints(prompts: PromptSet, *, seed: int, each: int, more: bool = False) -> list[str]:
+    """Hint prompts of the training professions: the set's own, and about ``each`` of the grammar's, of ``more`` people.
 
-    Of these, too, each stands with ``every`` hint, one after the other, in as many fewer templates. With ``more`` of
-    more people, too.
+    Each stands with every hint, one after the other.
     """
     if not (prompts.hint_templates and prompts.words.hints):
         return []
@@ -72,12 +71,11 @@ def hints(prompts: PromptSet, *, seed: int, each: int, every: bool = False, more
     beyond = shapes.people("train", more) if of_people(prompts) else ()
     people = [*dict.fromkeys(row.profession for row in own), *beyond] if beyond else []
     found = []
-    times = -(-each // len(words)) if every else each
+    times = -(-each // len(words))  # templates
     for number, name in enumerate(people):
         for turn in range(number * times, number * times + times):
             text = shapes.fill(templates[turn % len(templates)], name)
-            one = words[(turn + turn // len(templates)) % len(words)]
-            found += [text.replace("{hint}", word) for word in (words if every else (one,))]
+            found += [text.replace("{hint}", word) for word in words]
     return list(dict.fromkeys([row.text for row in own] + found))
 
 

@@ -10,10 +10,8 @@ from surgery.data import facts_of_gender, genbias, locality, shapes
 from surgery.data.genbias import shuffled
 from surgery.data.prompts import PromptSet
 
-FACTS = ("nouns", "relations", "gendered")
+FACTS = ("nouns", "gendered", "relations")
 """Kinds of what is settled whose gender is a matter of definition, in the noun itself or in a word before it."""
-NOUNS = ("nouns", "gendered")  # of these the nouns
-AFTER = 3  # of so many lines about such nouns one is cut off behind the noun
 
 
 def settled(
@@ -57,19 +55,8 @@ def settled(
     return found
 
 
-def held_kinds(
-    kinds: Mapping[str, str], facts: int, settled: int, seed: int, nouns: bool = False
-) -> dict[str, list[str]]:
-    """So many of the lines ``settled``, each kind alike; apart from them so many ``facts``, where these are not 0.
-
-    Without ``facts`` the ``nouns`` among those that are drawn may be apart.
-    """
-    if not facts:
-        drawn = alike(kinds, settled, seed)
-        if not nouns:
-            return {"settled": drawn}
-        named = [line for line in drawn if kinds[line] in NOUNS]
-        return {"settled": [line for line in drawn if kinds[line] not in NOUNS], "nouns": named}
+def apart(kinds: Mapping[str, str], settled: int, facts: int, seed: int) -> dict[str, list[str]]:
+    """So many ``facts`` of the lines, and so many of those ``settled`` otherwise; each kind alike, 0 for all."""
     ours, others = ({line: kind for line, kind in kinds.items() if (kind in FACTS) == of} for of in (True, False))
     return {"settled": alike(others, settled, seed), "facts": alike(ours, facts, seed)}
 
@@ -86,15 +73,6 @@ def alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:
         turns[kind] = turns.get(kind, -1) + 1
         order.append((turns[kind], place))
     return [lines[place] for place in sorted(place for _, place in sorted(order)[:limit])]
-
-
-def after_nouns(kinds: Mapping[str, str]) -> list[str]:
-    """Every third line about a noun with gender by definition, cut off behind the noun ("Last night the nun")."""
-    rows = [*locality.records("train"), *facts_of_gender.records("train")]
-    known = {row.subject for row in rows if row.kind in NOUNS} | set(facts_of_gender.more_nouns())
-    noun = re.compile(rf"\b({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})\b")
-    places = [(line, noun.search(line)) for line, kind in kinds.items() if kind in NOUNS]
-    return list(dict.fromkeys(line[: at.end()] for line, at in places[::AFTER] if at))
 
 
 def introduced(people: Sequence[str]) -> list[str]:

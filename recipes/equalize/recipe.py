@@ -99,15 +99,11 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     words = dataset.prompts_to_equalize(
         prompts, own=settings.own, own_each=settings.own_each, each=settings.each, **where
     )
-    size = len(prompts.words.words) if settings.even_hints else 1
-    told: Any = {"every": settings.even_hints, "more": settings.more_people}
-    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, **told)
+    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, more=settings.more_people)
     settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
-    apart = settings.noun_power != 1
     held = {
-        "hints": dataset.some(hints, settings.hints, drawn, size=size),
-        **holding.held_kinds(settled, settings.facts, settings.settled, drawn, apart),
-        **({"after nouns": holding.after_nouns(settled)} if settings.hold_after_nouns else {}),
+        "hints": dataset.some(hints, settings.hints, drawn, size=len(prompts.words.words)),
+        **holding.apart(settled, settings.settled, settings.facts, drawn),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

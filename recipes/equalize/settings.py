@@ -18,8 +18,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "score
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
-    *("hold_hints", "hints_each", "even_hints", "facts", "facts_emphasis"),
-    *("more_people", "noun_power", "hint_power", "hold_after_nouns"),
+    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "more_people"),
 )
 
 
@@ -93,12 +92,11 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     own_each: int = Field(0, ge=0)
     """In how many of the prompt set's own templates each person beyond the set stands, too."""
     hints: int = Field(0, ge=0)
-    """Only so many hint prompts and settled subjects (of each kind alike) are held, drawn by the seed; 0 holds all.
-    Beside pairs 400 settled subjects, drawn from all together."""
+    """Only so many hint prompts, settled subjects and, a term of their own, facts (nouns and relations with gender by
+    definition), of each kind alike, drawn by the seed; 0 takes all. Beside pairs 400 settled subjects of all kinds,
+    facts among them."""
     settled: int = Field(0, ge=0)
     facts: int = Field(0, ge=0)
-    """So many settled subjects with gender by definition (nouns, relations), each kind alike, are a term of their own
-    beside so many ``settled`` of other kinds; 0 draws them among these."""
     more_people: bool = False
     """Also equalise some 360 further people (``surgery.data.shapes.people``)."""
     more_nouns: bool = False
@@ -107,25 +105,20 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
     hold_texts: float = Field(3.0, ge=0)
-    hold_after_nouns: float = Field(0.0, ge=0)
-    """Of what may follow right behind a noun with gender by definition ("Last night the nun"), every third line."""
     hold_emphasis: float = Field(0.0, ge=0)
-    """As emphasis, of hints and settled subjects: weight of the ratio of the words there, however small their mass."""
+    """As emphasis, of hints, settled subjects and facts: weight of the words' ratio there, however small their mass."""
     facts_emphasis: float = Field(0.0, ge=0)
     """The same, of facts alone, on top of it."""
-    noun_power: shared.Positive = 1.0
-    """Nouns with gender by definition are held, as a term of their own, with the words' ratio to this power: above 1 a
-    little more settled than they were, since what is held reaches nouns that are not in part. And the same of hints."""
-    hint_power: shared.Positive = 1.0
+    facts_power: shared.Positive = 1.0
+    """Facts are held with the words' ratio to this power: above 1 a little more settled than they were, since what is
+    held reaches nouns that are not in part."""
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"
     """Of the sentences and of your texts: every position, or the last one."""
     hints_each: int = Field(6, ge=0)
-    """In how many of the grammar's hint shapes each person stands; with even_hints every hint counts as one."""
-    even_hints: bool = False
-    """Take the person's own preference out of hint prompts, too: each stands there with every hint, and what is learnt
-    are the untouched model's log odds without what these have in common, the words' mass as it was."""
+    """In how many of the grammar's hint shapes each person stands, every hint counted as one: each prompt stands there
+    with every hint, and what these have in common, the person's own preference, is taken out of what is learnt."""
     settled_each: int = Field(8, ge=0)
     """In how many of the shapes each thing, plural, gendered noun, relation and name stands; who is equalised stands
     in two more, introduced as Mr. or Ms. and as several people."""
@@ -177,15 +170,6 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
         controls_of(self.controls)
         if not self.pairs and (len(self.scales) != 1 or not 0 < self.scales[0] <= 2):
             raise SurgeryError(f"scales: got {self.scales}; words take one number above 0 up to 2; name one")
-        if self.facts_emphasis and not self.facts:
-            raise SurgeryError(
-                f"facts_emphasis: got {self.facts_emphasis:g} and facts = 0; name how many facts, or leave it out"
-            )
-        for one, other in (("noun_power", "facts"), ("hint_power", "even_hints")):
-            if getattr(self, one) != 1 and getattr(self, other):
-                raise SurgeryError(
-                    f"{one}: got {getattr(self, one):g} beside {other}, which gives those texts another term; take one"
-                )
         if self.block != "blocks":
             check_place(self.block, self.model)
         if self.hold_file:

@@ -31,7 +31,8 @@ from surgery.metrics.material import Material, material
 from surgery.operation import Operation, Where, operation
 from surgery.runs.tuning import TOLERANCE, Tried, Tuned, finish
 
-FEW = {"own": 300, "shapes": 1200, "each": 2, "hints": 500, "settled": 1500, "hints_each": 2, "settled_each": 5}
+FEW = {"own": 300, "shapes": 1200, "each": 2, "hints": 500, "settled": 900, "facts": 600}
+FEW |= {"hints_each": 2, "settled_each": 5}
 """Of the finalists, where a run is to take a few minutes on a CPU."""
 SUITED_TO_FEW = {"lr": 6e-4, "batch_size": 48, "emphasis": 2.0, "own_each": 1, "matmul": "medium"}
 SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
@@ -39,10 +40,10 @@ SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
 SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
 SUITED_TO_ALL |= {"hold_hints": 3.0, "hold_settled": 6.0, "hold_texts": 2.0}
 """What did well on all texts (docs/tune.md). Each instead of the recipe's default, not of what somebody chose."""
-SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 120, "settled_each": 1}
-SCREEN |= {"batch_size": 32, "samples": 0}
+SCREEN = {"own": 300, "own_each": 0, "each": 0, "hints": 60, "hints_each": 0, "settled": 80, "facts": 40}
+SCREEN |= {"settled_each": 1, "batch_size": 32, "samples": 0}
 """Of the screening, in one epoch: 17 steps."""
-ALL_BY_0 = ("own", "hints", "settled")
+ALL_BY_0 = ("own", "hints", "settled", "facts")
 ROWS = 80
 """Of each development set of prompts in the screening; perplexity is that of the report."""
 SCREENED = ("genbias", "perplexity")

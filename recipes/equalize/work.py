@@ -61,24 +61,19 @@ def blocks_of(chosen: str | int | list[int], count: int, seed: int) -> tuple[int
 def word_terms(
     settings: "Settings", ids: Mapping[str, Ids], words: Sequence[int], shares: Sequence[float]
 ) -> list[Term]:
-    """The terms of the words form: the prompts whose words are equalised, and what is held."""
-    top = settings.kept_tokens
-    found = [words_term(ids["words"], words, shares=shares, emphasis=settings.emphasis, top=top)]
-    weights = {"hints": settings.hold_hints, "settled": settings.hold_settled, "facts": settings.hold_settled}
-    weights |= {"nouns": settings.hold_settled, "after nouns": settings.hold_after_nouns, "texts": settings.hold_texts}
-    powers = {"hints": settings.hint_power, "nouns": settings.noun_power}
-    for name, weight in weights.items():
-        if weight and ids.get(name):
-            at = settings.hold_positions if name == "texts" else "last"
-            ratio = settings.hold_emphasis if name not in ("after nouns", "texts") else 0.0
-            ratio += settings.facts_emphasis if name == "facts" else 0.0
-            given: Any = {"weight": weight, "emphasis": ratio, "top": top}
-            if name == "hints" and settings.even_hints:
-                found.append(hints_term(name, ids[name], words, shares=shares, **given))
-            else:
-                given |= {"power": powers.get(name, 1.0)}
-                found.append(hold_term(name, ids[name], positions=at, words=words, **given))
-    return found
+    """The terms of the words form: prompts whose words are equalised, and what is held; each where it has texts."""
+    ratio, kept = settings.hold_emphasis, {"words": words, "top": settings.kept_tokens}
+    facts: Any = {"emphasis": ratio + settings.facts_emphasis, "power": settings.facts_power}
+    kinds: dict[str, tuple[float, Callable[..., Term]]] = {  # weight, how the term is made
+        "words": (1.0, partial(words_term, shares=shares, emphasis=settings.emphasis)),
+        "hints": (settings.hold_hints, partial(hints_term, "hints", shares=shares, emphasis=ratio)),
+        "settled": (settings.hold_settled, partial(hold_term, "settled", emphasis=ratio)),
+        "facts": (settings.hold_settled, partial(hold_term, "facts", **facts)),
+        "texts": (settings.hold_texts, partial(hold_term, "texts", positions=settings.hold_positions)),
+    }
+    return [
+        make(ids=ids[name], weight=weight, **kept) for name, (weight, make) in kinds.items() if weight and ids.get(name)
+    ]
 
 
 @dataclass(frozen=True)
