@@ -1,6 +1,7 @@
 """Accuracy on small capability checks: what an edit costs where no bias is asked about."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data.capability import FILES, load
 from surgery.data.rows import sample
 from surgery.metrics.multiple_choice import Norm, accuracy, score
+from surgery.processes import together
 from surgery.progress import Advance
 
 NORMS: dict[str, Norm] = {
@@ -41,10 +43,12 @@ def evaluate(
     drawn = {task: sample(every[task], limit, seed, lambda question: question.answer) for task in tasks}
     # All in one: batches are then full to the last task's, and several processes have as much to do each.
     scores = score(model, tokenizer, [question for questions in drawn.values() for question in questions], step=step)
-    found, first = {}, 0
+    asked, first = {}, 0
     for task, questions in drawn.items():
         own, first = scores.part(first, first + len(questions)), first + len(questions)
         some = f", {len(questions)} of {len(every[task])} with seed {seed}" if len(questions) < len(every[task]) else ""
         name = "two-way HellaSwag" if task == "hellaswag" else task
-        found[task] = accuracy(own, NORMS[task], data=f"{name}, {Path(FILES[task]).name}{some}, zero-shot")
-    return found
+        data = f"{name}, {Path(FILES[task]).name}{some}, zero-shot"
+        asked[task] = partial(accuracy, own, NORMS[task], data=data)
+    metrics = together(list(asked.values()), lambda some: [measure() for measure in some])
+    return dict(zip(asked, metrics, strict=True))
