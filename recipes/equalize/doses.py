@@ -107,8 +107,9 @@ def choose_doses(
     at = np.empty(len(judged))
     for doses, part in zip(turns, parts, strict=True):
         at[part] = [doses[judged[place].bias_type] for place in part]
-    by_scale = {scale: slopes(judged, was, after, at) for scale, after in measured.items()}
-    judging = _Judging(work, judged, was, before["perplexity"], by_scale, levels)
+    slope = {scale: slopes(judged, was, after, at) for scale, after in measured.items()}
+    spread = {scale: slopes(judged, np.abs(was), np.abs(after), at) for scale, after in measured.items()}
+    judging = _Judging(work, judged, was, before["perplexity"], slope, spread, levels)
     _, first, rows = judging.taken(measured, at, costs, own=False)
     own = {name: each.dose for name, each in first.items()}
     settled, costs = across("own", [given | own] * len(parts), scales)
@@ -139,13 +140,18 @@ def _at(pairs: Sequence[Pair], doses: Mapping[str, float]) -> Float[np.ndarray, 
 
 @dataclass(frozen=True)
 class _Judging:
-    """What choices are made by: the left-out pairs, untouched, and the slope of a dose at each scale."""
+    """What choices are made by: the left-out pairs, untouched, and what a unit of dose does at each scale.
+
+    Its ``slope`` is of the margin, its ``spread`` of |margin|: moved by the slope alone, a pair's |margin| would hardly
+    change in the mean, while a larger dose does give margin back (pairs differ in how far it moves them).
+    """
 
     work: Work
     pairs: Sequence[Pair]
     before: Float[np.ndarray, "pairs scorers"]
     perplexity: float
     slope: Mapping[float, Float[np.ndarray, " scorers"]]
+    spread: Mapping[float, Float[np.ndarray, " scorers"]]
     levels: Mapping[str, Sequence[float]]
 
     def taken(
@@ -159,7 +165,7 @@ class _Judging:
             plain = margins - slope * at[:, None]  # at no dose
             chosen[scale] = self._choices(plain, slope)
             doses = {name: each.dose for name, each in chosen[scale].items()}
-            left = np.abs(plain + slope * _at(self.pairs, doses)[:, None]).mean(axis=0)
+            left = np.abs(margins).mean(axis=0) + self.spread[scale] * (_at(self.pairs, doses) - at).mean()
             row = {"scale": scale, "margin_gone": float((1 - left / np.abs(self.before).mean(axis=0)).min())}
             row["perplexity"] = float(np.exp(np.mean(costs[scale]) - np.log(self.perplexity)) - 1)
             row["reached"] = all(each.reached for each in chosen[scale].values())
