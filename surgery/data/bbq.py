@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _row(row: dict[str, Any]) -> Row:
     if row["question_polarity"] not in ("neg", "nonneg") or row["context_condition"] not in ("ambig", "disambig"):
         raise ValueError(f"polarity {row['question_polarity']!r}, condition {row['context_condition']!r}")
     stereotyped = {_plain(name) for name in row["additional_metadata"]["stereotyped_groups"]}
-    matching = [place for place, info in enumerate(infos) if place != unknown[0] and names(info) & stereotyped]
+    matching = [place for place, info in enumerate(infos) if place != unknown[0] and names(*info) & stereotyped]
     return Row(
         category=row["category"],
         index=str(row["question_index"]),
@@ -85,13 +86,14 @@ def _row(row: dict[str, Any]) -> Row:
     )
 
 
-def names(info: list[str]) -> set[str]:
+@cache  # the same few people are met again and again
+def names(*info: str) -> frozenset[str]:
     """Every name of a person's group that ``answer_info`` gives, as compared with ``stereotyped_groups``.
 
     The text and the label themselves, since labels of Nationality are regions (["Namibian", "Africa"]); the label
     without its gender (``F-Black`` is Black, ``trans_F`` is trans); and ``ALIASES``.
     """
-    return {_plain(name) for name in (*info, re.sub(r"^[FM]-|_[FM]$", "", info[-1]))}
+    return frozenset(_plain(name) for name in (*info, re.sub(r"^[FM]-|_[FM]$", "", info[-1])))
 
 
 def _plain(name: str) -> str:
