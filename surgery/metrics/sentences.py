@@ -190,8 +190,9 @@ def fitting(
     where none fits.
     """
     limit = context_limit(model)
-    ids = iter(together([text for row in rows for text in row], partial(ids_of, tokenizer)))
-    lengths = [1 + max(len(next(ids)) for _ in row) for row in rows]
+    texts = [text for row in rows for text in row]
+    counts = iter(together(texts, lambda some: [len(ids) for ids in ids_of(tokenizer, some)]))
+    lengths = [1 + max(next(counts) for _ in row) for row in rows]
     kept = [number for number, length in enumerate(lengths) if not limit or length <= limit]
     out = [
         f"{place}: {length} tokens with a start token, the model takes {limit}"
