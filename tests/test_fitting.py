@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from deltakit import edit
 from test_cli import surgery
 
 from surgery.checkpoints import load
+from surgery.data import genbias
 from surgery.data.prompts import load_prompt_set
-from surgery.delta import Delta
+from surgery.delta import Delta, compose
+from surgery.delta.metadata import recipe_of
 from surgery.runs import fitting
 from surgery.runs.fitting_tasks import equal_words, words_equations
 
@@ -83,7 +86,8 @@ def test_the_fitted_delta_does_what_was_foretold(checkpoint: Path, tmp_path: Pat
     assert same.scales == pytest.approx(fit.scales, abs=1e-3)
 
     out = tmp_path / "fitted.safetensors"
-    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--hold", "0", "--components", "0")
+    options = ("--hold", "0", "--components", "0")
+    code, stdout, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, *options)
     assert code == 0 and "2 scales" in stdout and f"{fit.found:.4f} fitted" in stdout, stderr
     assert "genbias.relative_gap.all" in stdout and "answers to 2 scales" in stderr
     assert Delta.load(out).tensors[TWO[0]] == pytest.approx(found.tensors[TWO[0]], rel=1e-5)
@@ -115,7 +119,7 @@ def test_components_come_nearer_than_whole_matrices(checkpoint: Path) -> None:
     whole = edit(checkpoint, TWO, size=0.05)
     model, tokenizer = load(str(checkpoint))
     task = equal_words(model, tokenizer, load_prompt_set("genbias"), start=1, hold=0.0)
-    found, few = fitting.fitted(whole, model, task, components=0)
+    _, few = fitting.fitted(whole, model, task, components=0)
     nearer, more = fitting.fitted(whole, model, task, components=3)
     assert len(few.scales) == 2 and len(more.scales) == 8
     assert more.given - more.found > 3 * (few.given - few.found)
@@ -136,3 +140,25 @@ def test_what_the_delta_says_of_itself_is_heard(checkpoint: Path, tmp_path: Path
     assert code == 1 and "no prompt set 'nowhere'" in stderr and not out.exists()
     code, _, stderr = surgery("fit", tmp_path / "words.safetensors", checkpoint, "--out", out, "--hold", "inf")
     assert code == 1 and "--hold inf: expected a finite number" in stderr
+
+
+def test_the_set_is_cut_as_the_edits_own_recipe_cut_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the edit has been trained on words that the scales are judged by."""
+    whole = edit(checkpoint, TWO, size=0.05)
+    replace(whole, metadata=whole.metadata | {"recipe": "split_seed = 7"}).save(tmp_path / "delta.safetensors")
+    asked: list[int] = []
+
+    def records(split: str, part: str, seed: int, prompts: Any) -> list[genbias.Prompt]:
+        asked.append(seed)
+        return cut(split, part, seed, prompts)[:4]
+
+    cut = genbias.records
+    monkeypatch.setattr("surgery.data.genbias.records", records)
+    out = tmp_path / "fitted.safetensors"
+    code, _, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--components", "0")
+    assert code == 0 and asked == [7, 7], stderr
+    again = compose([Delta.load(out)], [0.5])
+    assert recipe_of(Delta.load(out).metadata) == recipe_of(again.metadata) == {"split_seed": 7}
+    assert recipe_of(compose([again, edit(checkpoint, TWO)]).metadata) == {}

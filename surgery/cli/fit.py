@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,12 +45,14 @@ def fit(
     """
     from surgery.data.prompts import load_prompt_set
     from surgery.delta import Delta
+    from surgery.delta.metadata import recipe_of
     from surgery.files.atomic import check_destination
+    from surgery.metrics.judges import split_seed_of
     from surgery.progress import Progress
     from surgery.runs.fitting import first_block, fitted
     from surgery.runs.fitting_report import measured
     from surgery.runs.fitting_tasks import equal_words
-    from surgery.survive.question import is_of_pairs, recipe_of
+    from surgery.survive.question import is_of_pairs
 
     if not math.isfinite(hold):
         raise SurgeryError(f"--hold {hold}: expected a finite number, 0 or more; 1 counts as much as what comes even")
@@ -70,12 +72,15 @@ def fit(
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     model = model.float()
     start = first_block(edit, model)
-    task = equal_words(model, tokenizer, prompts, start=start, seed=seed, hold=hold, progress=progress)
+    # As the delta's own recipe cut the set: of the test part neither it nor the scales have seen a word.
+    at: Any = {"start": start, "split_seed": split_seed_of(edit.metadata), "progress": progress}
+    task = equal_words(model, tokenizer, prompts, seed=seed, hold=hold, **at)
     found, chosen = fitted(edit, model, task, components=components, progress=progress)
-    rows = measured(model, tokenizer, prompts, {"as it is": edit, "fitted": found}, start=start, progress=progress)
+    rows = measured(model, tokenizer, prompts, {"as it is": edit, "fitted": found}, **at)
     print(f"{'child, test part':34} {'untouched':>18} {'as it is':>18} {'fitted':>18}")
     for place, cells in rows.items():
         print(f"{place:34} " + " ".join(f"{cell:>18}" for cell in cells))
     low, high = chosen.scales.min(), chosen.scales.max()
-    print(f"{len(chosen.scales)} scales, {low:.2f} to {high:.2f}; uneven shares {chosen.given:.4f} as it is, {chosen.found:.4f} fitted (dev)")
+    shares = f"uneven shares {chosen.given:.4f} as it is, {chosen.found:.4f} fitted (dev)"
+    print(f"{len(chosen.scales)} scales, {low:.2f} to {high:.2f}; {shares}")
     print(f"{out}: {len(found.shapes)} tensors, sha256 {found.save(out)}")

@@ -7,7 +7,7 @@ import numpy as np
 
 from surgery import __version__
 from surgery.delta.format import Delta
-from surgery.delta.metadata import unpack_sketch
+from surgery.delta.metadata import recipe_text, unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import differences
@@ -53,7 +53,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
             "sha256": d.sha256,
             "weight": w,
             "kind": d.kind,
-            "recipe": d.metadata["recipe"],
+            "recipe": recipe_text(d.metadata),
             "seed": d.metadata["seed"],
         }
         for d, w in zip(deltas, weights, strict=True)

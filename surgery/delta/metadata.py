@@ -68,10 +68,16 @@ def encode(metadata: Mapping[str, Any]) -> str:
         ) from None
 
 
+def recipe_text(metadata: Mapping[str, Any]) -> str:
+    """The recipe that a delta was made with; of one composed of others, or scaled, what all of its parts say."""
+    said = {str(parent.get("recipe", "")) for parent in metadata.get("parents", ())}
+    return str(metadata.get("recipe", "")) or (said.pop() if len(said) == 1 else "")
+
+
 def recipe_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a delta's `metadata` says it was made with; none where it says nothing that can be read."""
     try:
-        return tomllib.loads(str(metadata.get("recipe", "")))
+        return tomllib.loads(recipe_text(metadata))
     except ValueError:  # a foreign delta's own words
         return {}
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from surgery.data.genbias import SEED
 from surgery.data.prompts import PromptSet
 from surgery.delta import Delta
 from surgery.metrics.material import material
@@ -23,10 +24,11 @@ def measured(
     deltas: Mapping[str, Delta],
     *,
     start: int = 0,
+    split_seed: int = SEED,
     progress: Progress,
 ) -> dict[str, list[str]]:
     """{place of a number: it untouched and with each delta, with its interval}; all change blocks from ``start`` on."""
-    asked = material(model, tokenizer, prompts, suites=SUITES)
+    asked = material(model, tokenizer, prompts, suites=SUITES, seed=split_seed)
     first = measure(model, asked, keep=[start] if start else [], progress=progress, label="measure untouched")
     seen = [flat(first.scores)]
     for name, delta in deltas.items():

@@ -33,16 +33,18 @@ def equal_words(
     *,
     start: int = 0,
     seed: int = 0,
+    split_seed: int = genbias.SEED,
     hold: float = HELD,
     progress: Progress = QUIET,
 ) -> Task:
     """The set's development prompts to come even; ``EACH`` of its hints, of facts of gender, of locality held.
 
-    (Of these the training parts.) ``model`` is looked at untouched; no tensor lies before block ``start``.
+    (Of these the training parts.) ``seed`` draws what is held, ``split_seed`` cuts the set into its parts. ``model``
+    is looked at untouched; no tensor lies before block ``start``.
     """
-    rows = genbias.records("profession", "dev", genbias.SEED, prompts)
+    rows = genbias.records("profession", "dev", split_seed, prompts)
     kinds: list[Sequence[Any]] = (
-        [genhint.records("train", genbias.SEED, both=True, prompts=prompts)] if prompts.words.hints else []
+        [genhint.records("train", split_seed, both=True, prompts=prompts)] if prompts.words.hints else []
     )
     if set(prompts.words.words) <= set(POSSESSIVES):
         kinds += [facts_of_gender.records("train"), locality.records("train")]
