@@ -12,10 +12,11 @@ from families import state
 from test_cli import surgery as cli
 
 import surgery
+from recipes import bias_diff
 from surgery.catalogue import SUITES
 from surgery.cli.models import _ledger
 from surgery.metrics.judges import Judges
-from surgery.metrics.ledger import LEDGER
+from surgery.metrics.ledger import BRIEF, LEDGER
 from surgery.metrics.metric import Difference, difference, mean_metric, points
 from surgery.progress import Progress
 from surgery.runs.spillover import _table, _width, said, spillover
@@ -67,23 +68,20 @@ def test_a_run_is_measured_without_and_with_its_edit(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges = Judges(suites=("genbias", "perplexity"), rows={"genbias": 18, "perplexity": 9})
-    monkeypatch.setattr("surgery.metrics.judges.ledger", lambda folder, rows: (judges, {"bbq": "no such file"}))
+    asked: list[dict[str, Any]] = []
+
+    def ledger(folder: str, **told: Any) -> tuple[Judges, dict[str, str]]:
+        asked.append(told)
+        return judges, {"bbq": "no such file"}
+
+    monkeypatch.setattr("surgery.metrics.judges.ledger", ledger)
     out = tmp_path / "run"
-    words = [
-        "--set",
-        "block=2",
-        "--set",
-        "lr=1e-2",
-        "--set",
-        "epochs=1",
-        "--set",
-        "controls=[]",
-        "--set",
-        "test_rows=9",
-    ]
+    settings = ("block=2", "lr=1e-2", "epochs=1", "controls=[]", "test_rows=9", "split_seed=5")
+    words = [word for each in settings for word in ("--set", each)]
     where = ["--model", checkpoint, "--out", out, "--device", "cpu", "--ledger", tmp_path]
     code, stdout, stderr = cli("run", "lftf", *where, *words)
     assert code == 0 and "ledger: without bbq: no such file" in stderr
+    assert asked == [{"rows": BRIEF, "split_seed": 5}]
     found = json.loads((out / "ledger.json").read_text())
     place = "genbias.mass.all"
     moved = found["after"][place]["value"] - found["before"][place]["value"]
@@ -98,11 +96,12 @@ def test_a_run_is_measured_without_and_with_its_edit(
 
 def test_unasked_it_is_measured_where_the_run_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Progress(quiet=True)
-    assert _ledger("", "", None, said) is None and _ledger("none", str(tmp_path), None, said) is None
-    brief = _ledger("", str(tmp_path), "cpu", said)
+    nowhere, there = bias_diff.Settings(model="m"), bias_diff.Settings(model="m", data=str(tmp_path))
+    assert _ledger("", nowhere, None, said) is None and _ledger("none", there, None, said) is None
+    brief = _ledger("", there, "cpu", said)
     assert brief is not None and brief.folder == str(tmp_path) and brief.suites == (*SUITES, "free_text")
     monkeypatch.setattr("surgery.devices.device_named", lambda name: torch.device("cuda"))
-    quick = _ledger("", str(tmp_path), "cuda", said)
+    quick = _ledger("", there, "cuda", said)
     assert quick is not None and all(0 < brief.rows[name] < quick.rows.get(name, 10**6) for name in brief.rows)
     assert set(brief.rows) >= set(LEDGER), "none is measured whole on a processor"
 
