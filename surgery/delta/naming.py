@@ -83,8 +83,6 @@ def read_as(model: "nn.Module", stored: Iterable[str]) -> Names:
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        apply_converters,
-        apply_renamings,
         dot_natural_key,
         rename_source_key,
     )
@@ -108,8 +106,8 @@ def read_as(model: "nn.Module", stored: Iterable[str]) -> Names:
         if pattern is None:
             plain.append((name, held))
             continue
-        key = apply_renamings(name, renamings)
-        own = apply_converters(key, converters)[0]  # before the base model's prefix was added or taken away
+        key = rename_source_key(name, renamings, [])[0]
+        own = rename_source_key(key, [], converters)[0]  # before the base model's prefix was added or taken away
         if held != own:
             key = held[: -len(own)] + key if held.endswith(own) else key[len(own) - len(held) :]
         groups.setdefault(held, (patterns[pattern], {}))[1][key] = name
