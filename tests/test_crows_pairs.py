@@ -11,7 +11,6 @@ import pytest
 from surgery import SurgeryError
 from surgery.data import crows_pairs
 from surgery.metrics import crows_pairs as metric
-from surgery.metrics import suite
 from surgery.metrics.suite import evaluate_suites
 
 DATA = os.environ.get("SURGERY_DATA")
@@ -124,11 +123,9 @@ def test_the_collector_leaves_older_things_alone_inside_and_not_afterwards(tmp_p
 
     for own in (False, True):  # what the caller froze stays so
         seen: list[int] = []
-        suite._nothing_frozen.cache_clear()
         if own:
             gc.freeze()
         with pytest.raises(SurgeryError, match="crows_pairs"):
             evaluate_suites(None, None, ["crows_pairs"], Looks())  # type: ignore[arg-type]
         assert seen[0] > 1000 and bool(gc.get_freeze_count()) == own
     gc.unfreeze()
-    suite._nothing_frozen.cache_clear()

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -105,19 +104,13 @@ def _only_new_garbage() -> Iterator[None]:
 
     To go through that stops a process for some tenths of a second, and each of several at another time.
     """
-    own = _nothing_frozen()
+    own = gc.get_freeze_count() == 0
     gc.freeze()
     try:
         yield
     finally:
         if own:
             gc.unfreeze()
-
-
-@cache
-def _nothing_frozen() -> bool:
-    """Whether the collector looks at all there is, outside; asked once, since that counts a million things."""
-    return gc.get_freeze_count() == 0
 
 
 @_only_new_garbage()
