@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from surgery.errors import SurgeryError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Key = TypeVar("Key", bound=Hashable)
 Array = TypeVar("Array")
 _deals = itertools.count()
 BEAT, SILENCE = 2.0, 40.0  # seconds between two signs of life, and without one until a process counts as ended
@@ -104,6 +105,16 @@ def together(items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence
     processes = count()
     shares = gathered(list(compute(items[index() :: processes])))  # turn by turn, as neighbours are of like length
     return [shares[number % processes][number // processes] for number in range(len(items))]
+
+
+def each_once(calls: Mapping[Key, Callable[[], Found]]) -> dict[Key, Found]:
+    """What each call gives, made by one of the processes and known to all (``together``).
+
+    >>> each_once({"a": lambda: 1, "b": lambda: 2})
+    {'a': 1, 'b': 2}
+    """
+    found = together(list(calls.values()), lambda some: [call() for call in some])
+    return dict(zip(calls, found, strict=True))
 
 
 def told(decide: Callable[[], Item]) -> Item:

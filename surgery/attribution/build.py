@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from surgery.attribution.index import (
     text_hash,
 )
 from surgery.errors import SurgeryError
-from surgery.files.atomic import check_destination, sync_folder, write_json
+from surgery.files.atomic import check_destination, sync_folder, take, write_json
 from surgery.progress import Advance
 
 SHARD = 256  # texts: a killed build loses less than this much work, and processes wait for each other at most so long
@@ -177,9 +176,7 @@ def _alone(part: Path) -> Iterator[None]:
     part.mkdir(parents=True, exist_ok=True)
     handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take(handle, f"{part}: another process is building it; wait for it, or choose another --out")
         yield
-    except BlockingIOError:
-        raise SurgeryError(f"{part}: another process is building it; wait for it, or choose another --out") from None
     finally:
         os.close(handle)

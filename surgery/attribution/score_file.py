@@ -3,7 +3,6 @@
 The result is one JSON object that has each row on a line of its own, so that it can also be read line by line.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from hooks.gradient_influence import Influence
 from hooks.gradient_influence.examples import WINDOW
 from surgery.errors import SurgeryError
+from surgery.files.atomic import take
 
 _FACTS = ("norm", "loss", "tokens", "tfidf")
 
@@ -99,10 +99,7 @@ def write_scores(
 def _alone(part: Path) -> Iterator[IO[bytes]]:
     """The file, to write behind its end; inside, no other process has it, until this one ends however it ends."""
     with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SurgeryError(f"{part}: another process is writing it; wait for it, or choose another file") from None
+        take(file.fileno(), f"{part}: another process is writing it; wait for it, or choose another file")
         if not part.exists() or os.stat(part).st_ino != os.fstat(file.fileno()).st_ino:
             raise SurgeryError(f"{part}: was finished or removed by another process at this moment; run it again")
         yield file

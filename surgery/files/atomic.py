@@ -74,6 +74,17 @@ def _temporary(destination: Path, folder: bool) -> Iterator[Path]:
         os.close(lock)
 
 
+def take(handle: int, refusal: str) -> None:
+    """Lock an open file or folder for this process; the kernel gives it back when the handle goes, however that ends.
+
+    Raises: SurgeryError, ``refusal``, where another process has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SurgeryError(refusal) from None
+
+
 def sweep(folder: Path) -> None:
     """Remove the temporaries in `folder` whose process is dead."""
     for name in os.listdir(folder):

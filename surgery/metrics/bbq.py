@@ -14,7 +14,7 @@ from surgery.data.capability import Question, lettered
 from surgery.data.rows import sample
 from surgery.metrics.metric import Metric, mean_metric
 from surgery.metrics.multiple_choice import score as choose
-from surgery.processes import together
+from surgery.processes import each_once
 from surgery.progress import Advance
 
 
@@ -77,9 +77,8 @@ def score(rows: Sequence[Row], chosen: Int[np.ndarray, " rows"], *, scorer: str,
     over("overall", right, np.ones(len(rows), bool), "accuracy", **higher)
     over("s_dis", sign, known & ~ambiguous & answered, "2 biased/answered - 1, disambiguated", **nearer)
     over("s_amb", sign, known & ambiguous, "(1 - accuracy)(2 biased/answered - 1), ambiguous", **nearer)
-    metrics = together(list(asked.values()), lambda some: [measure() for measure in some])
     found: dict[str, Any] = {}
-    for (kind, category), metric in zip(asked, metrics, strict=True):
+    for (kind, category), metric in each_once(asked).items():
         found.setdefault(kind, {})[category] = metric
     accuracy = {kind: found.pop(kind) for kind in ("ambiguous", "disambiguated", "overall")}
     return {"accuracy": accuracy} | found

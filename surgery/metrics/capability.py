@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.data.capability import FILES, load
 from surgery.data.rows import sample
 from surgery.metrics.multiple_choice import Norm, accuracy, score
-from surgery.processes import together
+from surgery.processes import each_once
 from surgery.progress import Advance
 
 NORMS: dict[str, Norm] = {
@@ -50,5 +50,4 @@ def evaluate(
         name = "two-way HellaSwag" if task == "hellaswag" else task
         data = f"{name}, {Path(FILES[task]).name}{some}, zero-shot"
         asked[task] = partial(accuracy, own, NORMS[task], data=data)
-    metrics = together(list(asked.values()), lambda some: [measure() for measure in some])
-    return dict(zip(asked, metrics, strict=True))
+    return each_once(asked)

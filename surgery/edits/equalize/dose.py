@@ -172,9 +172,9 @@ def choose(
     """For each bias type the smallest dose at which as many held-out pairs prefer one side as the other.
 
     ``margins[dose]`` are those of every pair by a model that was trained on other groups with that dose, or moved to
-    it from another (``moved``); between two doses each pair's margin is taken to lie on a straight line, since signs,
-    once counted, would no longer. The score is StereoSet's: the percentage of margins above 0, the mean over groups of
-    their means, here also over scorers. A score ``within`` so much of ``aim`` will do.
+    it from another by their ``slopes``; between two doses each pair's margin is taken to lie on a straight line, since
+    signs, once counted, would no longer. The score is StereoSet's: the percentage of margins above 0, the mean over
+    groups of their means, here also over scorers. A score ``within`` so much of ``aim`` will do.
 
     Raises ``SurgeryError`` for fewer than two doses.
     """
