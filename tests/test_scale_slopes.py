@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words
-from surgery.forward.scale_slopes import Part, scales_in, text_slopes, word_slopes
+from surgery.forward.scale_slopes import Part, scales_in, word_slopes
 
 IDS = [(5, 9, 11), (7, 8), (5, 9, 12, 40, 3), (6,), (20, 21, 22, 23)]
 WORDS = [30, 31, 77]
@@ -74,26 +74,17 @@ def test_slopes_are_those_of_the_plain_pass(family: str) -> None:
     prefix = next_words(model, IDS, WORDS, keep=[1]).prefixes[1] if inside else None
     done: list[int] = []
     values, slopes = word_slopes(model, IDS, WORDS, parts, prefix=prefix, step=done.append)
-    means, by_text = text_slopes(model, [row for row in IDS if len(row) > 1], parts, prefix=None)
     after = state(model)
     assert [key for key in before if before[key] != after[key]] == []
     assert sum(done) == len(IDS) and slopes.shape == (len(parts), len(IDS), len(WORDS))
 
     plain = logs_at(model, {}, 0.0)
     assert values == pytest.approx(np.stack([row[-1, WORDS].numpy() for row in plain]), abs=1e-5)
-    assert means[:, 0] == pytest.approx([_mean(row, ids) for row, ids in zip(plain, IDS, strict=True) if len(ids) > 1])
     for number, part in enumerate(parts):
         up, down = (logs_at(model, part, sign * STEP) for sign in (1, -1))
         words = [((a - b) / (2 * STEP))[-1, WORDS].numpy() for a, b in zip(up, down, strict=True)]
-        rows = [(a, b, ids) for a, b, ids in zip(up, down, IDS, strict=True) if len(ids) > 1]
-        texts = [(_mean(a, ids) - _mean(b, ids)) / (2 * STEP) for a, b, ids in rows]
         assert np.abs(words).max() > 1e-3  # the part says something
         assert slopes[number] == pytest.approx(np.stack(words), rel=1e-2, abs=2e-4), names[number]
-        assert by_text[number, :, 0] == pytest.approx(np.array(texts), rel=1e-2, abs=2e-4), names[number]
-
-
-def _mean(logs: Tensor, ids: tuple[int, ...]) -> float:
-    return float(logs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean())
 
 
 def test_no_part_is_only_a_look() -> None:
@@ -108,7 +99,7 @@ def test_what_is_read_past_its_module_is_refused() -> None:
     model: Any = build("llama").eval()
     model.model.layers[2].mlp.unused = nn.Linear(2, 2)
     with pytest.raises(SurgeryError, match=r"mlp\.unused\.weight: no module"):
-        text_slopes(model, IDS[:2], [{"model.layers.2.mlp.unused.weight": torch.ones(2, 2)}])
+        word_slopes(model, IDS[:2], WORDS, [{"model.layers.2.mlp.unused.weight": torch.ones(2, 2)}])
 
 
 def test_a_module_inside_another_that_moves_is_refused() -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hooks.logit_difference import forward_as
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Ids, batches_for, logit_budget, pad
+from surgery.forward.batching import Ids, batches_for, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.last_position import head_of
 from surgery.forward.residual_cache import ResidualCache, shortcut, usable
@@ -46,46 +46,9 @@ def word_slopes(
 
     Raises ``SurgeryError`` for a part that lies where no module's forward pass reads it.
     """
-
-    own = {id(parameter) for parameter in model.get_submodule(head_of(model)).parameters()}
+    head = {id(parameter) for parameter in model.get_submodule(head_of(model)).parameters()}
     named = dict(model.named_parameters(remove_duplicate=False))
-    if any(id(named[name]) in own for part in parts for name in part):  # the words alone would not go through it
-        return _slopes(model, ids, parts, lambda run, batch: word_logs(run(batch), words), prefix=prefix, step=step)
-    return _slopes(model, ids, parts, lambda run, batch: run(batch), prefix=prefix, step=step, words=words)
-
-
-def text_slopes(
-    model: PreTrainedModel,
-    ids: Ids,
-    parts: Sequence[Part],
-    *,
-    prefix: ResidualCache | None = None,
-    step: Callable[[int], None] | None = None,
-) -> tuple[Float[np.ndarray, "texts 1"], Float[np.ndarray, "parts texts 1"]]:
-    """The mean log-probability (nats) of each text's tokens after the first, and as ``word_slopes``."""
-
-    def read(run: Callable[..., Tensor], batch: Any) -> Float[Tensor, "batch 1"]:
-        logits = run(batch)[:, :-1].float()
-        losses = logits.gather(-1, batch.ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        asked = batch.mask[:, 1:]
-        return ((losses * asked).sum(1) / asked.sum(1))[:, None]
-
-    tokens = logit_budget(model)
-    return _slopes(model, ids, parts, read, prefix=prefix, step=step, last=False, tokens=tokens)
-
-
-def _slopes(
-    model: PreTrainedModel,
-    ids: Ids,
-    parts: Sequence[Part],
-    read: Callable[..., Tensor],
-    *,
-    prefix: ResidualCache | None,
-    step: Callable[[int], None] | None,
-    last: bool = True,
-    words: Sequence[int] | None = None,
-    **budget: Any,
-) -> tuple[np.ndarray, np.ndarray]:
+    whole = any(id(named[name]) in head for part in parts for name in part)  # the words alone do not go through it
     values: list[Tensor] = [torch.empty(0)] * len(ids)
     slopes: list[Tensor] = [torch.empty(0)] * len(ids)
     prefix = usable(model, prefix)
@@ -93,12 +56,12 @@ def _slopes(
         if any(direction.ndim > 2 for part in parts for direction in part.values()):
             stack.enter_context(plain_experts(model))
         start = prefix.block if prefix else 0
-        run = stack.enter_context(shortcut(model, start=start, last=last, words=words))
+        run = stack.enter_context(shortcut(model, start=start, last=True, words=None if whole else words))
         scales_of = stack.enter_context(scales_in(model, parts))  # behind the shortcut, whose passes it goes through
-        for rows in batches_for(model, ids, **budget):
+        for rows in batches_for(model, ids):
             batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
             scales = scales_of(len(rows))
-            found = read(run, batch)  # batch, answers
+            found = word_logs(run(batch), words) if whole else run(batch)  # batch, words
             each = [_by(column.sum(), scales) for column in found.unbind(1)]
             if not found.isfinite().all():
                 raise SurgeryError(
