@@ -19,6 +19,7 @@ from recipes import equalize
 from recipes.equalize import doses as dosing
 from recipes.equalize import pairs
 from recipes.equalize.pairs_terms import repeated, terms_of
+from recipes.equalize.work import Work
 from surgery.data import facts_of_gender, shapes
 from surgery.data.pairs import Pair, folds
 from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
@@ -139,6 +140,51 @@ def test_a_chosen_dose_has_its_interval_and_resumes(
     assert rest["after"] == whole["after"] and "kl" in rest["after"]["locality"]["things"]  # to the first model
     again = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").open()]
     assert sum(row.get("edit") == "grid doses, fold 1 of 2" for row in again) == batches  # not trained a second time
+
+
+def test_all_trainings_share_targets_that_are_computed_once(
+    checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each training's are those of its own terms, and doses and delta are as where each computes them anew.
+
+    Some sides are another pair's unrelated sentence: held in no training, nor where they are among what judges it.
+    """
+    odd = [{**row, "less": other["unrelated"]} for row, other in zip(rows[::3], rows[3::3], strict=False)]
+    file = written([*rows, *odd], tmp_path / "own.jsonl")
+    settings: dict[str, Any] = {"pairs": file, "dose": ["auto"], "epochs": 1, "doses": [0.0, 0.4], "folds": 2}
+    settings |= {"block": [2, 3], "controls": ["random", "no_hold"]}
+    monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))
+    computed: list[tuple[int, list[str]]] = []
+
+    def counted(model: Any, terms: Any, *, start: int, step: Any) -> Any:
+        computed.append((start, [term.name for term in terms]))
+        return prepare(model, terms, start=start, step=step)
+
+    def same(work: Work, variant: Any, given: Any, track: Any) -> Any:
+        alone = prepare(work.op.model, given.terms, start=variant.start)
+        assert list(given.ids) == list(alone.ids) and given.first == alone.first
+        for one, other in zip(given.targets, alone.targets, strict=True):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+        assert (given.prefix is None) == (variant.start == 0)
+        if given.prefix:
+            assert given.prefix.ids == alone.prefix.ids and torch.allclose(given.prefix.flat, alone.prefix.flat)
+        return train(work, variant, given, track)
+
+    train = Work.train
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.equalize.work.prepare", counted)
+        patch.setattr(Work, "train", same)
+        shared = operate(checkpoint, tmp_path / "shared", **settings)
+    starts = {2} | {min(shared["controls"]["random"]["edit"]["blocks"])}
+    assert sorted(computed) == [(start, ["pairs", "unrelated"]) for start in sorted(starts)]
+    monkeypatch.setattr(Work, "prepare", Work._prepared)
+    anew = operate(checkpoint, tmp_path / "anew", **settings)
+    assert {name: each["dose"] for name, each in shared["doses"].items()} == {
+        name: each["dose"] for name, each in anew["doses"].items()
+    }
+    for mine, theirs in zip(shared["scales"], anew["scales"], strict=True):
+        assert mine["margin_gone"] == pytest.approx(theirs["margin_gone"], abs=1e-4)
+    assert shared["delta"]["sha256"] == anew["delta"]["sha256"]
 
 
 @pytest.mark.parametrize(

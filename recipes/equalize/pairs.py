@@ -111,7 +111,8 @@ def run(
     if "lftf" in controls:
         raise SurgeryError("controls: got 'lftf', which learns words; expected random or no_hold beside pairs")
     build = partial(terms_of, model, tokenizer, settings, given.texts)
-    build(given.train, dict.fromkeys(given.wanted, 0.0))  # what cannot be trained on is said now
+    no_dose = dict.fromkeys(given.wanted, 0.0)
+    learnt = build(given.train, no_dose)[0]  # what cannot be trained on is said now
     blocks = blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed)
     main = Variant("equalize", blocks, settings.block_part)
     texts = settings.neutral or None
@@ -125,7 +126,7 @@ def run(
             return measuring.scores(label, start) | judge(tokenizer, settings, given, measuring, label)
 
         work = Work(op, settings, (), measure, "squared margin of pairs with an offset (the dose), and hold")
-        main = work.located(main, tokenizer, build(given.train, dict.fromkeys(given.wanted, 0.0))[0])
+        main = work.located(main, tokenizer, learnt)
         beside = {name: work.control(name, main) for name in controls}
         measuring.keep = sorted({each.start for each in (main, *beside.values())} - {0})
         first = op.once("before", lambda: {"scores": measure("measure before"), **measuring.kept()})
@@ -133,7 +134,8 @@ def run(
         before = first["scores"]
         sampled = settings.samples and settings.hold_texts
         own = op.once("own-texts", partial(dataset.written, op, tokenizer, settings)) if sampled else []
-        build = partial(build, own=own)
+        build = partial(build, own=own, apart=learnt.ids)
+        work = replace(work, whole=build(given.train, no_dose))
         judged = partial(margins_and_perplexity, model, tokenizer, settings.scorers)
         chosen = choose_doses(work, main, given.train, given.wanted, build, judged)
         terms = build(given.train, chosen.doses)

@@ -12,7 +12,7 @@ from surgery.data.pairs import Pair
 from surgery.data.prompts import load_prompt_set
 from surgery.edits.equalize.dose import Dose
 from surgery.edits.equalize.pairs import STARTS, pairs_term
-from surgery.edits.equalize.terms import Term, hold_term
+from surgery.edits.equalize.terms import Ids, Term, hold_term
 from surgery.errors import SurgeryError
 from surgery.forward.tokens import start_token, word_ids
 
@@ -28,19 +28,21 @@ def terms_of(
     pairs: Sequence[Pair],
     doses: Mapping[str, Dose],
     own: Sequence[Sequence[int]] = (),
+    apart: Ids = (),
 ) -> list[Term]:
     """The pairs' term, and what is held: unrelated sentences and texts, with a start token and without one.
 
     (On Gemma 3 270M a hold with the start token only left the other form to drift.) ``texts`` are ordinary ones and
     those that end where the pronoun is ``settled``, which are held there. ``own`` are token ids of texts that the model
-    wrote, of which every other one has its start token. A held sentence that is also a side of a pair is left out.
+    wrote, of which every other one has its start token. A held sentence that is also a side of a pair, or stands among
+    the sides that are ``apart`` (of pairs that judge this training), is left out.
 
     Raises ``SurgeryError`` for a held text that is longer than the model takes.
     """
     begin, longest = start_token(tokenizer), context_limit(model)
     starts = STARTS if begin is not None else (False,)
     found = [pairs_term(tokenizer, repeated(pairs, settings.repeat), doses, starts=starts, longest=longest)]
-    taken = set(map(tuple, found[0].ids))
+    taken = {tuple(row) for row in (*found[0].ids, *apart)}
     held = {
         "unrelated": ([pair.unrelated for pair in pairs if pair.unrelated], settings.hold_unrelated),
         "texts": (texts["texts"], settings.hold_texts),

@@ -1,7 +1,7 @@
 """The edit of a run and its controls: what each trains, on which terms, from where."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,10 @@ class Work:
     """What is learnt is multiplied by it."""
     asked: int = ASKED
     """On how many examples the objective is asked before and after (``surgery.training.Plan``)."""
+    whole: Sequence[Term] = ()
+    """Where several trainings learn parts of the same terms: all of these, whose targets and streams they share."""
+    given: dict[int, Prepared] = field(default_factory=dict)
+    """The targets and the stream of ``whole`` by first block; made when needed."""
 
     def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
         """``main`` where auto stands for, by the gain of ``term``; as it is where the settings say more."""
@@ -179,6 +183,13 @@ class Work:
 
     def prepare(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         """The targets of the terms, and the stream that enters the first block that the variant trains."""
+        if not self.whole:
+            return self._prepared(variant, terms)
+        if variant.start not in self.given:
+            self.given[variant.start] = self._prepared(variant, self.whole)
+        return self.given[variant.start].part(terms)
+
+    def _prepared(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         count = sum(len(term.ids) for term in terms if term.untouched or variant.start)
         with self.op.progress.work(f"targets of {variant.name}", count) as step, matrix_products(self.settings.matmul):
             given = prepare(self.op.model, terms, start=variant.start, step=step)

@@ -53,6 +53,12 @@ class ResidualCache:
         """Where each prompt begins in ``flat``, and where the last one ends."""
         return [0, *accumulate(map(len, self.ids))]
 
+    def part(self, rows: Sequence[int]) -> "ResidualCache":
+        """The same of the prompts ``rows`` alone."""
+        index = [at for row in rows for at in range(self.starts[row], self.starts[row + 1])] + [len(self.flat) - 1]
+        flat = self.flat[torch.tensor(index, device=self.flat.device)]
+        return ResidualCache(self.block, tuple(self.ids[row] for row in rows), flat)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The prompts ``rows`` as a batch with their stream."""
         plain = pad(self.ids, rows, self.flat.device)

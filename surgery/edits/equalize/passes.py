@@ -8,6 +8,7 @@ a model that does not take trees, prompts that are read at their last token go a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -49,6 +50,19 @@ class Prepared:
     def examples(self) -> list[Example]:
         """(term, example) of every example."""
         return [(number, example) for number, term in enumerate(self.terms) for example in range(term.count)]
+
+    def part(self, terms: Sequence[Term]) -> "Prepared":
+        """For ``terms`` whose sequences all stand in the term of the same name here, each with a target of its own."""
+        places = {
+            (term.name, tuple(row)): first + at
+            for term, first in zip(self.terms, self.first, strict=True)
+            for at, row in enumerate(term.ids)
+        }
+        rows = [places[term.name, tuple(row)] for term in terms for row in term.ids]
+        first = tuple(accumulate([len(term.ids) for term in terms[:-1]], initial=0))
+        ids, targets = [self.ids[row] for row in rows], tuple(self.targets[row] for row in rows)
+        prefix = self.prefix.part(rows) if self.prefix else None
+        return replace(self, terms=tuple(terms), ids=ids, first=first, targets=targets, prefix=prefix)
 
 
 def takes_trees(model: PreTrainedModel, ids: Ids) -> bool:
