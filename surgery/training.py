@@ -6,7 +6,7 @@ processes there are. A step of one part is computed by every process alike.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ from surgery.processes import wait
 from surgery.training_state import Mean, TrainingState
 
 Log = Callable[[dict[str, Any]], None]
+Groups = Sequence[Sequence[int]]
 # Called after each step with the number of steps done and the optimizer; True ends the training there. For the steps
 # that a continued run takes up it is called again, with None, so that what it decided then can be decided again.
 After = Callable[[int, torch.optim.Optimizer | None], bool]
@@ -111,6 +112,7 @@ def train(
     after: After | None = None,
     rates: Mapping[str, float] | None = None,
     asked: Losses | None = None,
+    groups: Groups = (),
 ) -> tuple[list[float], Moved | None]:
     """Minimise the mean loss over ``count`` examples: the loss of each step (before its update), and how far it moved.
 
@@ -118,6 +120,8 @@ def train(
     between the steps; where the plan asks none, it is None. ``rates`` multiply the plan's learning rate for the
     parameters that they name.
     ``after`` may evaluate the model between steps (before any averaging), and ends the training when it returns True.
+
+    ``groups`` of examples follow one another in every epoch, so that most of them stand in one step.
 
     The order of examples depends on ``seed`` and the epoch alone. With ``state`` (a file) progress is saved about
     every 20 seconds and taken up from there, to the same result; the file is removed at the end.
@@ -128,7 +132,8 @@ def train(
         raise SurgeryError(f"schedule: got {plan.schedule!r}, expected constant or linear")
     device = next(iter(parameters.values())).device
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
-    first = _first(count, plan, seed)
+    groups = groups or [[row] for row in range(count)]
+    first = _first(groups, plan, seed)
     with deterministic(device):
         before = ask(model, parameters, asked or losses, first, half=half) if first else None
     if before:
@@ -143,7 +148,7 @@ def train(
     if processes() > 1:
         wait()  # the state was read by all before one writes it anew
     with deterministic(device), torch.random.fork_rng(enabled=plan.dropout):
-        for step, rows in enumerate(_portions(count, plan, seed)):
+        for step, rows in enumerate(portions(groups, plan, seed)):
             if step < len(done):
                 continue
             if any(ended):
@@ -202,20 +207,23 @@ def steps_of(count: int, plan: Plan) -> int:
     return plan.epochs * math.ceil(count / plan.batch_size)
 
 
-def _portions(count: int, plan: Plan, seed: int) -> Iterator[list[int]]:
+def portions(groups: Groups, plan: Plan, seed: int) -> Iterator[list[int]]:
+    """The examples of each step, epoch after epoch; the order of the groups is drawn by the seed and the epoch."""
     for epoch in range(plan.epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator).tolist() if plan.shuffle else list(range(count))
-        for start in range(0, count, plan.batch_size):
+        turns = torch.randperm(len(groups), generator=generator).tolist() if plan.shuffle else range(len(groups))
+        order = [row for turn in turns for row in groups[turn]]
+        for start in range(0, len(order), plan.batch_size):
             yield order[start : start + plan.batch_size]
 
 
-def _first(count: int, plan: Plan, seed: int) -> list[list[int]]:
+def _first(groups: Groups, plan: Plan, seed: int) -> list[list[int]]:
     """The first batches that a training takes up, until they hold ``plan.asked`` examples or the first epoch ends."""
     found: list[list[int]] = []
     if not plan.asked:
         return found
-    for rows in islice(_portions(count, plan, seed), math.ceil(count / plan.batch_size)):
+    steps = math.ceil(sum(map(len, groups)) / plan.batch_size)
+    for rows in islice(portions(groups, plan, seed), steps):
         if found and sum(map(len, found)) >= plan.asked:
             break
         found.append(rows)

@@ -22,9 +22,10 @@ from surgery.edits.equalize import (
 )
 from surgery.edits.equalize.target import among, imbalance, raised
 from surgery.edits.equalize.terms import Term
+from surgery.edits.equalize.training import begun_alike
 from surgery.edits.supervised import Lora
 from surgery.errors import SurgeryError
-from surgery.training import Plan
+from surgery.training import Plan, portions
 from tests.families import build
 
 PROMPTS = [[1, 5, 9, 13], [1, 6, 20, 21, 22], [1, 7, 30], [1, 8, 41, 42]]
@@ -210,6 +211,31 @@ def test_factors_lie_in_the_chosen_blocks_only(model: Any) -> None:
     stems = {name.rsplit(".", 1)[0] for name in trained.differences}
     assert {stem.split(".")[2] for stem in stems} == {"1", "2"}
     assert all(".mlp." in stem for stem in stems)
+
+
+def test_what_begins_alike_stands_in_one_step() -> None:
+    """At most so many; half of a text at least is what the one before it in the order of tokens has; pairs never."""
+    ids = [[1, 5, 6, 7, 9], [2, 3, 4], [1, 5, 6, 7], [1, 5, 6, 8], [1, 9, 9, 9, 9]]
+    words, pairs = words_term(ids[:3], WORDS), Term("pairs", 1.0, PROMPTS, [(0,)] * 4, lambda _: (), _none, size=2)
+    held = hold_term("held", ids[3:])
+    assert begun_alike([words, held, pairs], 1) == [[row] for row in range(7)]
+    assert begun_alike([words, held, pairs], 3) == [[2, 0, 3], [5], [6], [4], [1]]
+    assert begun_alike([words, held, pairs], 2) == [[2, 0], [3], [5], [6], [4], [1]]
+
+
+def test_groups_follow_one_another_in_every_epoch_and_each_example_comes_once() -> None:
+    plan = Plan(lr=1.0, epochs=3, batch_size=4)
+    groups = [[4, 1], [0], [6, 3, 2], [5]]
+    epochs = [row for rows in portions(groups, plan, 7) for row in rows]
+    for order in (epochs[:7], epochs[7:14], epochs[14:]):
+        assert sorted(order) == list(range(7))
+        assert all(order[(at := order.index(group[0])) : at + len(group)] == group for group in groups)
+    assert epochs[:7] != epochs[7:14]
+    assert [len(rows) for rows in portions(groups, plan, 7)] == [4, 3] * 3
+
+
+def _none(*_: Any) -> torch.Tensor:
+    return torch.zeros(1)
 
 
 def test_an_example_of_two_sequences_has_one_loss(model: Any) -> None:

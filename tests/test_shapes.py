@@ -66,6 +66,20 @@ def test_a_shape_is_filled_and_dealt_evenly() -> None:
     assert [row.text for row in found] == [row.text for row in shapes.prompts(templates, shapes.people("dev"), 10)]
 
 
+def test_endings_differ_in_the_connective_alone() -> None:
+    lines = ["The potter sat down; in fact,", "Ask the potter whether", "He left, and then", "She left, and then"]
+    assert shapes.with_endings(lines, 1) == lines
+    found = shapes.with_endings(lines, 4)
+    begun = [[line for line in found if line.startswith(begin)] for begin in ("The potter sat", "Ask", "He", "She")]
+    assert [len(some) for some in begun] == [4, 1, 4, 4]
+    assert found[:4] == begun[0] and found[0] == lines[0] and len(set(found)) == len(found)
+    ends = {line.removeprefix("The potter sat down") for line in begun[0]}
+    assert ends.isdisjoint(line.removeprefix("He left") for line in begun[2][1:])  # they go round
+    assert all(" ," not in line and " ;" not in line for line in found)
+    together = shapes.with_endings(lines[2:], 3, size=2)
+    assert [line.replace("He", "She") for line in together[::2]] == together[1::2]
+
+
 @pytest.mark.parametrize("call", [lambda: shapes.shapes("all", 3), lambda: shapes.others("name", "train")])
 def test_what_does_not_exist_is_refused(call: object) -> None:
     with pytest.raises(SurgeryError, match="expected one of"):

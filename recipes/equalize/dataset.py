@@ -37,11 +37,13 @@ def prompts_to_equalize(
     each: int,
     own_each: int = 0,
     more: bool = False,
+    endings: int = 1,
 ) -> list[str]:
     """The prompt set's training prompts (``own`` of them; 0 for all), and its training subjects in ``count`` shapes.
 
     So are people beyond the set, who also stand in ``own_each`` of the set's own templates. Each stands in ``each`` of
-    the shapes; 0 leaves the shapes out. With ``more`` there are more people (``surgery.data.shapes.people``).
+    the shapes, each with so many ``endings``; 0 leaves the shapes out. With ``more`` there are more people
+    (``surgery.data.shapes.people``).
     """
     rows = genbias.records(split, "train", seed, prompts)
     found = [row.text for row in rows[: own or None]]
@@ -55,7 +57,7 @@ def prompts_to_equalize(
     if each and of_people(prompts):
         people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train", more)]
         drawn = shapes.prompts(shapes.shapes("train", count, seed), people, each, seed=seed)
-        found += [row.text for row in drawn]
+        found += shapes.with_endings([row.text for row in drawn], endings)
     return list(dict.fromkeys(found))
 
 

@@ -13,7 +13,7 @@ from recipes.equalize.measuring import Measuring, distances, fewer
 from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
-from surgery.data import genbias
+from surgery.data import genbias, shapes
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
@@ -97,13 +97,15 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     seed, drawn = settings.split_seed, settings.seed
     where: Any = {"seed": seed, "split": split, "count": settings.shapes, "more": settings.more_people}
     words = dataset.prompts_to_equalize(
-        prompts, own=settings.own, own_each=settings.own_each, each=settings.each, **where
+        prompts, own=settings.own, own_each=settings.own_each, each=settings.each, endings=settings.endings, **where
     )
     hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, more=settings.more_people)
     settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
+    size, ends = len(prompts.words.words), settings.endings
+    few, many, more = (-(-limit // ends) for limit in (settings.hints, settings.settled, settings.facts))
     held = {
-        "hints": dataset.some(hints, settings.hints, drawn, size=len(prompts.words.words)),
-        **holding.apart(settled, settings.settled, settings.facts, drawn),
+        "hints": shapes.with_endings(dataset.some(hints, few, drawn, size=size), ends, size),
+        **{name: shapes.with_endings(lines, ends) for name, lines in holding.apart(settled, many, more, drawn).items()},
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

@@ -17,7 +17,7 @@ CONTROLS = ("lftf", "random", "no_hold")
 OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "scorers", "repeat", "hold_unrelated")
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
-    *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "hints", "split"),
+    *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "endings", "alike", "hints", "split"),
     *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "more_people"),
 )
 
@@ -87,6 +87,10 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
     each: int = Field(8, ge=0)
     """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
+    endings: int = Field(1, ge=1)
+    """With how many connectives each of these stands, and what is held in them; limits count them all."""
+    alike: int = Field(1, ge=1)
+    """So many prompts that begin alike stand in one step, at most, where what they share runs once."""
     own: int = Field(0, ge=0)
     """Only so many of the prompt set's own training prompts; 0 takes all."""
     own_each: int = Field(0, ge=0)

@@ -203,7 +203,7 @@ class Work:
         place: Any = {"blocks": variant.blocks, "names": self._names(variant), "lora": lora, "given": given}
         plan, seed = self.plan(variant), self.settings.seed
         with matrix_products(self.settings.matmul):
-            trained = equalize(self.op.model, given.terms, plan, seed=seed, **place, **track)
+            trained = equalize(self.op.model, given.terms, plan, alike=self.settings.alike, seed=seed, **place, **track)
         blocks: Any = "all" if variant.blocks is None else list(variant.blocks)
         counts = {term.name: term.count for term in given.terms}
         about: Any = {"part": variant.part, "objective": self.objective, "matmul": self.settings.matmul}

@@ -6,6 +6,7 @@ kinds in ``OTHERS`` (two sentences, dialogue, a name beside the profession) have
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -112,6 +113,30 @@ def prompts(
             template = order[place] if draw.random() < 0.5 else order[len(templates) + place]
             found[fill(template, subject)] = Prompt(fill(template, subject), subject, scale, template, None, None)
     return list(found.values())
+
+
+def with_endings(lines: Sequence[str], count: int, size: int = 1) -> list[str]:
+    """Each line, and ``count`` - 1 others that differ from it by their training connective alone, which go round.
+
+    Lines that stand together, ``size`` of them, get the same ones. One that ends in no connective stands alone.
+
+    >>> with_endings(["The potter sat down because", "Here is the potter."], 3)
+    ['The potter sat down because', 'The potter sat down, and', 'The potter sat down, but', 'Here is the potter.']
+    """
+    every = [re.sub(" (?=[,;])", "", f" {end}") for end in _grammar()["connectives"]["train"]]
+    found: dict[str, None] = {}
+    turn = 0
+    for first in range(0, len(lines), size):
+        some = lines[first : first + size]
+        own = max((end for end in every if some[0].endswith(end)), key=len, default=None)
+        found |= dict.fromkeys(some)
+        if own is None or count < 2:
+            continue
+        others = [end for end in dict.fromkeys(every) if end != own]
+        for end in (others[(turn + step) % len(others)] for step in range(count - 1)):
+            found |= dict.fromkeys(line.removesuffix(own) + end for line in some)
+        turn += count - 1
+    return list(found)
 
 
 @cache

@@ -30,7 +30,7 @@ from surgery.forward.tokens import answered
 from surgery.moved import Moved
 from surgery.objective import Losses
 from surgery.progress import Advance
-from surgery.training import After, Log, Plan, train, trainable
+from surgery.training import After, Groups, Log, Plan, train, trainable
 
 
 @dataclass(frozen=True)
@@ -180,19 +180,21 @@ def fit(
     step_done: Advance | None = None,
     after: After | None = None,
     asked: Losses | None = None,
+    groups: Groups = (),
 ) -> Trained:
     """Minimise any ``losses`` of ``count`` examples over all parameters, those ``names``, or the factors of ``lora``.
 
     The differences are the parameters' own (trained minus base), or with ``lora`` the two factors of each weight NAME
     as ``NAME.lora_B`` [rows, r], with alpha / r in it, and ``NAME.lora_A`` [r, columns]. The model is left as it was.
-    ``asked`` are the losses by which the objective is asked before and after, where ``losses`` change between steps.
+    ``asked`` are the losses by which the objective is asked before and after, where ``losses`` change between steps;
+    ``groups`` of examples stand in the same steps.
 
     Raises ``SurgeryError`` when the loss is not finite, and for LoRA targets that the model does not have.
     """
 
     def run(parameters: dict[str, nn.Parameter]) -> tuple[list[float], Moved | None]:
         how: Any = {"seed": seed, "state": state, "log": log, "step_done": step_done, "after": after, "asked": asked}
-        return train(model, parameters, losses, count, plan, **how)
+        return train(model, parameters, losses, count, plan, groups=groups, **how)
 
     with ExitStack() as stack:
         if lora is not None:

@@ -77,7 +77,7 @@ def plans(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
     keys = [tuple(row) for row in rows]
     for row in sorted(range(len(rows)), key=keys.__getitem__):
         inputs, first = keys[row][:-1], starts[row] - 1
-        common = _alike(before, inputs) if found else 0
+        common = in_common(before, inputs) if found else 0
         again = common == len(inputs) == len(before)  # the same tokens, of which another next one is asked
         if not (again or (shared and found and found[-1].nodes + len(inputs) - common <= size)):
             found.append(Plan([], 0, 0))
@@ -98,7 +98,7 @@ def filled(rows: Ids, starts: Sequence[int], some: Sequence[int]) -> Pack:
     for row in some:
         ids = tuple(rows[row])
         inputs = ids[:-1]
-        common = _alike(before, inputs)
+        common = in_common(before, inputs)
         nodes = range(len(pack.ids), len(pack.ids) + len(inputs) - common)
         path = path[:common]
         if nodes:
@@ -117,7 +117,7 @@ def packs(rows: Ids, starts: Sequence[int], *, size: int = PACK, shared: bool = 
     return [filled(rows, starts, each.rows) for each in plans(rows, starts, size=size, shared=shared)]
 
 
-def _alike(one: Sequence[int], two: Sequence[int]) -> int:
+def in_common(one: Sequence[int], two: Sequence[int]) -> int:
     """How many tokens both begin with."""
     if one == two:
         return len(one)

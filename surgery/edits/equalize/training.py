@@ -19,7 +19,7 @@ from surgery.forward.batching import batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import Kept
 from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
-from surgery.forward.trees import Trees, as_batch, trees_for
+from surgery.forward.trees import Trees, as_batch, in_common, trees_for
 from surgery.processes import mine
 from surgery.progress import Advance
 from surgery.training import Log, Plan
@@ -133,6 +133,7 @@ def equalize(
     part: str = "all",
     names: Sequence[str] = (),
     lora: Lora | None = None,
+    alike: int = 1,
     seed: int,
     given: Prepared | None = None,
     state: Path | None = None,
@@ -144,7 +145,8 @@ def equalize(
     ``names``: these parameters, which lie in ``blocks``, instead of a part.
 
     ``given`` are the targets of the same terms from ``prepare``, made here otherwise. An epoch goes through every
-    example of every term in one shuffled order; the loss of a step is the mean of weight * loss over its examples.
+    example of every term in one shuffled order, in which up to ``alike`` that begin alike follow one another; the loss
+    of a step is the mean of weight * loss over its examples.
     ``differences`` are the parameters' own or, with ``lora``, factors as ``surgery.edits.supervised.fit`` gives them.
     The model is left as it was. Raises ``SurgeryError`` as ``names_of``, ``prepare`` and ``train`` do.
     """
@@ -169,7 +171,26 @@ def equalize(
         state=state,
         log=log,
         step_done=step_done,
+        groups=begun_alike(chosen.terms, alike),
     )
+
+
+def begun_alike(terms: Sequence[Term], most: int) -> list[list[int]]:
+    """All examples, counted through the terms, in groups of at most ``most`` whose next neighbours share half or more.
+
+    So that in a token tree what they share runs once. Examples of several sequences stand alone.
+    """
+    rows = [tuple(term.ids[row * term.size]) for term in terms for row in range(term.count)]
+    alone = [term.size > 1 for term in terms for _ in range(term.count)]
+    found: list[list[int]] = []
+    for row in sorted(range(len(rows)), key=lambda row: rows[row]) if most > 1 else range(len(rows)):
+        before = found[-1][-1] if found else row
+        near = not (alone[row] or alone[before]) and 2 * in_common(rows[before], rows[row]) >= len(rows[row])
+        if found and near and len(found[-1]) < most:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
 
 
 def inside(model: PreTrainedModel, names: Sequence[str], lora: Lora) -> Lora:
