@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from surgery import processes
+
 Advance = Callable[[int], None]
 
 
@@ -45,7 +47,10 @@ class Progress:
                 done[0] += n
 
             yield count
-            self.say(f"{label}: {done[0] if total is None else total} in {time.monotonic() - start:.1f} s")
+            amount = f"{done[0]} in "
+            if total is not None and done[0] != total:  # stopped early, taken up again, or a part of what is shared
+                amount = f"{done[0]} of {total} in " if processes.count() == 1 else ""
+            self.say(f"{label}: {amount}{time.monotonic() - start:.1f} s")
 
 
 def in_proportion(step: Advance, parts: int, things: int) -> Advance:

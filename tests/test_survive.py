@@ -240,6 +240,22 @@ def test_bad_input_is_one_line(delta: Path, checkpoint: Path, tmp_path: Path, wo
     assert code == 1 and message in stderr and stderr.count("\n") == 1 and not stdout and not (tmp_path / "s").exists()
 
 
+def test_what_cannot_be_measured_is_refused_before_a_model_is_opened(
+    delta: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"more": "she cried", "less": "he cried", "group": "a"}\n')
+
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("surgery.cli.survive.open_model", opened)
+    start = [delta, checkpoint, "--out", tmp_path / "s", "--quiet", "--measure", "pairs"]
+    for words, message in (([], "--pairs FILE"), (["--pairs", file], "own.jsonl: 1 groups of pairs; expected at least")):
+        code, _, stderr = surgery("survive", *start, *words)
+        assert code == 1 and message in stderr and stderr.count("\n") == 1
+
+
 def test_an_edit_without_effect_and_a_taken_folder_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "nothing.safetensors"
     edit(checkpoint, (MATRIX,), size=1e-9).save(file)

@@ -70,14 +70,16 @@ def survive(
     check_opening(checkpoint, device)
     import_libraries()
     from surgery.progress import Progress
-    from surgery.survive import question_of, report
+    from surgery.survive import check_kind, kind_of, question_of, report
     from surgery.survive import survive as measured
 
     edit, progress, lines = Delta.load(delta), Progress(quiet), neutral.sentences(texts)
+    check_kind(edit)
+    kind = kind_of(edit.metadata, measure, sentences)
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     amount = {"words": 105, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}
     question = question_of(
-        edit.metadata, model, tokenizer, kind=measure, sentences=sentences, prompts=data, limit=amount, scorer=scorer
+        edit.metadata, model, tokenizer, kind=kind, sentences=sentences, prompts=data, limit=amount, scorer=scorer
     )
     found = measured(
         edit,

@@ -88,10 +88,7 @@ def survive(
     measurable effect, an unknown group, and whatever ``Delta.applied`` and ``fine_tune`` refuse.
     """
     check_treatments(groups)
-    if delta.kind == "module":
-        raise SurgeryError(
-            "a delta of kind 'module' adds new parts, for which no format is defined; measure it with eval"
-        )
+    check_kind(delta)
     with held(delta, model, as_stored=as_stored, force=force) as states:
         table = _Table(model, tokenizer, states, question, progress or Progress(quiet=True), seed)
         table.start(groups)
@@ -103,6 +100,14 @@ def survive(
             table.prompts()
     assert table.reference is not None
     return Survival(question.kind, question.relative, *table.reference, tuple(table.rows), tuple(table.notes))
+
+
+def check_kind(delta: Delta) -> None:
+    """Raises ``SurgeryError`` for a delta that adds modules."""
+    if delta.kind == "module":
+        raise SurgeryError(
+            "a delta of kind 'module' adds new parts, for which no format is defined; measure it with eval"
+        )
 
 
 class _Table:

@@ -87,14 +87,11 @@ def pairs_question(
     Raises ``SurgeryError`` for pairs of fewer than two groups.
     """
     check_scorer(scorer)
+    _check_groups(data)
     groups = genbias.shuffled(sorted({row.group for row in data.rows}), genbias.SEED)
     kept_back = set(groups[: max(1, len(groups) // 5)])
     rows = [row for row in data.rows if row.group not in kept_back][: limit or None]
     learnt = [row.more for row in data.rows if row.group in kept_back][:RELEARNT]
-    if not rows or not learnt:
-        raise SurgeryError(
-            f"{data.name}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again"
-        )
     sides = [text for row in rows for text in (row.more, row.less)]
     name = f"{data.name}, {len(rows)} pairs"
 
@@ -128,22 +125,41 @@ def question_of(
 
     ``limit``: how many rows by kind; all where nothing is said.
 
-    Raises ``SurgeryError`` for another kind, and for pairs without any ``sentences``.
+    Raises ``SurgeryError`` as ``kind_of`` does.
     """
-    check_measure(kind)
-    recipe = recipe_of(metadata)
     limit = limit or {}
-    chosen = ("pairs" if is_of_pairs(recipe) else "words") if kind == "auto" else kind
-    if chosen == "pairs":
-        if sentences is None:
-            raise SurgeryError(
-                "this edit is one of pairs of sentences; name a file of pairs that it did not learn with --pairs FILE "
-                "(StereoSet's .json, CrowS-Pairs' .csv, or .jsonl with more and less), or --measure words"
-            )
+    if kind_of(metadata, kind, sentences) == "pairs":
+        assert sentences is not None
         return pairs_question(model, tokenizer, sentences, scorer=scorer, limit=limit.get("pairs", 0))
-    named = prompts or str(recipe.get("prompt_set", "genbias"))
+    named = prompts or str(recipe_of(metadata).get("prompt_set", "genbias"))
     asked: Any = {"limit": limit.get("words", 0), "seed": split_seed_of(metadata)}
     return words_question(model, tokenizer, load_prompt_set(named), **asked)
+
+
+def kind_of(metadata: Mapping[str, Any], kind: str = "auto", sentences: pairs.Pairs | None = None) -> str:
+    """Words or pairs: what the recipe in a delta's ``metadata`` edited, or the ``kind`` that is said instead.
+
+    Raises ``SurgeryError`` for another kind, for pairs without any ``sentences`` and for those of fewer than two groups.
+    """
+    check_measure(kind)
+    found = ("pairs" if is_of_pairs(recipe_of(metadata)) else "words") if kind == "auto" else kind
+    if found == "pairs" and sentences is None:
+        raise SurgeryError(
+            "this edit is one of pairs of sentences; name a file of pairs that it did not learn with --pairs FILE "
+            "(StereoSet's .json, CrowS-Pairs' .csv, or .jsonl with more and less), or --measure words"
+        )
+    if found == "pairs" and sentences is not None:
+        _check_groups(sentences)
+    return found
+
+
+def _check_groups(data: pairs.Pairs) -> None:
+    groups = {row.group for row in data.rows}
+    if len(groups) < 2:
+        raise SurgeryError(
+            f"{data.name}: {len(groups)} groups of pairs; expected at least 2, to measure and to learn again; "
+            "give the pairs other groups, or add some"
+        )
 
 
 def is_of_pairs(recipe: Mapping[str, Any]) -> bool:
