@@ -13,7 +13,7 @@ from surgery.edits.block import fine_tune
 from surgery.edits.kept_streams import KeptStreams
 from surgery.edits.supervised import Lora, adapters
 from surgery.errors import SurgeryError
-from surgery.forward import last_position
+from surgery.forward import last_position, precision
 from surgery.forward.batching import by_length, pad
 from surgery.forward.last_query import queries
 from surgery.forward.next_token import next_words, token_losses
@@ -219,6 +219,18 @@ def test_dropout_and_broken_architectures_fall_back_with_the_reason() -> None:
         near = replace(prefix, flat=prefix.flat * (1 + 1e-2 * noise))
         assert why_not(model, near) is None
     assert "differ" in str(why_not(model, near))
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_attention_stays_fused_where_products_are_not_rounded(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = torch.backends.cuda.flash_sdp_enabled
+    with matrix_products("medium"):  # as this processor has it
+        product = torch.full((64, 64), 1.003) @ torch.full((64, 64), 1.003)
+        assert fused() == torch.allclose(product, torch.tensor(64 * 1.003**2), rtol=1e-4)
+    monkeypatch.setattr(precision, "rounds", lambda: rounded)
+    with matrix_products("medium"):
+        assert fused() is not rounded
+    assert fused()
 
 
 def test_an_exception_inside_leaves_the_model_as_it_was() -> None:
