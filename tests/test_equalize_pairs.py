@@ -294,6 +294,25 @@ def test_the_scale_is_the_smallest_at_which_enough_of_the_margin_goes(monkeypatc
     assert chosen.scales[4]["margin_gone"] > 0.95
 
 
+def test_no_training_has_rows_of_a_group_that_judges_it() -> None:
+    """Also not where another type, whose dose is given, has rows of the group."""
+    judged, fixed = ([Pair("a", "b", kind, f"{n}", "") for n in range(count)] for kind, count in (("t", 12), ("u", 15)))
+    seen: list[tuple[set[str], set[str]]] = []
+
+    def build(train: Any, doses: Any) -> list[Any]:
+        groups = [{pair.group for pair in train if pair.bias_type == kind} for kind in "tu"]
+        seen.append((groups[0], groups[1]))
+        return []
+
+    op: Any = SimpleNamespace(once=lambda name, compute: [{"margins": [[0.0]], "perplexity": 1.0}])
+    ready, given = equalize.Settings(model="demo", pairs="own.jsonl", folds=2), {"t": 0.0, "u": 0.0}
+    nothing: Any = None
+    work = Work(op, ready, (), nothing)
+    dosing._held_out(work, nothing, judged, fixed, "", [given] * 2, [1.0], build=build, judge=lambda _: nothing)
+    every = {pair.group for pair in fixed}
+    assert len(seen) == 2 and all(len(t) == 6 and u == every - (set(map(str, range(12))) - t) for t, u in seen)
+
+
 def test_types_that_move_each_other_are_settled_at_their_own_doses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Margins .6 - t - u / 2 of type t, .15 - u of u: in the grid, beside u at 0, t seems to need .6."""
 

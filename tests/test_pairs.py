@@ -110,6 +110,18 @@ def test_folds_share_no_group_and_few_groups_are_refused() -> None:
         data.folds(few, 4, seed=0)
 
 
+def test_a_group_of_several_types_stays_together() -> None:
+    """Twelve groups with rows of both types, beside six of y alone."""
+    pairs = [Pair("a", "b", kind, f"{n % count}", "") for kind, count in (("x", 12), ("y", 18)) for n in range(36)]
+    parts = data.folds(pairs, 4, seed=1)
+    assert sorted(n for part in parts for n in part) == list(range(72))
+    groups = [{pairs[n].group for n in part} for part in parts]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 18
+    for part in parts:
+        assert sum(pairs[n].bias_type == "x" for n in part) == 9
+        assert 8 <= sum(pairs[n].bias_type == "y" for n in part) <= 10
+
+
 def test_the_slope_of_a_dose_is_that_of_all_types_beside_a_line_of_each() -> None:
     """After = before / 2 - .7 dose of one type and 1 - before / 4 - .7 dose of the other, one dose a pair."""
     pairs = [Pair("a", "b", kind, f"{number}", "") for kind in "tu" for number in range(6)]

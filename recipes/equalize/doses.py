@@ -216,7 +216,9 @@ def _held_out(
     costs: dict[float, list[float]] = {scale: [] for scale in scales}
     for number, part in enumerate(folds(judged, settings.folds, seed=settings.split_seed)):
         left_out = set(part)
-        train = [*(pair for place, pair in enumerate(judged) if place not in left_out), *fixed]
+        groups = {judged[place].group for place in part}  # which may have rows of a type whose dose is given
+        train = [pair for place, pair in enumerate(judged) if place not in left_out]
+        train += [pair for pair in fixed if pair.group not in groups]
         name = f"{said} doses, fold {number + 1} of {settings.folds}"
         terms = build(train, doses[number])
         one = partial(_scored, work, variant, name, terms, partial(judge, [judged[at] for at in part]), scales)

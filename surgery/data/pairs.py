@@ -110,6 +110,7 @@ def folds(
     for number, pair in enumerate(pairs):
         groups.setdefault(pair.bias_type, {}).setdefault(pair.group, []).append(number)
     found: list[list[int]] = [[] for _ in range(count)]
+    parts: dict[str, int] = {}  # by group, whose rows may be of several types
     generator = np.random.default_rng(seed)
     for name in sorted(groups):
         members = groups[name]
@@ -118,11 +119,11 @@ def folds(
                 f"bias type {name!r}: {len(members)} groups, expected at least {max(least, count)} {purpose}"
             )
         order = sorted(members)
-        # The largest groups first, each into the fold that is smallest in this type so far.
-        drawn = sorted((order[n] for n in generator.permutation(len(order))), key=lambda group: -len(members[group]))
+        mixed = [order[n] for n in generator.permutation(len(order))]
         sizes = [0] * count
-        for group in drawn:
-            place = sizes.index(min(sizes))
+        # The largest groups first, each into the fold that is smallest in this type so far, behind those that have one.
+        for group in sorted(mixed, key=lambda group: (group not in parts, -len(members[group]))):
+            place = parts.setdefault(group, sizes.index(min(sizes)))
             found[place] += members[group]
             sizes[place] += len(members[group])
     return [sorted(part) for part in found]
