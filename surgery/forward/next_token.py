@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from hooks.activations import Reducer, capture
 from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
+from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad, sent
 from surgery.forward.evaluation import evaluating
 from surgery.forward.residual_cache import ResidualCache, shortcut, usable
-from surgery.forward.trees import as_batch, trees_for
+from surgery.forward.trees import PACK, as_batch, trees_for
 from surgery.processes import count, gathered, joined, mine
 
 Step = Callable[[int], None]
@@ -83,11 +83,7 @@ def next_words(
             reducer: Reducer = lambda *seen: feed(kept.rows, *seen)  # noqa: E731
             stack.enter_context(capture(model, watch.sites, reducer=reducer, positions=watch.positions))
         for given in batches:
-            batch: Batch
-            if packed:
-                batch = prefix.trees(model, given) if prefix else as_batch(model, given)
-            else:
-                batch = prefix.batch(given) if prefix else pad(ids, given, model.device)
+            batch = _batch(model, ids, given, prefix, packed=packed is not None)
             rows = list(batch.rows)
             kept.expect(batch)
             logits = run(batch)
@@ -100,6 +96,13 @@ def next_words(
     found = joined(found)
     _refuse_not_finite(found, model)
     return Observation(found, kept.prefixes())
+
+
+def _batch(model: PreTrainedModel, ids: Ids, given: Any, prefix: ResidualCache | None, *, packed: bool) -> Batch:
+    """The packs or the rows ``given`` as a batch, with their stream where there is one."""
+    if packed:
+        return prefix.trees(model, given) if prefix else as_batch(model, given)
+    return prefix.batch(given) if prefix else pad(ids, given, model.device)
 
 
 def _refuse_not_finite(found: Float[np.ndarray, "prompts words"], model: PreTrainedModel) -> None:
@@ -126,24 +129,35 @@ def token_losses(
     short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
     if short:
         raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
-    sums, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
-    kept = Kept(ids, keep, model.device)
+    read = [row[:-1] for row in ids]  # the last token is only predicted
+    sums, counts = np.zeros(len(ids)), np.array([len(row) for row in read], dtype=np.float64)
+    kept = Kept(read, keep, model.device)
     with evaluating(model), ExitStack() as stack:
         prefix = usable(model, prefix)
-        batches = mine(batches_for(model, ids, tokens=logit_budget(model)))
+        most = logit_budget(model)
+        packed = trees_for(model, read, tokens=most) if max(counts) <= PACK else None  # longer ones share little
+        batches: list[Any] = mine(packed or batches_for(model, read, tokens=most))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
         if batches:
             kept.attach(model, stack)
-        for rows in batches:
-            batch = prefix.batch(rows) if prefix else pad(ids, rows, model.device)
+        for given in batches:
+            batch = _batch(model, read, given, prefix, packed=packed is not None)
             kept.expect(batch)
-            logits = run(batch)[:, :-1].float()
-            targets = batch.ids[:, 1:]
-            losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
-            sums[rows] = (losses * batch.mask[:, 1:]).sum(1).double().cpu().numpy()
+            losses = _losses(run(batch).flatten(0, 1), batch, ids)
+            sums += np.bincount(np.repeat(batch.rows, counts[list(batch.rows)].astype(int)), losses, len(ids))
             if step:
-                step(len(rows))
+                step(len(batch.rows))
     return joined(sums), counts, kept.prefixes()
+
+
+def _losses(logits: Float[Tensor, "nodes vocab"], batch: Batch, ids: Ids) -> Float[np.ndarray, " tokens"]:
+    """The negative log-likelihood of every token but the first of the rows of ``batch``, one row after the other."""
+    # A few places at a time, of which what is computed on the way stays in a CPU's cache.
+    totals = torch.cat([few.float().logsumexp(-1) for few in logits.split(64)])
+    at = np.concatenate(batch.places())
+    tokens = np.concatenate([ids[row][1:] for row in batch.rows])
+    node, token = sent(np.stack([at, tokens]), logits.device)
+    return (totals[node] - logits[node, token].float()).double().cpu().numpy()
 
 
 @dataclass(frozen=True)

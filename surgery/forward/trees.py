@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hooks.batching import context_limit, remembered, short_rows, unhooked, why_alone
 from hooks.wider import errs_more
-from surgery.forward.batching import Batch, Ids, batches_for, sent
+from surgery.forward.batching import TOKENS, Batch, Ids, batches_for, sent
 
 TREE = 512  # tokens of a tree that holds a whole step of training: no padding, but a square of attention
 PACK = 128  # tokens of a tree: more means fewer repeated stems, and a larger square of attention
@@ -166,14 +166,15 @@ class Trees(Batch):
         return list(self.paths)
 
 
-def trees_for(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
+def trees_for(model: PreTrainedModel, ids: Ids, *, tokens: int = TOKENS) -> list[list[Pack]] | None:
     """All prompts in batches of packs; None where their stems are not to be shared (``why_no_trees``)."""
     if len(ids) < 2 or why_no_trees(model, max(map(len, ids))):
         return None
     most = min(PACK, context_limit(model) or PACK)
     more = [(*row, 0) for row in ids]  # the last token of a sequence is only predicted and never run
     every = _even(more, [len(row) for row in ids], most)
-    return [[every[place] for place in group] for group in batches_for(model, [pack.ids for pack in every])]
+    groups = batches_for(model, [pack.ids for pack in every], tokens=tokens)
+    return [[every[place] for place in group] for group in groups]
 
 
 def most_in_one(model: PreTrainedModel, longest: int) -> int:
