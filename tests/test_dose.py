@@ -151,8 +151,11 @@ def test_scale_0_is_the_untouched_model_and_1_what_apply_writes(delta: Path, che
     assert stdout.splitlines()[-1] == f"surgery apply {delta} {checkpoint} --out edited --scale 0.25"
 
 
-def test_kl_is_to_the_untouched_model(delta: Path, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["test", "dev"])
+def test_kl_is_to_the_untouched_model(delta: Path, checkpoint: Path, tmp_path: Path, part: str) -> None:
+    """On the rows that are measured, of whichever part."""
     words = ["--scales", "1", "--suite", "locality", "--apply-at", "2", "--force", "--json", tmp_path / "d.json"]
+    words += ["--part", part]
     code, stdout, stderr = surgery("dose", delta, checkpoint, *words, "--quiet", "--device", "cpu")
     assert code == 0, stderr
     assert stdout.splitlines()[-1].endswith("--scale 2")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.metrics.locality import Reference
+    from surgery.metrics.material import Material
     from surgery.metrics.suite import Prefixes
 
 
@@ -89,12 +90,30 @@ class Judges:
         """The distributions of ``model`` to which a later measurement has its KL; None where locality is not asked."""
         if "locality" not in self.suites:
             return None
-        from surgery.metrics.material import fewer, material
         from surgery.metrics.suite import measure
 
-        given = material(model, tokenizer, load_prompt_set(self.prompts), suites=("locality",))
-        given = fewer(given, self._of_shipped, self.seed)
+        given = self._material(model, tokenizer, ("locality",))
         return measure(model, given, progress=progress, label="measure the untouched model").reference
+
+    def _material(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", suites: tuple[str, ...], preamble: str = ""
+    ) -> "Material":
+        """What these of the shipped suites ask: a reference must be of the rows that are measured later."""
+        from surgery.metrics.material import fewer, material
+
+        given = material(
+            model,
+            tokenizer,
+            load_prompt_set(self.prompts),
+            split=self.split,
+            part=self.part,
+            seed=self.split_seed,
+            texts=self.texts,
+            suites=suites,
+            preamble=preamble,
+            words_as=self.words_as,
+        )
+        return fewer(given, self._of_shipped, self.seed)
 
     def judge(
         self,
@@ -116,24 +135,11 @@ class Judges:
         suites). ``prefixes`` are such streams, from which the model is measured. Raises ``SurgeryError``.
         """
         from surgery.metrics import lm_eval
-        from surgery.metrics.material import fewer, material
         from surgery.metrics.suite import evaluate_suites, measure
 
         scores: dict[str, Any] = {}
         if self.shipped:
-            given = material(
-                model,
-                tokenizer,
-                load_prompt_set(self.prompts),
-                split=self.split,
-                part=self.part,
-                seed=self.split_seed,
-                texts=self.texts,
-                suites=self.shipped,
-                preamble=preamble,
-                words_as=self.words_as,
-            )
-            given = fewer(given, self._of_shipped, self.seed)
+            given = self._material(model, tokenizer, self.shipped, preamble)
             found = measure(model, given, keep=keep, prefixes=prefixes, reference=reference, progress=progress)
             if details is not None and keep:
                 details["streams"] = found.prefixes
