@@ -248,20 +248,17 @@ def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
     assert not trained & held
 
 
-def test_with_endings_each_kind_has_as_many_texts_from_fewer_beginnings() -> None:
-    """Limits count the endings; a hint prompt still stands with every hint, one after the other."""
-    few: dict[str, Any] = {"shapes": 100, "each": 1, "own": 20, "hints": 40, "settled": 60, "facts": 60}
+def test_with_endings_a_beginning_gives_several_prompts() -> None:
+    """Of people in the grammar's shapes alone: the set's own prompts and what is held are as they were."""
+    few: dict[str, Any] = {"shapes": 100, "each": 1, "own": 20}
     plain, ended = (
         recipe.texts_of(load_prompt_set(), equalize.Settings(**few, endings=ends), "profession") for ends in (1, 4)
     )
-    for name in ("hints", "settled", "facts"):
-        assert len(plain[name]) >= len(ended[name]) > 0.7 * len(plain[name])
-        assert len({" ".join(line.split()[:4]) for line in ended[name]}) < len(ended[name]) / 2
-    assert len(ended["words"]) > 2.5 * len(plain["words"])
-    his, hers = ended["hints"][::2], ended["hints"][1::2]
-    assert [re.sub(r"\bhis\b", "her", line) for line in his] == hers
-    trained = set(ended["words"])
-    assert not trained & {line for name in ("hints", "settled", "facts") for line in ended[name]}
+    assert {name: lines for name, lines in plain.items() if name != "words"} == {
+        name: lines for name, lines in ended.items() if name != "words"
+    }
+    assert set(plain["words"]) < set(ended["words"]) and plain["words"][:20] == ended["words"][:20]
+    assert 2.5 * len(plain["words"]) < len(ended["words"]) <= 4 * len(plain["words"])
 
 
 def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None:

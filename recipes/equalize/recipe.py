@@ -13,7 +13,7 @@ from recipes.equalize.measuring import Measuring, distances, fewer
 from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
-from surgery.data import genbias, shapes
+from surgery.data import genbias
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
@@ -101,11 +101,9 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     )
     hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, more=settings.more_people)
     settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
-    size, ends = len(prompts.words.words), settings.endings
-    few, many, more = (-(-limit // ends) for limit in (settings.hints, settings.settled, settings.facts))
     held = {
-        "hints": shapes.with_endings(dataset.some(hints, few, drawn, size=size), ends, size),
-        **{name: shapes.with_endings(lines, ends) for name, lines in holding.apart(settled, many, more, drawn).items()},
+        "hints": dataset.some(hints, settings.hints, drawn, size=len(prompts.words.words)),
+        **holding.apart(settled, settings.settled, settings.facts, drawn),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

@@ -88,7 +88,7 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     each: int = Field(8, ge=0)
     """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
     endings: int = Field(1, ge=1)
-    """With how many connectives each of these stands, and what is held in them; limits count them all."""
+    """With how many connectives each person stands there: one beginning, which runs once, and several texts."""
     alike: int = Field(1, ge=1)
     """So many prompts that begin alike stand in one step, at most, where what they share runs once."""
     own: int = Field(0, ge=0)

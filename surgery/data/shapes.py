@@ -115,26 +115,24 @@ def prompts(
     return list(found.values())
 
 
-def with_endings(lines: Sequence[str], count: int, size: int = 1) -> list[str]:
+def with_endings(lines: Sequence[str], count: int) -> list[str]:
     """Each line, and ``count`` - 1 others that differ from it by their training connective alone, which go round.
 
-    Lines that stand together, ``size`` of them, get the same ones. One that ends in no connective stands alone.
+    One that ends in no connective stands alone.
 
     >>> with_endings(["The potter sat down because", "Here is the potter."], 3)
     ['The potter sat down because', 'The potter sat down, and', 'The potter sat down, but', 'Here is the potter.']
     """
-    every = [re.sub(" (?=[,;])", "", f" {end}") for end in _grammar()["connectives"]["train"]]
+    every = list(dict.fromkeys(re.sub(" (?=[,;])", "", f" {end}") for end in _grammar()["connectives"]["train"]))
     found: dict[str, None] = {}
     turn = 0
-    for first in range(0, len(lines), size):
-        some = lines[first : first + size]
-        own = max((end for end in every if some[0].endswith(end)), key=len, default=None)
-        found |= dict.fromkeys(some)
+    for line in lines:
+        found[line] = None
+        own = max((end for end in every if line.endswith(end)), key=len, default=None)
         if own is None or count < 2:
             continue
-        others = [end for end in dict.fromkeys(every) if end != own]
-        for end in (others[(turn + step) % len(others)] for step in range(count - 1)):
-            found |= dict.fromkeys(line.removesuffix(own) + end for line in some)
+        others = [end for end in every if end != own]
+        found |= {line.removesuffix(own) + others[(turn + step) % len(others)]: None for step in range(count - 1)}
         turn += count - 1
     return list(found)
 
