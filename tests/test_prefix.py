@@ -49,6 +49,21 @@ def test_shortcuts_equal_the_plain_pass(family: str) -> None:
     assert state(model) == before
 
 
+def test_a_stream_of_other_texts_is_refused() -> None:
+    """Its numbers would be those of the texts that it was kept of, without a word."""
+    model = build(CAUSAL[0])
+    others, plan = IDS[::-1], Plan(1e-3, 1, 4)
+    kept = next_words(model, IDS, WORDS, keep=[2]).prefixes[2]
+    losses = token_losses(model, IDS, keep=[2])[2][2]
+    for ask in (
+        lambda: next_words(model, others, WORDS, prefix=kept),
+        lambda: token_losses(model, others, prefix=losses),
+        lambda: fine_tune(model, others, WORDS, plan, blocks=[2], seed=0, prefix=kept),
+    ):
+        with pytest.raises(SurgeryError, match=r"entering block 2 is of \d+ texts, not of the"):
+            ask()
+
+
 def test_a_model_that_must_not_run_from_a_kept_stream_is_measured_whole() -> None:
     """RWKV's blocks hand on more than the stream; an edit of it is measured as saved all the same."""
     from transformers import RwkvConfig, RwkvForCausalLM

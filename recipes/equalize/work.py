@@ -226,7 +226,8 @@ class Work:
         model, ids = self.op.model, self.own
         plan, blocks = self.plan(variant), variant.blocks
         with matrix_products(self.settings.matmul):
-            prefix = usable(model, next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start])
+            kept = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
+            prefix = usable(model, kept, ids)
             trained = fine_tune(
                 model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
             )

@@ -154,6 +154,8 @@ def fine_tune(
     names = names_of(model, blocks, part)
     if prefix is not None and (blocks is None or prefix.block > min(blocks)):
         raise SurgeryError(f"the prefix enters block {prefix.block}, behind the first trained one; keep it earlier")
+    if prefix is not None:
+        prefix.refuse_others(ids)
     base = {name: parameter.detach() for name, parameter in model.named_parameters() if name in set(names)}
     with ExitStack() as stack:
         parameters = stack.enter_context(trainable(model, names))

@@ -72,7 +72,7 @@ def next_words(
     found = np.zeros((len(ids), len(words)))
     kept = Kept(ids, keep, model.device)
     with evaluating(model), ExitStack() as stack:
-        prefix = usable(model, prefix)
+        prefix = usable(model, prefix, ids)
         packed = trees_for(model, ids) if shortcuts and stems and watch is None else None
         batches: list[Any] = mine(packed or batches_for(model, ids))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=shortcuts))
@@ -133,7 +133,7 @@ def token_losses(
     sums, counts = np.zeros(len(ids)), np.array([len(row) for row in read], dtype=np.float64)
     kept = Kept(read, keep, model.device)
     with evaluating(model), ExitStack() as stack:
-        prefix = usable(model, prefix)
+        prefix = usable(model, prefix, read)
         most = logit_budget(model)
         packed = trees_for(model, read, tokens=most) if max(counts) <= PACK else None  # longer ones share little
         batches: list[Any] = mine(packed or batches_for(model, read, tokens=most))

@@ -30,7 +30,7 @@ from hooks.batching import remembered, short_rows, unhooked, why_alone
 from hooks.errors import Note
 from hooks.wider import errs_more
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Batch, batches_for, pad
+from surgery.forward.batching import Batch, Ids, batches_for, pad
 from surgery.forward.last_position import cut_to_last, headless, replaced
 from surgery.forward.precision import matrix_products
 from surgery.forward.trees import Pack, Trees, as_batch, most_in_one, one_tree
@@ -52,6 +52,14 @@ class ResidualCache:
     def starts(self) -> list[int]:
         """Where each prompt begins in ``flat``, and where the last one ends."""
         return [0, *accumulate(map(len, self.ids))]
+
+    def refuse_others(self, ids: Ids) -> None:
+        """Raises ``SurgeryError`` where this is of other prompts than ``ids``, to which its numbers would be taken."""
+        if self.ids != tuple(map(tuple, ids)):
+            raise SurgeryError(
+                f"prefix: the stream entering block {self.block} is of {len(self.ids)} texts, not of the {len(ids)} "
+                "that are asked; keep it of these, in their order"
+            )
 
     def part(self, rows: Sequence[int]) -> "ResidualCache":
         """The same of the prompts ``rows`` alone."""
@@ -202,13 +210,16 @@ def _hand_on(*args: Any, **kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def usable(model: PreTrainedModel, prefix: ResidualCache | None) -> ResidualCache | None:
+def usable(model: PreTrainedModel, prefix: ResidualCache | None, ids: Ids) -> ResidualCache | None:
     """``prefix``, or None where this model must not run from it (``why_not``): found out once for each block, and said.
 
     What a block is given beside the stream (states, values of the first block, embeddings by layer) is lost on the way.
+
+    Raises ``SurgeryError`` for a stream of other texts than ``ids``.
     """
     if prefix is None:
         return None
+    prefix.refuse_others(ids)
     exact = torch.get_float32_matmul_precision() == "highest"
 
     def find() -> str | None:

@@ -51,7 +51,7 @@ def word_slopes(
     whole = any(id(named[name]) in head for part in parts for name in part)  # the words alone do not go through it
     values: list[Tensor] = [torch.empty(0)] * len(ids)
     slopes: list[Tensor] = [torch.empty(0)] * len(ids)
-    prefix = usable(model, prefix)
+    prefix = usable(model, prefix, ids)
     with evaluating(model), fixed(model), torch.set_grad_enabled(bool(parts)), ExitStack() as stack:
         if any(direction.ndim > 2 for part in parts for direction in part.values()):
             stack.enter_context(plain_experts(model))
