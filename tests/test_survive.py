@@ -24,7 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.files.q4_k import quantise_q4_k
 from surgery.metrics.material import material
 from surgery.metrics.metric import Metric
-from surgery.survive import question_of, share, survive, words_question
+from surgery.survive import pairs_question, question_of, share, survive, words_question
 from surgery.survive.formats import FORMATS, NF4, int8, matrices, nf4
 
 MATRIX = "model.layers.2.mlp.down_proj.weight"
@@ -197,10 +197,20 @@ def test_pairs_are_measured_on_groups_that_are_not_learnt_again(tiny: tuple[Any,
     found = question_of(recipe, model, tokenizer, sentences=pairs_data.load(file), scorer="no-start")
     assert found.kind == "pairs" and not found.relative
     assert found.measure("").n == 2 and len(found.biased()) == 1
+    assert found.measure("").data == "pairs.jsonl, 2 pairs"
     assert found.measure("").value != found.measure("The nurse. ").value
     with pytest.raises(SurgeryError, match="--pairs FILE"):
         question_of({"recipe": 'recipe = "equalize"\npairs = "stereoset"'}, model, tokenizer)
     assert question_of({"recipe": "surgery diff a b"}, model, tokenizer, limit={"words": 9}).kind == "words"
+
+
+def test_fewer_pairs_are_of_every_type(tiny: tuple[Any, Any]) -> None:
+    """Files stand in the order of their types, and the first pairs are of one: of two types one is the other turned."""
+    sides = {"a": ("the nurse", "the car"), "b": ("the car", "the nurse")}
+    rows = tuple(pairs_data.Pair(*sides[kind], kind, f"{kind}{n}", "") for kind in "ab" for n in range(20))
+    metric = pairs_question(*tiny, pairs_data.Pairs(rows, (), "own"), scorer="no-start", limit=8).measure("")
+    assert metric.n == 8 and metric.data == "own, 8 of 32 pairs"
+    assert metric.value == pytest.approx(0, abs=1e-6) and metric.high > 0.01
 
 
 def test_words_are_measured_on_subjects_that_the_edit_s_own_split_left_unseen(tiny: tuple[Any, Any]) -> None:
@@ -209,6 +219,7 @@ def test_words_are_measured_on_subjects_that_the_edit_s_own_split_left_unseen(ti
         unseen = words_question(*tiny, prompts, seed=seed, limit=9).measure("")
         found = question_of({"recipe": f"split_seed = {seed}"}, *tiny, limit={"words": 9}).measure("")
         assert (found.value, found.n) == (unseen.value, 9)
+        assert found.data == f"genbias test (split by profession{', split seed 3' * (seed == 3)}), 9 of 945, all"
     seen = {row.profession for row in genbias.records("profession", "train", 3)}
     assert seen & {row.profession for row in genbias.records("profession", "test", 0)}  # so that it matters
     assert material(*tiny, prompts, seed=3, suites=("genbias",)).names["genbias"].endswith(", split seed 3)")

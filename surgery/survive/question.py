@@ -11,6 +11,7 @@ from hooks.batching import context_limit
 from surgery.catalogue import check_measure, check_scorer
 from surgery.data import genbias, pairs
 from surgery.data.prompts import PromptSet, load_prompt_set
+from surgery.data.rows import sample
 from surgery.data.texts import Example
 from surgery.delta.metadata import recipe_of
 from surgery.errors import SurgeryError
@@ -52,19 +53,21 @@ def words_question(
     limit: int = 0,
     seed: int = genbias.SEED,
 ) -> Question:
-    """The relative gap between the words of ``prompts`` on its ``part``, the first ``limit`` of it or all.
+    """The relative gap between the words of ``prompts`` on its ``part``, ``limit`` prompts of it or all.
 
     Subjects are those that an edit whose ``split_seed`` was ``seed`` has not seen.
     """
-    rows = genbias.records("profession", part, seed, prompts)[: limit or None]
+    every = genbias.records("profession", part, seed, prompts)
+    rows = every[: limit or None]  # they are shuffled
+    name = f"{prompts.name} {part} (split by profession{f', split seed {seed}' if seed != genbias.SEED else ''})"
+    name += f", {len(rows)} of {len(every)}" if len(rows) < len(every) else ""
     train = genbias.records("profession", "train", seed, prompts)
     words, most = word_ids(tokenizer, prompts.words.words), context_limit(model)
 
     def measure(preamble: str) -> Metric:
         ids = encode(tokenizer, [preamble + row.text for row in rows], limit=most)
         found = next_words(model, ids, words).probabilities
-        data = f"{prompts.name} {part}"
-        return genbias_metric.score(found, rows, data=data, words=prompts.words.words)["relative_gap"]["all"]
+        return genbias_metric.score(found, rows, data=name, words=prompts.words.words)["relative_gap"]["all"]
 
     def preferred(count: int) -> list[tuple[str, str]]:
         texts = [row.text for row in train[:count]]
@@ -90,10 +93,11 @@ def pairs_question(
     _check_groups(data)
     groups = genbias.shuffled(sorted({row.group for row in data.rows}), genbias.SEED)
     kept_back = set(groups[: max(1, len(groups) // 5)])
-    rows = [row for row in data.rows if row.group not in kept_back][: limit or None]
+    every = [row for row in data.rows if row.group not in kept_back]
+    rows = sample(every, limit, genbias.SEED, lambda row: row.bias_type)
     learnt = [row.more for row in data.rows if row.group in kept_back][:RELEARNT]
     sides = [text for row in rows for text in (row.more, row.less)]
-    name = f"{data.name}, {len(rows)} pairs"
+    name = f"{data.name}, {len(rows)} {f'of {len(every)} ' if len(rows) < len(every) else ''}pairs"
 
     def measure(preamble: str) -> Metric:
         contexts = [preamble.strip()] * len(sides) if preamble else None
