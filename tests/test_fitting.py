@@ -9,13 +9,17 @@ import pytest
 from deltakit import edit
 from test_cli import surgery
 
+from hooks.errors import Note
 from surgery.checkpoints import load
 from surgery.data import genbias
 from surgery.data.prompts import load_prompt_set
 from surgery.delta import Delta, compose
-from surgery.delta.metadata import recipe_of
+from surgery.delta.metadata import recipes_of
+from surgery.errors import SurgeryError
+from surgery.metrics.judges import split_seed_of
 from surgery.runs import fitting
 from surgery.runs.fitting_tasks import equal_words, words_equations
+from surgery.survive import kind_of, prompts_of
 
 TWO = ("model.layers.2.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight")
 
@@ -160,5 +164,17 @@ def test_the_set_is_cut_as_the_edits_own_recipe_cut_it(
     code, _, stderr = surgery("fit", tmp_path / "delta.safetensors", checkpoint, "--out", out, "--components", "0")
     assert code == 0 and asked == [7, 7], stderr
     again = compose([Delta.load(out)], [0.5])
-    assert recipe_of(Delta.load(out).metadata) == recipe_of(again.metadata) == {"split_seed": 7}
-    assert recipe_of(compose([again, edit(checkpoint, TWO)]).metadata) == {}
+    assert recipes_of(Delta.load(out).metadata) == recipes_of(again.metadata) == [{"split_seed": 7}]
+    foreign = compose([again, edit(checkpoint, TWO)])
+    assert recipes_of(foreign.metadata) == [{"split_seed": 7}, {"x": 1}] and split_seed_of(foreign.metadata) == 7
+    other = replace(whole, metadata=whole.metadata | {"recipe": 'split_seed = 3\nprompt_set = "age"'})
+    both = compose([compose([other, again]), foreign])  # also of what was composed
+    assert [recipe.get("split_seed") for recipe in recipes_of(both.metadata)] == [3, 7, None]
+    with pytest.warns(Note, match=r"split_seed 3, 7"):
+        assert split_seed_of(both.metadata) == 3
+    with pytest.raises(SurgeryError, match="composed of edits of age and genbias; name one of them with --data"):
+        prompts_of(both.metadata)
+    pairs = replace(whole, metadata=whole.metadata | {"recipe": 'pairs = "stereoset"'})
+    assert kind_of(compose([other, again]).metadata) == "words"
+    with pytest.raises(SurgeryError, match="of words and of pairs of sentences; name what is to be measured"):
+        kind_of(compose([pairs, again]).metadata)

@@ -262,7 +262,10 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_opened(
 
     monkeypatch.setattr("surgery.cli.survive.open_model", opened)
     start = [delta, checkpoint, "--out", tmp_path / "s", "--quiet", "--measure", "pairs"]
-    for words, message in (([], "--pairs FILE"), (["--pairs", file], "own.jsonl: 1 groups of pairs; expected at least")):
+    for words, message in (
+        ([], "--pairs FILE"),
+        (["--pairs", file], "own.jsonl: 1 groups of pairs; expected at"),
+    ):
         code, _, stderr = surgery("survive", *start, *words)
         assert code == 1 and message in stderr and stderr.count("\n") == 1
 

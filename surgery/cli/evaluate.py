@@ -92,7 +92,7 @@ def evaluate(
     from surgery.metrics.suite import plain
 
     if delta:
-        judges = replace(judges, split_seed=split_seed_of(open_delta(delta[0]).metadata))
+        judges = replace(judges, split_seed=split_seed_of(*(open_delta(file).metadata for file in delta)))
 
     def measured_on(spec: str, deltas: list[Path]) -> dict[str, Any]:
         opened = open_model(spec, quiet, dtype=dtype, device=device, deltas=deltas)

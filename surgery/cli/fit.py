@@ -45,26 +45,25 @@ def fit(
     """
     from surgery.data.prompts import load_prompt_set
     from surgery.delta import Delta
-    from surgery.delta.metadata import recipe_of
+    from surgery.delta.metadata import recipes_of
     from surgery.files.atomic import check_destination
     from surgery.metrics.judges import split_seed_of
     from surgery.progress import Progress
     from surgery.runs.fitting import first_block, fitted
     from surgery.runs.fitting_report import measured
     from surgery.runs.fitting_tasks import equal_words
-    from surgery.survive.question import is_of_pairs
+    from surgery.survive.question import is_of_pairs, prompts_of
 
     if not math.isfinite(hold):
         raise SurgeryError(f"--hold {hold}: expected a finite number, 0 or more; 1 counts as much as what comes even")
     check_destination(out, overwrite=False)
     edit = Delta.load(delta)
-    recipe = recipe_of(edit.metadata)
-    if is_of_pairs(recipe) and not data:
+    if any(map(is_of_pairs, recipes_of(edit.metadata))) and not data:
         raise SurgeryError(
             f"{delta}: an edit of pairs of sentences, and the scales are chosen on words; expected an edit of words; "
             "put it on with the --scale that surgery dose finds, or name the words' prompt set with --data"
         )
-    prompts = load_prompt_set(data or str(recipe.get("prompt_set", "genbias")))
+    prompts = load_prompt_set(data or prompts_of(edit.metadata))
     if edit.kind == "module":
         raise SurgeryError(f"{delta}: a delta of kind 'module' holds new parts, which have no scale; expected another")
     check_opening(checkpoint, device)

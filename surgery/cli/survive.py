@@ -70,12 +70,13 @@ def survive(
     check_opening(checkpoint, device)
     import_libraries()
     from surgery.progress import Progress
-    from surgery.survive import check_kind, kind_of, question_of, report
+    from surgery.survive import check_kind, kind_of, prompts_of, question_of, report
     from surgery.survive import survive as measured
 
     edit, progress, lines = Delta.load(delta), Progress(quiet), neutral.sentences(texts)
     check_kind(edit)
     kind = kind_of(edit.metadata, measure, sentences)
+    data = data or (prompts_of(edit.metadata) if kind == "words" else "")
     model, tokenizer = open_model(checkpoint, quiet, device=device)
     amount = {"words": 105, "pairs": 0} if limit is None else {"words": limit, "pairs": limit}
     question = question_of(

@@ -7,7 +7,7 @@ import numpy as np
 
 from surgery import __version__
 from surgery.delta.format import Delta
-from surgery.delta.metadata import recipe_text, unpack_sketch
+from surgery.delta.metadata import recipe_text, recipe_texts, unpack_sketch
 from surgery.errors import SurgeryError
 from surgery.files import weight_fingerprint as sketch
 from surgery.files.architecture import differences
@@ -54,6 +54,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
             "weight": w,
             "kind": d.kind,
             "recipe": recipe_text(d.metadata),
+            **({"recipes": said} if len(said := recipe_texts(d.metadata)) > 1 else {}),
             "seed": d.metadata["seed"],
         }
         for d, w in zip(deltas, weights, strict=True)

@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -68,18 +69,30 @@ def encode(metadata: Mapping[str, Any]) -> str:
         ) from None
 
 
+def recipe_texts(metadata: Mapping[str, Any]) -> list[str]:
+    """The recipe that a delta was made with; of one composed of others, or scaled, those of its parts, each once."""
+    if metadata.get("recipe"):
+        return [str(metadata["recipe"])]
+    found: list[Any] = []
+    for parent in metadata.get("parents", ()):
+        several = parent.get("recipes")  # of a part that was itself composed
+        found += several if isinstance(several, list) else [parent.get("recipe", "")]
+    return list(dict.fromkeys(map(str, found)))
+
+
 def recipe_text(metadata: Mapping[str, Any]) -> str:
-    """The recipe that a delta was made with; of one composed of others, or scaled, what all of its parts say."""
-    said = {str(parent.get("recipe", "")) for parent in metadata.get("parents", ())}
-    return str(metadata.get("recipe", "")) or (said.pop() if len(said) == 1 else "")
+    """The recipe of a delta, or what all of its parts say."""
+    said = recipe_texts(metadata)
+    return said[0] if len(said) == 1 else ""
 
 
-def recipe_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a delta's `metadata` says it was made with; none where it says nothing that can be read."""
-    try:
-        return tomllib.loads(recipe_text(metadata))
-    except ValueError:  # a foreign delta's own words
-        return {}
+def recipes_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings that a delta, or each of its parts, was made with, by its `metadata`; those that can be read."""
+    found = []
+    for text in recipe_texts(metadata):
+        with suppress(ValueError):  # a foreign delta's own words
+            found.append(tomllib.loads(text))
+    return [settings for settings in found if settings]
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -1,15 +1,17 @@
 """The judges of a model: which suites measure it, and on what; what is compared is asked the same rows."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hooks.errors import Note
 from surgery.catalogue import FOLDER_SUITES, SUITES, check_lm_eval, check_scorer, check_suites, check_words_as
 from surgery.data.genbias import PARTS, SEED, SPLITS
 from surgery.data.neutral import sentences
 from surgery.data.prompts import load_prompt_set
-from surgery.delta.metadata import recipe_of
+from surgery.delta.metadata import recipes_of
 from surgery.errors import SurgeryError
 from surgery.metrics.ledger import LEDGER, ROWS, absent
 from surgery.progress import Progress
@@ -96,7 +98,11 @@ class Judges:
         return measure(model, given, progress=progress, label="measure the untouched model").reference
 
     def _material(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", suites: tuple[str, ...], preamble: str = ""
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        suites: tuple[str, ...],
+        preamble: str = "",
     ) -> "Material":
         """What these of the shipped suites ask: a reference must be of the rows that are measured later."""
         from surgery.metrics.material import fewer, material
@@ -163,10 +169,21 @@ class Judges:
         return scores
 
 
-def split_seed_of(metadata: Mapping[str, Any]) -> int:
-    """The ``split_seed`` of the recipe that made a delta, by its ``metadata``; the usual one where that says none."""
-    said = recipe_of(metadata).get("split_seed")
-    return said if isinstance(said, int) else SEED
+def split_seed_of(*metadata: Mapping[str, Any]) -> int:
+    """The ``split_seed`` of the recipes that made some deltas, by their ``metadata``; the usual one where none says it.
+
+    Of several the first, with a warning: no part is unseen by all.
+    """
+    said = [recipe.get("split_seed") for each in metadata for recipe in recipes_of(each)]
+    seeds = list(dict.fromkeys(seed for seed in said if isinstance(seed, int)))
+    if len(seeds) > 1:
+        warnings.warn(
+            f"the edits were trained on other parts of the prompts (split_seed {', '.join(map(str, seeds))}): of the "
+            f"test part of {seeds[0]}, which is measured, some subjects were learnt by another",
+            Note,
+            stacklevel=2,
+        )
+    return seeds[0] if seeds else SEED
 
 
 def ledger(folder: str | Path, *, suites: Sequence[str] = LEDGER, **asked: Any) -> tuple[Judges, dict[str, str]]:

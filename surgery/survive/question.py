@@ -13,7 +13,7 @@ from surgery.data import genbias, pairs
 from surgery.data.prompts import PromptSet, load_prompt_set
 from surgery.data.rows import sample
 from surgery.data.texts import Example
-from surgery.delta.metadata import recipe_of
+from surgery.delta.metadata import recipes_of
 from surgery.errors import SurgeryError
 from surgery.forward.next_token import next_words
 from surgery.forward.tokens import encode, word_ids
@@ -135,18 +135,24 @@ def question_of(
     if kind_of(metadata, kind, sentences) == "pairs":
         assert sentences is not None
         return pairs_question(model, tokenizer, sentences, scorer=scorer, limit=limit.get("pairs", 0))
-    named = prompts or str(recipe_of(metadata).get("prompt_set", "genbias"))
     asked: Any = {"limit": limit.get("words", 0), "seed": split_seed_of(metadata)}
-    return words_question(model, tokenizer, load_prompt_set(named), **asked)
+    return words_question(model, tokenizer, load_prompt_set(prompts or prompts_of(metadata)), **asked)
 
 
 def kind_of(metadata: Mapping[str, Any], kind: str = "auto", sentences: pairs.Pairs | None = None) -> str:
     """Words or pairs: what the recipe in a delta's ``metadata`` edited, or the ``kind`` that is said instead.
 
-    Raises ``SurgeryError`` for another kind, for pairs without any ``sentences`` and for those of fewer than two groups.
+    Raises ``SurgeryError`` for another kind, for a delta composed of edits of both where none is said, for pairs
+    without any ``sentences`` and for those of fewer than two groups.
     """
     check_measure(kind)
-    found = ("pairs" if is_of_pairs(recipe_of(metadata)) else "words") if kind == "auto" else kind
+    edited = {"pairs" if is_of_pairs(recipe) else "words" for recipe in recipes_of(metadata)} or {"words"}
+    if kind == "auto" and len(edited) > 1:
+        raise SurgeryError(
+            "this delta is composed of edits of words and of pairs of sentences; name what is to be measured with "
+            "--measure words or --measure pairs"
+        )
+    found = edited.pop() if kind == "auto" else kind
     if found == "pairs" and sentences is None:
         raise SurgeryError(
             "this edit is one of pairs of sentences; name a file of pairs that it did not learn with --pairs FILE "
@@ -155,6 +161,18 @@ def kind_of(metadata: Mapping[str, Any], kind: str = "auto", sentences: pairs.Pa
     if found == "pairs" and sentences is not None:
         _check_groups(sentences)
     return found
+
+
+def prompts_of(metadata: Mapping[str, Any]) -> str:
+    """The prompt set whose words a delta edits, by its ``metadata``; the usual one where that says none.
+
+    Raises ``SurgeryError`` for a delta composed of edits on several.
+    """
+    words = [recipe for recipe in recipes_of(metadata) if not is_of_pairs(recipe)]
+    names = list(dict.fromkeys(str(recipe.get("prompt_set", "genbias")) for recipe in words))
+    if len(names) > 1:
+        raise SurgeryError(f"this delta is composed of edits of {' and '.join(names)}; name one of them with --data")
+    return names[0] if names else "genbias"
 
 
 def _check_groups(data: pairs.Pairs) -> None:
