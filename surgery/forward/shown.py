@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hooks.tokens import word_pieces
+from surgery.forward.batching import batches_for, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.generation import plain_generation
+from surgery.forward.residual_cache import shortcut
 from surgery.forward.tokens import encode
 
 TOP = 10
@@ -31,12 +34,15 @@ def shown(
     if not model.can_generate() or not texts:
         return []
     single = {word: word_pieces(tokenizer, word) for word in words}
-    found = []
+    rows, found = encode(tokenizer, texts), []
+    chances: dict[int, Tensor] = {}
     with evaluating(model), plain_generation(model):
-        rows = encode(tokenizer, texts)
-        chances = [model(torch.tensor([row], device=model.device)).logits[0, -1].float().softmax(-1) for row in rows]
-        written = _written(model, rows, [int(each.argmax()) for each in chances], length)
-    for text, each, tokens in zip(texts, chances, written, strict=True):
+        with shortcut(model) as run:
+            for some in batches_for(model, rows):
+                chances |= dict(zip(some, run(pad(rows, some, model.device)).float().softmax(-1), strict=True))
+        written = _written(model, rows, [int(chances[row].argmax()) for row in range(len(rows))], length)
+    for row, (text, tokens) in enumerate(zip(texts, written, strict=True)):
+        each = chances[row]
         top = each.topk(min(TOP, len(each)))
         found.append({
             "text": text,
@@ -50,8 +56,8 @@ def shown(
 def _written(model: Any, rows: Sequence[Sequence[int]], first: Sequence[int], length: int) -> list[list[int]]:
     """Up to ``length`` tokens after each row: written together, padded on the left, which takes one pass a token.
 
-    Rows that do not begin with ``first``, the likeliest token of each row alone, show a model that must not be padded
-    so; then each is written alone.
+    Rows that do not begin with ``first``, the likeliest token of each row, show a model that must not be padded so;
+    then each is written alone.
     """
     width = max(map(len, rows), default=0)
     ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=model.device)
