@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from surgery.catalogue import SUITES
 from surgery.data import facts_of_gender, locality
 from surgery.data.prompts import WordSet, load_prompt_set, professions
 from surgery.errors import SurgeryError
@@ -18,7 +19,8 @@ from surgery.forward.tokens import continuation_ids, word_ids
 from surgery.metrics import facts_of_gender as facts_metric
 from surgery.metrics import locality as metric
 from surgery.metrics.locality import Distributions, Reference
-from surgery.metrics.material import material
+from surgery.metrics.material import fewer, material
+from surgery.metrics.metric import Metric, flat
 from surgery.metrics.suite import measure
 from surgery.runs.caveats import caveats
 
@@ -112,6 +114,24 @@ def test_an_untouched_model_has_no_kl_and_an_edited_one_has(tiny: Any) -> None:
     after = measure(model, given, reference=before.reference)
     assert min(after.scores["locality"][kind]["kl"].value for kind in locality.SETS) > 1e-3
     assert after.scores["facts_of_gender"]["right"]["all"].n == len(facts_of_gender.records()) >= 200
+
+
+def test_suites_give_the_same_numbers_together_and_each_alone(tiny: Any) -> None:
+    model, tokenizer = tiny
+    prompts, few = load_prompt_set("genbias"), dict.fromkeys(SUITES, 20)
+    whole = measure(model, fewer(material(model, tokenizer, prompts), few))
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.mul_(1.5)
+    given: Any = {"reference": whole.reference}
+    together = flat(measure(model, fewer(material(model, tokenizer, prompts), few), **given).scores)
+    alone: dict[str, Metric] = {}
+    for suite in SUITES:
+        one = fewer(material(model, tokenizer, prompts, suites=[suite]), few)
+        alone |= flat(measure(model, one, **given).scores)
+    assert together.keys() == alone.keys() and {name.partition(".")[0] for name in alone} >= set(SUITES)
+    assert {name: each.value for name, each in together.items()} == pytest.approx(
+        {name: each.value for name, each in alone.items()}, rel=1e-4, abs=1e-6
+    )
 
 
 def test_a_tokenizer_that_splits_a_pronoun_leaves_the_suites_out_and_says_why(tiny: Any) -> None:

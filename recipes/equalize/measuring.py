@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -48,7 +49,7 @@ class Measuring:
     words: Sequence[int]
     progress: Progress
     keep: Sequence[int] = ()
-    streams: dict[str, dict[int, ResidualCache]] = field(default_factory=dict)
+    streams: dict[int, ResidualCache] = field(default_factory=dict)
     suites: dict[int, dict[str, ResidualCache]] = field(default_factory=dict)
     reference: Reference | None = None
     untouched: bool = True
@@ -97,14 +98,17 @@ class Measuring:
         if not self.far:
             return values
         far: dict[str, Any] = {}
-        with self.progress.work(f"{label}, other shapes", sum(len(rows) for rows, _ in self.far.values())) as step:
-            for kind, (rows, ids) in self.far.items():
-                kept = self.streams.get(kind, {})
-                seen = next_words(self.model, ids, self.words, keep=keep, prefix=kept.get(start), step=step)
-                self.streams.setdefault(kind, {}).update(seen.prefixes)
-                far[kind] = plain(
-                    _scored(seen.probabilities, rows, f"{kind}, {len(rows)} prompts, professions unseen"), samples=True
-                )
+        ids = [
+            row for _, own in self.far.values() for row in own
+        ]  # in one pass, so that the trees they stand in are full
+        with self.progress.work(f"{label}, other shapes", len(ids)) as step:
+            seen = next_words(self.model, ids, self.words, keep=keep, prefix=self.streams.get(start), step=step)
+        self.streams |= seen.prefixes
+        chances = iter(seen.probabilities)
+        for kind, (rows, _) in self.far.items():
+            own = np.stack(list(islice(chances, len(rows))))
+            told = _scored(own, rows, f"{kind}, {len(rows)} prompts, professions unseen")
+            far[kind] = plain(told, samples=True)
         return values | {"distances": far}
 
 

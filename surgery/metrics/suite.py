@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.catalogue import check_suites
@@ -28,11 +30,12 @@ from surgery.progress import Progress
 
 Scores = dict[str, Any]
 Prefixes = Mapping[str, ResidualCache]
+WORDS = "words"  # the pass of all suites but perplexity's
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores as in ``run.json``, P(word) per prompt, and per kept block the stream of each suite's texts."""
+    """Scores as in ``run.json``, P(word) per prompt, and per kept block the streams of each pass."""
 
     scores: Scores
     probabilities: Float[np.ndarray, "prompts words"] | None
@@ -51,7 +54,7 @@ def measure(
     progress: Progress | None = None,
     label: str = "measure",
 ) -> Measured:
-    """Score every suite of ``given``; from ``prefixes`` (one per suite) where the blocks before are unchanged.
+    """Score every suite of ``given``; from ``prefixes`` (one per pass) where the blocks before are unchanged.
 
     ``reference`` (``Measured.reference`` of the untouched model) gives locality its KL.
     """
@@ -61,26 +64,54 @@ def measure(
     made: Reference | None = None
     kept: dict[int, dict[str, ResidualCache]] = {block: {} for block in keep}
     with (progress or Progress(quiet=True)).work(label, sum(len(ids) for ids in given.ids.values())) as step:
+        asked: Any = {"keep": keep, "step": step}
+        words = [suite for suite in given.ids if not suite.startswith("perplexity")]
+        if words:
+            chances, far, found = _next_words(model, given, words, reference, prefix=start.get(WORDS), **asked)
+            made, probabilities = far.made() if far else None, chances.get("genbias")
+            for block in keep:
+                kept[block][WORDS] = found[block]
         for suite, ids in given.ids.items():
-            if suite.startswith("perplexity"):
-                sums, counts, found = token_losses(model, ids, keep=keep, prefix=start.get(suite), step=step)
-                scores[suite] = perplexity_metric.score(sums, counts, data=given.names[suite])
-            else:
-                far = Distributions(len(ids), reference) if suite == "locality" else None
-                asked: Any = {"keep": keep, "prefix": start.get(suite), "step": step, "seen": far}
-                seen = next_words(model, ids, given.asked(suite), **asked)
-                if far:
-                    far.join()
-                found, chances = seen.prefixes, seen.probabilities
-                if given.continuations and suite in WORD_SUITES:
-                    chances = np.hstack([continuation_probabilities(model, ids, given.continuations), chances])
-                scores[suite] = _scored(suite, given, chances, far)
-                if suite == "genbias":
-                    probabilities = chances
-                made = far.made() if far else made
+            if suite in words:
+                scores[suite] = _scored(suite, given, chances[suite], far)
+                continue
+            sums, counts, found = token_losses(model, ids, prefix=start.get(suite), **asked)
+            scores[suite] = perplexity_metric.score(sums, counts, data=given.names[suite])
             for block in keep:
                 kept[block][suite] = found[block]
     return Measured(scores, probabilities, kept, made)
+
+
+def _next_words(
+    model: PreTrainedModel, given: Material, suites: Sequence[str], reference: Reference | None, **how: Any
+) -> tuple[dict[str, Float[np.ndarray, "prompts words"]], Distributions | None, dict[int, ResidualCache]]:
+    """P of what each suite asks for after its prompts, locality's distributions, and the kept streams.
+
+    All prompts go through in one pass, so that the trees they stand in are full.
+    """
+    ids = [row for suite in suites for row in given.ids[suite]]
+    ends = accumulate(len(given.ids[suite]) for suite in suites)
+    rows = {suite: range(end - len(given.ids[suite]), end) for suite, end in zip(suites, ends, strict=True)}
+    tokens = {suite: given.asked(suite) for suite in suites}
+    every = sorted({token for asked in tokens.values() for token in asked})
+    mine = rows.get("locality", range(0))
+    far = Distributions(len(mine), reference) if mine else None
+
+    def look(batch: Sequence[int], logs: Float[Tensor, "batch vocab"]) -> None:
+        places = [place for place, row in enumerate(batch) if row in mine]
+        if far and places:
+            far([batch[place] - mine.start for place in places], logs[places])
+
+    found = next_words(model, ids, every, seen=look, **how)
+    if far:
+        far.join()
+    chances = {
+        suite: found.probabilities[rows[suite]][:, [every.index(token) for token in tokens[suite]]] for suite in suites
+    }
+    for suite in set(suites) & set(WORD_SUITES) if given.continuations else ():
+        whole = continuation_probabilities(model, given.ids[suite], given.continuations)
+        chances[suite] = np.hstack([whole, chances[suite]])
+    return chances, far, found.prefixes
 
 
 def _scored(
