@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from surgery.cli.evaluate import _judges
 from surgery.data.free_text import KINDS, Pair, Start, open_starts, pairs, words
 from surgery.metrics import free_text
 from surgery.metrics.free_text import evaluate, generate, score, spoken_of, who
 from surgery.metrics.judges import ledger
 from surgery.metrics.ledger import LEDGER, ROWS, absent
+from surgery.progress import Progress
 
 
 def test_open_starts_say_no_gender_and_pairs_say_it_once() -> None:
@@ -100,3 +102,18 @@ def test_judges_without_their_data_are_named(tmp_path: Path) -> None:
     judges, missing = ledger(tmp_path)
     assert ledger("", rows={"free_text": 9})[0].rows["free_text"] == 9 != judges.rows["free_text"] == ROWS["free_text"]
     assert set(judges.suites) | set(missing) == set(LEDGER) and "bbq" in missing and "free_text" in judges.suites
+
+
+def test_eval_asks_the_prompt_set_that_is_named_also_beside_what_the_model_writes(tmp_path: Path) -> None:
+    """--data is the folder only for suites that read one, or where it is one."""
+    progress = Progress(quiet=True)
+    for suites, data, prompts, folder in (
+        (["genbias", "free_text"], "age", "age", ""),
+        (["genbias", "free_text"], str(tmp_path), "genbias", str(tmp_path)),
+        (["genbias", "stereoset"], str(tmp_path), "genbias", str(tmp_path)),
+        (["genbias"], "age", "age", ""),
+        ([], "age", "age", ""),
+    ):
+        for whole in (False, True):
+            found = _judges(suites, data, {"tasks": ()}, progress, whole=whole)
+            assert (found.prompts, found.folder) == (prompts, folder), (suites, data)

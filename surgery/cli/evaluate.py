@@ -117,18 +117,18 @@ def evaluate(
 
 def _judges(suites: list[str], data: str, asked: dict[str, Any], progress: Any, *, whole: bool) -> Any:
     """The judges of the named suites; without names the usual ones, or (``whole``) the ledger where its data is."""
-    from surgery.catalogue import SUITES
+    from surgery.catalogue import FOLDER_SUITES, SUITES
     from surgery.metrics.judges import Judges, ledger
 
+    folder = data if Path(data).is_dir() or set(suites) & set(FOLDER_SUITES) else ""
+    prompts = "genbias" if folder else data
     if whole and not suites and not asked["tasks"]:
-        folder = data if Path(data).is_dir() else ""
-        judges, missing = ledger(folder, prompts="genbias" if folder else data, **asked)
+        judges, missing = ledger(folder, prompts=prompts, **asked)
         for name, reason in missing.items():
             progress.say(f"without the judge {name}: {reason}")
         return judges
-    prompts = "genbias" if set(suites) - set(SUITES) else data
     names = tuple(dict.fromkeys(suites or ([] if asked["tasks"] else SUITES)))
-    return Judges(suites=names, prompts=prompts, folder=data, **asked)
+    return Judges(suites=names, prompts=prompts, folder=folder, **asked)
 
 
 def _check_files(files: list[Path]) -> None:
