@@ -128,7 +128,7 @@ def find(model: nn.Module, mapping: Mapping[str, Any] | None = None) -> Anatomy:
     Raises HookError naming the part that could not be found, and why.
     """
     probe.pretrained(model)
-    fingerprint = hash(tuple((name, id(module)) for name, module in model.named_modules()))
+    fingerprint = probe.fingerprint(model)
     if mapping is None and model in _cache and _cache[model][0] == fingerprint:
         return _cache[model][1]
     given = dict(mapping or {})

@@ -41,7 +41,7 @@ def remembered(model: nn.Module, key: str, find: Any) -> Any:
     Meanwhile products of float32 matrices are exact: what a caller allows itself for a while (TF32 on an accelerator,
     bfloat16 on a CPU) makes rows differ by more than their neighbours do, and would be kept as a fault of the model.
     """
-    fingerprint = hash(tuple(id(module) for module in model.modules()))
+    fingerprint = probe.fingerprint(model)
     held = _cache.setdefault(model, {})
     if key not in held or held[key][0] != fingerprint:
         precision = torch.get_float32_matmul_precision()
