@@ -106,6 +106,9 @@ def test_a_study_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         (("lr = 1e-2", "lrr = 1e-2"), "did you mean 'lr'"),
         (("DELTA", '"nothing.safetensors"'), "no such delta file"),
         (("controls = []", "seed = 3"), "are the study's own"),
+        (("controls = []", "split_seed = 3"), "lftf: got split_seed 3, with which it learns subjects of the prompts"),
+        (("controls = []", 'split = "pairs"'), "lftf: got split 'pairs', with which it learns"),
+        (("DELTA", "SEEN"), "seen.safetensors: got split_seed 3, with which it learns"),
         (("scale = -1.0", "seeds = [1]"), "it names none"),
         (("seeds = [1]\n", "seeds = [1]\ndeterministic = true\n"), "seeds of what draws nothing"),
         (("{ perplexity", "{ perplexty"), "expected some of"),
@@ -117,7 +120,11 @@ def test_mistakes_are_named_before_anything_runs(
     change: tuple[str, str], message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     text = FILE.replace("MODEL", json.dumps(str(checkpoint))).replace(*change, 1)
-    text = text.replace("DELTA", json.dumps(str(checkpoint / "config.json")))
+    difference = {"model.norm.weight": np.full(32, 0.1, np.float32)}
+    for name, recipe in (("DELTA", ""), ("SEEN", "split_seed = 3")):
+        own = tmp_path / f"{name.lower()}.safetensors"
+        make(difference, checkpoint, base="tiny", recipe=recipe, seed=0).save(own)
+        text = text.replace(name, json.dumps(str(own)))
     code, _, stderr = surgery("study", write(tmp_path / "s.toml", text), "--out", tmp_path / "out")
     assert code == 1 and message in stderr and not list(tmp_path.rglob("run*"))
 

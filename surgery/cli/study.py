@@ -46,9 +46,11 @@ def study(
     debug: Debug = False,
 ) -> None:
     """Run methods on models with seeds, judge all on the same rows, and say which edit to ship and what it breaks."""
+    from surgery.delta import open_delta
+    from surgery.delta.metadata import recipes_of
     from surgery.edits.places import PlaceError
     from surgery.progress import Progress
-    from surgery.study.settings import check_names, read
+    from surgery.study.settings import check_names, read, refuse_seen
 
     asked, methods = read(file)
     if folder is not None:
@@ -62,6 +64,9 @@ def study(
     missing = [method.delta for method in methods if method.delta and not Path(method.delta).is_file()]
     if missing:
         raise SurgeryError(f"{missing[0]}: no such delta file; expected what surgery run or diff wrote")
+    for method in (one for one in methods if one.delta):
+        for recipe in recipes_of(open_delta(method.delta).metadata):
+            refuse_seen(asked, recipe, f"{file}, method {method.name}, {method.delta}")
 
     place = out or Path("runs") / file.stem
     sources, known = _taken(asked, methods, ready, take, place, progress) if take else ([], set())
@@ -105,7 +110,7 @@ def _settings(asked: Any, methods: Any, modules: Any, file: str, progress: Any) 
     ``modules``: of each such method the recipe's module, and the values of the recipe's file.
     """
     from surgery.runs.recipe_files import build, by_new_names
-    from surgery.study.settings import seeds_of, settings_for
+    from surgery.study.settings import refuse_seen, seeds_of, settings_for
 
     ready: dict[tuple[str, int, str], Any] = {}
     for method in (one for one in methods if one.recipe):
@@ -122,6 +127,7 @@ def _settings(asked: Any, methods: Any, modules: Any, file: str, progress: Any) 
             for seed in seeds_of(asked, method):
                 own = {**values, **given, **changed, "model": where, "seed": seed}
                 ready[method.name, seed, where] = build(module.Settings, own, place)
+                refuse_seen(asked, ready[method.name, seed, where].model_dump(), place)
     return ready
 
 

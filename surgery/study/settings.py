@@ -1,12 +1,13 @@
 """What a study compares, read from one TOML file: models, methods, seeds, judges, and which numbers decide."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.catalogue import check_suites
+from surgery.data.genbias import SEED
 from surgery.errors import SurgeryError
 from surgery.runs.recipe_files import build, toml_of
 
@@ -87,6 +88,17 @@ def seeds_of(study: Study, method: Method) -> list[int]:
 def settings_for(method: Method, model: str) -> dict[str, Any]:
     """The settings of a method's recipe on one model."""
     return method.settings | method.by_model.get(model, method.by_model.get(Path(model).name, {}))
+
+
+def refuse_seen(study: Study, recipe: Mapping[str, Any], where: str) -> None:
+    """Raises ``SurgeryError`` for a ``recipe`` that learns subjects of the prompts which the study judges all by."""
+    seen = {"split": recipe.get("split") == "pairs", "split_seed": recipe.get("split_seed", SEED) != SEED}
+    odd = next((key for key, learns in seen.items() if learns), None)
+    if odd and (not study.suites or set(study.suites) & set(PROMPT_SUITES)):
+        raise SurgeryError(
+            f"{where}: got {odd} {recipe[odd]!r}, with which it learns subjects of the prompts that a study judges "
+            f"every method by (split by profession, split_seed {SEED}); leave it out"
+        )
 
 
 def read(path: Path) -> tuple[Study, list[Method]]:
