@@ -55,7 +55,7 @@ def test_what_is_located_measured_and_trained_over_two_devices_is_that_of_one(
     def everything(model: Any) -> list[torch.Tensor]:
         found = rank_blocks(model, IDS, WORDS, keep=[2, 3])
         again = next_words(model, IDS, WORDS, prefix=found.prefixes[3])
-        sums, _, _ = token_losses(model, IDS, prefix=found.prefixes[2])
+        sums, _, _ = token_losses(model, IDS, prefix=token_losses(model, IDS, keep=[2])[2][2])
         plan = Plan(1e-3, 2, 2)
         edits = [
             fine_tune(model, IDS, WORDS, plan, blocks=[block], seed=0, prefix=found.prefixes.get(block)).differences

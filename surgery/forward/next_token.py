@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hooks.activations import Reducer, capture
 from hooks.block_importance import BlockImportance, BmiReducer, ranked
 from surgery.errors import SurgeryError
-from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad, sent
+from surgery.forward.batching import Batch, Ids, batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.residual_cache import ResidualCache, shortcut, usable
 from surgery.forward.trees import PACK, as_batch, trees_for
@@ -124,6 +124,9 @@ def token_losses(
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"], dict[int, ResidualCache]]:
     """Per text: summed negative log-likelihood (nats) of its tokens after the first, and how many these are.
 
+    ``keep``, ``prefix`` and ``step`` as in ``next_words``; the streams are of texts without their last tokens, which
+    are only predicted.
+
     Raises ``SurgeryError`` for a text of a single token, which has nothing to predict.
     """
     short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
@@ -156,7 +159,7 @@ def _losses(logits: Float[Tensor, "nodes vocab"], batch: Batch, ids: Ids) -> Flo
     totals = torch.cat([few.float().logsumexp(-1) for few in logits.split(64)])
     at = np.concatenate(batch.places())
     tokens = np.concatenate([ids[row][1:] for row in batch.rows])
-    node, token = sent(np.stack([at, tokens]), logits.device)
+    node, token = torch.from_numpy(np.stack([at, tokens])).to(logits.device)
     return (totals[node] - logits[node, token].float()).double().cpu().numpy()
 
 
