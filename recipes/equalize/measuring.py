@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -98,15 +97,13 @@ class Measuring:
         if not self.far:
             return values
         far: dict[str, Any] = {}
-        ids = [
-            row for _, own in self.far.values() for row in own
-        ]  # in one pass, so that the trees they stand in are full
+        ids = [row for _, own in self.far.values() for row in own]  # in one pass, so that their trees are full
         with self.progress.work(f"{label}, other shapes", len(ids)) as step:
             seen = next_words(self.model, ids, self.words, keep=keep, prefix=self.streams.get(start), step=step)
         self.streams |= seen.prefixes
-        chances = iter(seen.probabilities)
-        for kind, (rows, _) in self.far.items():
-            own = np.stack(list(islice(chances, len(rows))))
+        ends = np.cumsum([len(own) for _, own in self.far.values()])
+        chances = np.split(seen.probabilities, ends[:-1])
+        for (kind, (rows, _)), own in zip(self.far.items(), chances, strict=True):
             told = _scored(own, rows, f"{kind}, {len(rows)} prompts, professions unseen")
             far[kind] = plain(told, samples=True)
         return values | {"distances": far}
