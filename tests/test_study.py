@@ -130,10 +130,8 @@ def test_mistakes_are_named_before_anything_runs(
 
 
 def test_a_number_that_nothing_measures_is_named_before_an_edit_is_made(checkpoint: Path, tmp_path: Path) -> None:
-    text = FILE.replace("MODEL", json.dumps(str(checkpoint))).replace(
-        "DELTA", json.dumps(str(checkpoint / "config.json"))
-    )
-    file = write(tmp_path / "s.toml", text.replace("seeds", 'bias = ["genbias.afgb.al"]\nseeds', 1))
+    recipes = FILE.replace("MODEL", json.dumps(str(checkpoint))).partition('[[methods]]\nname = "back"')[0]
+    file = write(tmp_path / "s.toml", recipes.replace("seeds", 'bias = ["genbias.afgb.al"]\nseeds', 1))
     code, _, stderr = surgery("study", file, "--out", tmp_path / "out")
     assert code == 1 and "bias: got 'genbias.afgb.al', expected some of" in stderr and "genbias.afgb.all" in stderr
     assert not list(tmp_path.rglob("run")) and list(tmp_path.rglob("judged.json"))

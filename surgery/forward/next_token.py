@@ -124,21 +124,22 @@ def token_losses(
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"], dict[int, ResidualCache]]:
     """Per text: summed negative log-likelihood (nats) of its tokens after the first, and how many these are.
 
-    ``keep``, ``prefix`` and ``step`` as in ``next_words``; the streams are of texts without their last tokens, which
-    are only predicted.
+    ``keep``, ``prefix`` and ``step`` as in ``next_words``; the streams are of what was run. In token trees that is the
+    texts without their last tokens, which are only predicted; elsewhere all of them, since in models whose tokens see
+    later ones it counts.
 
     Raises ``SurgeryError`` for a text of a single token, which has nothing to predict.
     """
     short = [row for row, tokens in enumerate(ids) if len(tokens) < 2]
     if short:
         raise SurgeryError(f"text {short[0]} has one token; perplexity needs at least 2; remove it")
-    read = [row[:-1] for row in ids]  # the last token is only predicted
-    sums, counts = np.zeros(len(ids)), np.array([len(row) for row in read], dtype=np.float64)
-    kept = Kept(read, keep, model.device)
+    sums, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids], dtype=np.float64)
     with evaluating(model), ExitStack() as stack:
+        most, ahead = logit_budget(model), [row[:-1] for row in ids]
+        packed = trees_for(model, ahead, tokens=most) if max(counts) <= PACK else None  # longer ones share little
+        read = ahead if packed else ids
+        kept = Kept(read, keep, model.device)
         prefix = usable(model, prefix, read)
-        most = logit_budget(model)
-        packed = trees_for(model, read, tokens=most) if max(counts) <= PACK else None  # longer ones share little
         batches: list[Any] = mine(packed or batches_for(model, read, tokens=most))
         run = stack.enter_context(shortcut(model, start=prefix.block if prefix else 0, last=False))
         if batches:
@@ -157,7 +158,7 @@ def _losses(logits: Float[Tensor, "nodes vocab"], batch: Batch, ids: Ids) -> Flo
     """The negative log-likelihood of every token but the first of the rows of ``batch``, one row after the other."""
     # A few places at a time, of which what is computed on the way stays in a CPU's cache.
     totals = torch.cat([few.float().logsumexp(-1) for few in logits.split(64)])
-    at = np.concatenate(batch.places())
+    at = np.concatenate([own[: len(ids[row]) - 1] for row, own in zip(batch.rows, batch.places(), strict=True)])
     tokens = np.concatenate([ids[row][1:] for row in batch.rows])
     node, token = torch.from_numpy(np.stack([at, tokens])).to(logits.device)
     return (totals[node] - logits[node, token].float()).double().cpu().numpy()
