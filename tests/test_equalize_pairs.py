@@ -22,7 +22,7 @@ from recipes.equalize.pairs_terms import repeated, terms_of
 from recipes.equalize.work import Work
 from surgery.data import facts_of_gender, shapes
 from surgery.data.pairs import Pair, folds
-from surgery.edits.equalize import hold_term, losses_of, prepare, words_term
+from surgery.edits.equalize import hold_term, losses_of, prepare, prepare_each, words_term
 from surgery.edits.equalize.dose import read_doses
 from surgery.edits.equalize.passes import passes
 from surgery.errors import SurgeryError
@@ -156,9 +156,9 @@ def test_all_trainings_share_targets_that_are_computed_once(
     monkeypatch.setattr("recipes.equalize.pairs.SHIPPED", ("perplexity",))
     computed: list[tuple[int, list[str]]] = []
 
-    def counted(model: Any, terms: Any, *, start: int, step: Any) -> Any:
-        computed.append((start, [term.name for term in terms]))
-        return prepare(model, terms, start=start, step=step)
+    def counted(model: Any, terms: Any, starts: Any, *, step: Any) -> Any:
+        computed.extend((start, [term.name for term in terms]) for start in starts)
+        return prepare_each(model, terms, starts, step=step)
 
     def same(work: Work, variant: Any, given: Any, track: Any) -> Any:
         alone = prepare(work.op.model, given.terms, start=variant.start)
@@ -172,7 +172,7 @@ def test_all_trainings_share_targets_that_are_computed_once(
 
     train = Work.train
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.equalize.work.prepare", counted)
+        patch.setattr("recipes.equalize.work.prepare_each", counted)
         patch.setattr(Work, "train", same)
         shared = operate(checkpoint, tmp_path / "shared", **settings)
     starts = {2} | {min(shared["controls"]["random"]["edit"]["blocks"])}

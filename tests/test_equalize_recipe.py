@@ -25,6 +25,7 @@ from surgery.data.prompts import WordSet, load_prompt_set
 from surgery.data.shares import read_shares
 from surgery.errors import SurgeryError
 from surgery.forward.generation import own_texts
+from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products
 from surgery.metrics.material import material
 from surgery.progress import Progress
@@ -40,8 +41,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, prompts = tmp_path_factory.mktemp("models") / "tiny", load_prompt_set()
     texts = [row.text for row in genbias.records()] + [row.text for row in genhint.records(both=True)]
     texts += neutral.sentences() + shapes.texts()
-    texts += holding.settled(prompts, seed=0, split="profession", count=100, each=2)
-    texts += dataset.hints(prompts, seed=0, each=4)
+    texts += holding.settled(prompts, people=shapes.people("train"), seed=0, split="profession", count=100, each=2)
+    texts += dataset.hints(prompts, people=shapes.people("train"), seed=0, each=4)
     for part in ("train", "test"):
         texts += [text.replace("{subject}", "") for text in shapes.shapes(part, 100)] + list(shapes.people(part))
     texts += [text for kind in shapes.OTHERS for text in shapes.others(kind, "test")]
@@ -86,6 +87,44 @@ def test_the_whole_operation(checkpoint: Path, tmp_path: Path) -> None:
     assert summary["after"]["locality"]["things"]["kl"]["value"] > 0
 
 
+def test_lftf_starts_from_the_stream_kept_with_the_targets(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all its prompts are among what is equalised; else from a pass of its own, to the same result."""
+    passes: list[int] = []
+
+    def counted(model: Any, ids: Any, *given: Any, **how: Any) -> Any:
+        passes.append(len(ids))
+        return next_words(model, ids, *given, **how)
+
+    monkeypatch.setattr("recipes.equalize.work.next_words", counted)
+    few: dict[str, Any] = {"controls": ["lftf"], "test_rows": 40, "test_texts": 5}
+    kept = operate(checkpoint, tmp_path / "kept", **few)
+    assert not passes
+    operate(checkpoint, tmp_path / "some", **few, own=200)
+    assert passes == [945]
+    monkeypatch.setattr(work.Work, "_kept_for_lftf", lambda *_: [])
+    anew = operate(checkpoint, tmp_path / "anew", **few)
+    assert passes == [945, 945]
+    one, other = (run["controls"]["lftf"]["after"]["genbias"]["relative_gap"] for run in (kept, anew))
+    assert one["all"]["value"] == pytest.approx(other["all"]["value"], abs=1e-5)
+    assert kept["after"]["perplexity"]["n"] == 5
+
+
+def test_so_many_people_stand_beside_the_sets_own(checkpoint: Path) -> None:
+    """In the shapes, in the set's templates, with hints, and where they are introduced; 0 takes all."""
+    few: dict[str, Any] = {"shapes": 100, "each": 1, "own_each": 1}
+    some, every = (
+        recipe.texts_of(load_prompt_set(), equalize.Settings(**few, people=count), "profession") for count in (4, 0)
+    )
+    people = shapes.people("train")
+    for name in ("words", "hints", "settled"):
+        assert any(person in text for text in some[name] for person in people[:4])
+        assert len(some[name]) < len(every[name])
+    # Each that is left out once in the set's templates and once in a shape.
+    assert len(every["words"]) - len(some["words"]) == 2 * len(people[4:])
+
+
 def test_texts_that_the_model_writes_are_held_beside_the_shipped_ones(checkpoint: Path, tmp_path: Path) -> None:
     """Each begins as the tokenizer begins any text; a tokenizer that begins none is refused before anything runs."""
     model, tokenizer = surgery.load(checkpoint, device="cpu")
@@ -127,9 +166,10 @@ def test_fewer_rows_are_a_sample_with_every_template(checkpoint: Path) -> None:
     model, tokenizer = surgery.load(checkpoint, device="cpu")
     asked = material(model, tokenizer, load_prompt_set())
     far = measuring.distances(tokenizer, load_prompt_set(), 0)
-    few, near = measuring.fewer(asked, far, 90, 0)
+    few, near = measuring.fewer(asked, far, 90, 30, 0)
     assert {name: len(rows) for name, rows in few.ids.items()} == {
-        name: 90 if name in ("genbias", "genhint") else len(rows) for name, rows in asked.ids.items()
+        name: min(len(rows), {"genbias": 90, "genhint": 90, "perplexity": 30, "perplexity_pronouns": 30}.get(name, 999))
+        for name, rows in asked.ids.items()
     }
     own = dict(zip((row.text for row in asked.prompts), asked.ids["genbias"], strict=True))
     assert [own[row.text] for row in few.prompts] == list(few.ids["genbias"]), "a prompt keeps its tokens"
@@ -138,7 +178,7 @@ def test_fewer_rows_are_a_sample_with_every_template(checkpoint: Path) -> None:
     # Numbers of 90 rows and of all are told apart by what they are of; of other seeds they are one kind.
     assert few.names["genbias"] == f"{asked.names['genbias']}, 90 of {len(asked.prompts)} with seed 0"
     assert few.names["locality"] == asked.names["locality"]
-    assert measuring.fewer(asked, far, 0, 0) == (asked, far)
+    assert measuring.fewer(asked, far, 0, 0, 0) == (asked, far)
 
 
 def test_products_are_rounded_while_training_and_not_while_measuring(
@@ -233,14 +273,15 @@ def test_a_held_text_that_is_also_a_prompt_is_refused(checkpoint: Path, tmp_path
 def test_no_test_prompt_is_a_training_text(checkpoint: Path) -> None:
     """Of the set's own templates other professions, of the distances other people and other templates."""
     prompts, (_, tokenizer) = load_prompt_set(), surgery.load(checkpoint, device="cpu")
-    given = {"seed": 0, "split": "profession", "own": 0, "own_each": 2, "count": 400, "each": 8}
-    trained = set(dataset.prompts_to_equalize(prompts, **given))  # type: ignore[arg-type]
+    given: dict[str, Any] = {"seed": 0, "split": "profession", "own": 0, "own_each": 2, "count": 400, "each": 8}
+    given["people"] = shapes.people("train")
+    trained = set(dataset.prompts_to_equalize(prompts, **given))
     assert len(trained) > 4500
     person = shapes.people("train")[0]
     templates = {template.fill(person) for template in prompts.templates}
     assert len(templates & trained) == 2  # in so many of the set's own templates, beside the shapes
-    held = set(dataset.hints(prompts, seed=0, each=2))
-    held |= set(holding.settled(prompts, seed=0, split="profession", count=400, each=2))
+    held = set(dataset.hints(prompts, people=given["people"], seed=0, each=2))
+    held |= set(holding.settled(prompts, people=given["people"], seed=0, split="profession", count=400, each=2))
     tested = {row.text for row in genbias.records("profession", "test")}
     for rows, _ in measuring.distances(tokenizer, prompts, 0).values():
         tested |= {row.text for row in rows}
@@ -265,14 +306,22 @@ def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None
     """Everybody once, with both titles and a surname; nobody who is introduced in the development or test part."""
     found = holding.introduced(["plumber", "potter", "nurse", "potter", "juggler", "baker"])
     assert found == ["Mr. Dalton, the potter,", "Ms. Dalton, the juggler,", "Mr. Weber, the baker,"]
-    held = holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
+    held = holding.settled(
+        load_prompt_set(), people=shapes.people("train"), seed=0, split="profession", count=100, each=2
+    )
     people = shapes.people("train")
     assert all(any(f", the {name}," in text for text in held) for name in people[:20])
 
 
 def test_more_nouns_stand_in_the_shapes_beside_the_others() -> None:
     """Each in so many shapes as another noun, and in none of the sets' own prompts."""
-    asked: dict[str, Any] = {"seed": 0, "split": "profession", "count": 100, "each": 2}
+    asked: dict[str, Any] = {
+        "seed": 0,
+        "split": "profession",
+        "count": 100,
+        "each": 2,
+        "people": shapes.people("train"),
+    }
     few, many = (holding.settled(load_prompt_set(), nouns=more, **asked) for more in (False, True))
     standing = [text for text in many if re.search(r"\b(ringmasters?|doyennes?)\b", text)]
     assert len(standing) == 4 and not set(standing) & set(few)
@@ -283,8 +332,14 @@ def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
     """But for plurals that judge; and a few that are held are no longer nearly all of the largest kind."""
     named = ["potter", "nurse", "notary", "midwife", "officer of the day"]
     assert holding.several(named) == ["potters", "notaries", "midwives"]
-    asked = {"seed": 0, "split": "profession", "count": 200, "each": 2}
-    whole = holding.settled(load_prompt_set(), **asked)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {
+        "seed": 0,
+        "split": "profession",
+        "count": 200,
+        "each": 2,
+        "people": shapes.people("train"),
+    }
+    whole = holding.settled(load_prompt_set(), **asked)
     some = holding.alike(whole, 300, 1)
     for name in holding.several(shapes.people("train")[:20]):
         assert any(name in text for text in whole)
@@ -304,15 +359,17 @@ def test_facts_are_a_term_of_their_own() -> None:
     assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
     assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
     assert {name: len(lines) for name, lines in holding.apart(kinds, 0, 0, 0).items()} == {"settled": 40, "facts": 40}
-    whole = holding.settled(load_prompt_set(), seed=0, split="profession", count=100, each=2)
+    whole = holding.settled(
+        load_prompt_set(), people=shapes.people("train"), seed=0, split="profession", count=100, each=2
+    )
     assert set(holding.FACTS) <= set(whole.values()), "kinds that exist"
 
 
 def test_a_set_about_other_words_has_no_shapes_about_people() -> None:
     prompts = load_prompt_set("race")
-    assert holding.settled(prompts, seed=0, split="profession", count=100, each=2) == {}
+    assert holding.settled(prompts, people=shapes.people("train"), seed=0, split="profession", count=100, each=2) == {}
     rows = genbias.records("profession", "train", 0, prompts)
-    found = dataset.prompts_to_equalize(prompts, seed=0, split="profession", own=0, count=100, each=4)
+    found = dataset.prompts_to_equalize(prompts, people=(), seed=0, split="profession", own=0, count=100, each=4)
     assert len(found) == len(rows)
     assert dataset.of_people(load_prompt_set())
     assert WordSet(("he", "they")).hints == ("his", "their")
@@ -366,7 +423,7 @@ def test_hints_stand_with_every_hint_side_by_side() -> None:
     """Also when some are drawn; and only their targets depend on each other."""
     for words, hints in (("he", "she"), "his her"), (("he", "she", "they"), "his her their"):
         prompts = replace(load_prompt_set(), words=WordSet(words))
-        found = dataset.hints(prompts, seed=0, each=4)
+        found = dataset.hints(prompts, people=shapes.people("train"), seed=0, each=4)
         for lines in (found, dataset.some(found, 30, 1, size=len(words))):
             groups = [lines[at : at + len(words)] for at in range(0, len(lines), len(words))]
             assert all(

@@ -78,6 +78,15 @@ def test_endings_differ_in_the_connective_alone() -> None:
     assert all(" ," not in line and " ;" not in line for line in found)
 
 
+def test_shapes_are_of_so_many_words_at_most() -> None:
+    """Those among all that are short enough, in the same order; where there are not as many, that is said."""
+    short = [text for text in shapes.shapes("train", 1000) if len(text.split()) <= 7]
+    assert shapes.shapes("train", len(short), longest=7) == short
+    assert all("{subject}" in text for text in short)
+    with pytest.raises(SurgeryError, match=r"shapes of train: got \d+ of 1000 of at most 4 words"):
+        shapes.shapes("train", 1000, longest=4)
+
+
 @pytest.mark.parametrize("call", [lambda: shapes.shapes("all", 3), lambda: shapes.others("name", "train")])
 def test_what_does_not_exist_is_refused(call: object) -> None:
     with pytest.raises(SurgeryError, match="expected one of"):

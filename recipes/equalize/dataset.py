@@ -35,15 +35,15 @@ def prompts_to_equalize(
     own: int,
     count: int,
     each: int,
+    people: Sequence[str],
     own_each: int = 0,
-    more: bool = False,
     endings: int = 1,
+    longest: int = 0,
 ) -> list[str]:
     """The prompt set's training prompts (``own`` of them; 0 for all), and its training subjects in ``count`` shapes.
 
-    So are people beyond the set, who also stand in ``own_each`` of the set's own templates. Each stands in ``each`` of
-    the shapes, each with so many ``endings``; 0 leaves the shapes out. With ``more`` there are more people
-    (``surgery.data.shapes.people``).
+    So are ``people`` beyond the set, who also stand in ``own_each`` of the set's own templates. Each stands in ``each``
+    of the shapes, of at most ``longest`` words, each with so many ``endings``; 0 leaves the shapes out.
     """
     rows = genbias.records(split, "train", seed, prompts)
     found = [row.text for row in rows[: own or None]]
@@ -51,18 +51,18 @@ def prompts_to_equalize(
         templates = prompts.templates
         found += [
             templates[(number * own_each + step) % len(templates)].fill(name)
-            for number, name in enumerate(shapes.people("train", more))
+            for number, name in enumerate(people)
             for step in range(min(own_each, len(templates)))
         ]
     if each and of_people(prompts):
-        people = [*dict.fromkeys(row.profession for row in rows), *shapes.people("train", more)]
-        drawn = shapes.prompts(shapes.shapes("train", count, seed), people, each, seed=seed)
+        everybody = [*dict.fromkeys(row.profession for row in rows), *people]
+        drawn = shapes.prompts(shapes.shapes("train", count, seed, longest), everybody, each, seed=seed)
         found += shapes.with_endings([row.text for row in drawn], endings)
     return list(dict.fromkeys(found))
 
 
-def hints(prompts: PromptSet, *, seed: int, each: int, more: bool = False) -> list[str]:
-    """Hint prompts of the training professions: the set's own, and about ``each`` of the grammar's, of ``more`` people.
+def hints(prompts: PromptSet, *, seed: int, each: int, people: Sequence[str]) -> list[str]:
+    """Hint prompts of the training professions: the set's own, and about ``each`` of the grammar's, of ``people``, too.
 
     Each stands with every hint, one after the other.
     """
@@ -70,11 +70,10 @@ def hints(prompts: PromptSet, *, seed: int, each: int, more: bool = False) -> li
         return []
     own = genhint.records("train", seed, both=True, prompts=prompts)
     templates, words = shapes.hint_templates("train"), prompts.words.hints
-    beyond = shapes.people("train", more) if of_people(prompts) else ()
-    people = [*dict.fromkeys(row.profession for row in own), *beyond] if beyond else []
+    everybody = [*dict.fromkeys(row.profession for row in own), *people] if of_people(prompts) else []
     found = []
     times = -(-each // len(words))  # templates
-    for number, name in enumerate(people):
+    for number, name in enumerate(everybody):
         for turn in range(number * times, number * times + times):
             text = shapes.fill(templates[turn % len(templates)], name)
             found += [text.replace("{hint}", word) for word in words]

@@ -21,28 +21,29 @@ def settled(
     split: str,
     count: int,
     each: int,
+    people: Sequence[str],
     nouns: bool = False,
-    more: bool = False,
+    longest: int = 0,
 ) -> dict[str, str]:
     """Prompts about subjects whose pronoun is settled, each with its kind: the training parts of locality and of facts.
 
-    Each subject also stands in ``each`` of the ``count`` shapes that are equalised for professions, so that what
-    differs is the subject alone; and so does, once each, everybody who is equalised, introduced as Mr. or Ms. and as
-    several people. More ``nouns`` and ``more`` people stand there, too.
+    Each subject also stands in ``each`` of the ``count`` shapes, of at most ``longest`` words, that are equalised for
+    professions, so that what differs is the subject alone; and so does, once each, everybody who is equalised (the
+    set's professions and ``people``), introduced as Mr. or Ms. and as several people. More ``nouns`` stand there, too.
     """
     if not of_people(prompts):
         return {}
     rows = [*locality.records("train"), *facts_of_gender.records("train")]
-    fitting = [text for text in shapes.shapes("train", count, seed) if "the {subject}" in text.lower()]
+    fitting = [text for text in shapes.shapes("train", count, seed, longest) if "the {subject}" in text.lower()]
     templates = shuffled(fitting, seed)
     found = {row.text: row.kind for row in rows}
     turn = 0
     own = dict.fromkeys(row.profession for row in genbias.records(split, "train", seed, prompts))
-    people = [*own, *shapes.people("train", more)]
+    everybody = [*own, *people]
     known = [(row.subject, row.kind, each) for row in rows if row.kind != "text"]
     known += [(noun, "nouns", each) for noun in (facts_of_gender.more_nouns() if nouns else ())]
-    met = [(subject, "introduced", 1) for subject in introduced(people)]
-    met += [(subject, "plurals", 1) for subject in several(people)]
+    met = [(subject, "introduced", 1) for subject in introduced(everybody)]
+    met += [(subject, "plurals", 1) for subject in several(everybody)]
     for subject, kind, times in dict.fromkeys(known + met):
         for _ in range(times):
             # Going round, past the templates that the subject does not fit.

@@ -117,13 +117,16 @@ def _scored(probabilities: Float[np.ndarray, "prompts words"], rows: Rows, data:
     return {name: scales["all"] for name, scales in found.items()}
 
 
-def fewer(asked: Material, far: Far, limit: int, seed: int) -> tuple[Material, Far]:
-    """At most ``limit`` prompts of each set, drawn by the seed, templates in their proportions; 0 takes all."""
+def fewer(asked: Material, far: Far, limit: int, texts: int, seed: int) -> tuple[Material, Far]:
+    """At most ``limit`` prompts of each set, drawn by the seed, templates in their proportions; 0 takes all.
+
+    So are at most ``texts`` sentences of each set of perplexity.
+    """
 
     def drawn(rows: Sequence[Any]) -> list[int]:
         return sample(range(len(rows)), limit, seed, lambda place: rows[place].template)
 
-    asked = material.fewer(asked, {"genbias": limit, "genhint": limit}, seed)
+    asked = material.fewer(asked, {"genbias": limit, "genhint": limit, "perplexity": texts}, seed)
     return asked, {
         kind: ([rows[at] for at in drawn(rows)], tuple(ids[at] for at in drawn(rows)))
         for kind, (rows, ids) in far.items()

@@ -25,7 +25,7 @@ from recipes.equalize.pairs_terms import terms_of
 from recipes.equalize.settings import OF_PAIRS, OF_WORDS, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of
 from surgery.catalogue import check_scorer
-from surgery.data import crows_pairs, neutral, stereoset
+from surgery.data import crows_pairs, neutral, shapes, stereoset
 from surgery.data import pairs as data
 from surgery.data.pairs import Pair
 from surgery.data.prompts import load_prompt_set
@@ -194,7 +194,7 @@ def _settled(settings: "Settings") -> list[str]:
     if not settings.hold_settled:
         return []
     at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
-    lines = holding.settled(load_prompt_set(), each=settings.settled_each, **at)
+    lines = holding.settled(load_prompt_set(), each=settings.settled_each, people=shapes.people("train"), **at)
     return dataset.some(list(lines), settings.settled, settings.seed)
 
 

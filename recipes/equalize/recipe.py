@@ -13,7 +13,7 @@ from recipes.equalize.measuring import Measuring, distances, fewer
 from recipes.equalize.report import verdict, write_report
 from recipes.equalize.settings import Settings, controls_of
 from recipes.equalize.work import Variant, Work, blocks_of, word_terms
-from surgery.data import genbias
+from surgery.data import genbias, shapes
 from surgery.data.prompts import PromptSet, WordSet, load_prompt_set
 from surgery.data.shares import check_shares, read_shares
 from surgery.forward.shown import shown
@@ -53,7 +53,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
         dataset.first_token(tokenizer, settings.samples)
     asked = material(model, tokenizer, prompts, split=split, seed=settings.split_seed, texts=settings.neutral or None)
     far = distances(tokenizer, prompts, settings.split_seed) if settings.split == "both" else {}
-    asked, far = fewer(asked, far, settings.test_rows, settings.seed)
+    asked, far = fewer(asked, far, settings.test_rows, settings.test_texts, settings.seed)
     main = Variant(
         "equalize", blocks_of(settings.block, len(anatomy.find(model).blocks), settings.seed), settings.block_part
     )
@@ -95,11 +95,12 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
     seed, drawn = settings.split_seed, settings.seed
-    where: Any = {"seed": seed, "split": split, "count": settings.shapes, "more": settings.more_people}
+    people = shapes.people("train", settings.more_people)[: settings.people or None]
+    where: Any = {"seed": seed, "split": split, "people": people, "count": settings.shapes, "longest": settings.longest}
     words = dataset.prompts_to_equalize(
         prompts, own=settings.own, own_each=settings.own_each, each=settings.each, endings=settings.endings, **where
     )
-    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, more=settings.more_people)
+    hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, people=people)
     settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
     held = {
         "hints": dataset.some(hints, settings.hints, drawn, size=len(prompts.words.words)),

@@ -18,7 +18,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "score
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "endings", "alike", "hints", "split"),
-    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "more_people"),
+    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "people", "more_people"),
 )
 
 
@@ -46,7 +46,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Of the pairs, StereoSet and CrowS-Pairs; doses are chosen on all of them together."""
     test_rows: shared.Limit = 0
     """At most so many rows of StereoSet, CrowS-Pairs and each set of prompts are measured, drawn by the seed; 0 takes
-    all. Locality, facts of gender and perplexity are always measured whole."""
+    all. Locality and facts of gender are always measured whole."""
+    test_texts: shared.Limit = 0
+    """At most so many sentences of each set of perplexity are measured, drawn by the seed; 0 takes all."""
     repeat: int = Field(1, ge=1)
     """A bias type with fewer pairs than another is gone through as much more often, at most so many times an epoch."""
     hold_unrelated: float = Field(0.25, ge=0)
@@ -66,9 +68,10 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     reason: str = ""
     """Why these blocks, in words, for the report; surgery tune writes it."""
     block_part: Literal[
-        "all", "auto", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp"
+        "all", "auto", "matrices", "vectors", "attention", "mlp", "writers", "without_attention", "without_mlp"
     ] = "all"
-    """auto: of all matrices of the chosen blocks (of every block where block is auto), those with the most natural gain
+    """writers: the projections by which attention and MLP add to the stream (W_O and W_out), a third of the numbers.
+    auto: of all matrices of the chosen blocks (of every block where block is auto), those with the most natural gain
     for each number, together ``part_size`` numbers; they bear a higher rate, 1e-3 where nothing is said."""
     part_size: int = Field(500_000, ge=1)
     """Of block_part = auto: 1 MB in 16 bits."""
@@ -85,6 +88,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
     shapes: int = Field(2000, ge=1)
     """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
+    longest: int = Field(0, ge=0)
+    """Only shapes of at most so many words, the subject counted as one; 0: of any length."""
     each: int = Field(8, ge=0)
     """In how many of them each person stands; 0 trains on the prompt set's own templates alone."""
     endings: int = Field(1, ge=1)
@@ -101,6 +106,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     facts among them."""
     settled: int = Field(0, ge=0)
     facts: int = Field(0, ge=0)
+    people: int = Field(0, ge=0)
+    """Only so many of the grammar's people beside the prompt set's own; 0 takes all."""
     more_people: bool = False
     """Also equalise some 360 further people (``surgery.data.shapes.people``)."""
     more_nouns: bool = False

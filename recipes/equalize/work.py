@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from hooks import anatomy
 from surgery.delta import Delta
 from surgery.edits.block import fine_tune, names_of
-from surgery.edits.equalize import Prepared, equalize, hints_term, hold_term, prepare, words_term
+from surgery.edits.equalize import Prepared, equalize, hints_term, hold_term, prepare_each, words_term
 from surgery.edits.equalize.terms import Term
 from surgery.edits.equalize.training import inside
 from surgery.edits.places import choose
 from surgery.edits.supervised import Lora
 from surgery.forward.next_token import next_words
 from surgery.forward.precision import matrix_products
-from surgery.forward.residual_cache import usable
+from surgery.forward.residual_cache import ResidualCache, usable
 from surgery.forward.tokens import Ids
 from surgery.locate.gain import fitting
 from surgery.locate.objectives import term_objective
@@ -97,6 +97,8 @@ class Work:
     """Where several trainings learn parts of the same terms: all of these, whose targets and streams they share."""
     given: dict[int, Prepared] = field(default_factory=dict)
     """The targets and the stream of ``whole`` by first block; made when needed."""
+    entered: dict[int, ResidualCache] = field(default_factory=dict)
+    """By first block the stream of ``own``, kept for LFTF in the pass that gives the targets, where all are in it."""
 
     def located(self, main: Variant, tokenizer: PreTrainedTokenizerBase, term: Term) -> Variant:
         """``main`` where auto stands for, by the gain of ``term``; as it is where the settings say more."""
@@ -191,11 +193,25 @@ class Work:
 
     def _prepared(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         count = sum(len(term.ids) for term in terms if term.untouched or variant.start)
+        starts = [variant.start, *self._kept_for_lftf(terms)]
         with self.op.progress.work(f"targets of {variant.name}", count) as step, matrix_products(self.settings.matmul):
-            given = prepare(self.op.model, terms, start=variant.start, step=step)
+            every = prepare_each(self.op.model, terms, starts, step=step)
+        given = every[variant.start]
+        for start in starts[1:]:
+            stream = every[start].prefix
+            if stream:
+                places = {ids: row for row, ids in enumerate(stream.ids)}
+                self.entered[start] = stream.part([places[tuple(ids)] for ids in self.own])
         if given.note:
             self.op.note(f"prefix cache off for {variant.name}: {given.note}")
         return given
+
+    def _kept_for_lftf(self, terms: Sequence[Term]) -> list[int]:
+        """The block that LFTF trains, where it stands beside the edit and all its prompts are among the ``terms``."""
+        last = len(anatomy.find(self.op.model).blocks) - 1
+        if "lftf" not in self.settings.controls or not self.own or last in self.entered:
+            return []
+        return [last] if {*map(tuple, self.own)} <= {tuple(ids) for term in terms for ids in term.ids} else []
 
     def train(self, variant: Variant, given: Prepared, track: Tracking) -> Made:
         """Train a variant on the terms of ``given``."""
@@ -226,8 +242,10 @@ class Work:
         model, ids = self.op.model, self.own
         plan, blocks = self.plan(variant), variant.blocks
         with matrix_products(self.settings.matmul):
-            kept = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
-            prefix = usable(model, kept, ids)
+            prefix = self.entered.get(variant.start)
+            if prefix is None:
+                kept = next_words(model, ids, self.words, keep=[variant.start]).prefixes[variant.start]
+                prefix = usable(model, kept, ids)
             trained = fine_tune(
                 model, ids, self.words, plan, blocks=blocks, seed=self.settings.seed, prefix=prefix, **track
             )

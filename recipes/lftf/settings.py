@@ -15,7 +15,9 @@ class Settings(shared.SharedTraining, shared.Dropout, shared.PromptSet, shared.N
     renamed = {"data": "prompt_set", "part": "block_part"}
     block: str | int | list[int] = "last"
     """last (the paper's), auto (the first by ``rank_by``), first, middle, random, all, or numbers."""
-    block_part: Literal["all", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp"] = "all"
+    block_part: Literal[
+        "all", "matrices", "vectors", "attention", "mlp", "writers", "without_attention", "without_mlp"
+    ] = "all"
     objective: Literal["log", "as_printed"] = "log"
     """log: -log P(he) - log P(she). as_printed: P(he) + P(she), Eq. 5, which silences both words."""
     lr: shared.Positive = 1e-5

@@ -37,8 +37,10 @@ def people(part: str, more: bool = False) -> tuple[str, ...]:
     return (*order[slice(*(round(bound * len(order)) for bound in bounds))], *beyond)
 
 
-def shapes(part: str, count: int, seed: int = SEED) -> list[str]:
+def shapes(part: str, count: int, seed: int = SEED, longest: int = 0) -> list[str]:
     """``count`` different templates with ``{subject}``, drawn from a part's words by the seed.
+
+    ``longest``: of at most so many words, the subject counted as one; 0 for any length.
 
     Raises ``SurgeryError`` for an unknown part, or more templates than the part's words can give.
     """
@@ -56,10 +58,15 @@ def shapes(part: str, count: int, seed: int = SEED) -> list[str]:
             text = f"{start} {{subject}} {pick['actions']} {pick['connectives']}".replace(" ,", ",").replace(" ;", ";")
         else:
             text = pick["frames"]
-        found[f"{pick['before']} {text}" if kind.endswith("a sentence") else text] = None
+        text = f"{pick['before']} {text}" if kind.endswith("a sentence") else text
+        if not longest or len(text.split()) <= longest:
+            found[text] = None
         idle = idle + 1 if len(found) == size else 0
     if len(found) < count:
-        raise SurgeryError(f"shapes of {part}: got {len(found)} of {count}; its words give no more; ask for fewer")
+        most = f" of at most {longest} words" if longest else ""
+        raise SurgeryError(
+            f"shapes of {part}: got {len(found)} of {count}{most}; its words give no more; ask for fewer"
+        )
     return list(found)
 
 

@@ -23,7 +23,7 @@ from surgery.moved import Moved
 from surgery.training import Log, Plan, train, trainable
 
 OBJECTIVES = ("log", "as_printed")
-PARTS = ("all", "matrices", "vectors", "attention", "mlp", "without_attention", "without_mlp")
+PARTS = ("all", "matrices", "vectors", "attention", "mlp", "writers", "without_attention", "without_mlp")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
 
     ``part``: all, only attention or mlp, or (LFTF Table 8) without_attention, without_mlp: norms stay trained there.
     matrices: norms and biases are frozen, so that an adapter can hold the whole edit; vectors: they alone train.
+    writers: the projections by which attention and MLP add to the stream (W_O and W_out; of fused experts the MLP).
 
     A parameter that several blocks share (Zamba's attention) is named once, and only where all of them are chosen.
 
@@ -97,6 +98,7 @@ def names_of(model: PreTrainedModel, blocks: Sequence[int] | None, part: str = "
             "vectors": [name for name in whole if model.get_parameter(name).ndim == 1],
             "attention": attention,
             "mlp": mlp,
+            "writers": _under(names, [name for name in (block.attention_writer, block.mlp_writer) if name]),
             "without_attention": [name for name in whole if name not in attention],
             "without_mlp": [name for name in whole if name not in mlp],
         }[part]
