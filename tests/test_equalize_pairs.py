@@ -191,6 +191,7 @@ def test_all_trainings_share_targets_that_are_computed_once(
     ("settings", "message"),
     [
         ({"words": ["he", "she"]}, r"words: got .* and pairs = .*one at a time"),
+        ({"test_texts": 5}, r"test_texts: got 5 and pairs = .*one at a time"),
         ({"pairs": ""}, "dose: got .0.0., which only pairs of sentences read"),
         ({"pairs": "other"}, "pairs: got 'other', expected stereoset, crows_pairs or a .jsonl file"),
         ({"pairs": "none.jsonl"}, "none.jsonl: no such file"),

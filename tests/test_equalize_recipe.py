@@ -185,7 +185,7 @@ def test_products_are_rounded_while_training_and_not_while_measuring(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[str]] = {}
-    for module, name in ((work, "prepare"), (work, "equalize"), (measuring, "measure")):
+    for module, name in ((work, "prepare_each"), (work, "equalize"), (measuring, "measure")):
         own = getattr(module, name)
 
         def watched(*args: Any, name: str = name, call: Any = own, **more: Any) -> Any:
@@ -194,7 +194,7 @@ def test_products_are_rounded_while_training_and_not_while_measuring(
 
         monkeypatch.setattr(module, name, watched)
     summary = operate(checkpoint, tmp_path / "run", own=90, each=0, hold_settled=0.0, split="pairs", matmul="medium")
-    assert seen == {"prepare": {"medium"}, "equalize": {"medium"}, "measure": {"highest"}}
+    assert seen == {"prepare_each": {"medium"}, "equalize": {"medium"}, "measure": {"highest"}}
     assert summary["edit"]["matmul"] == "medium"
     with pytest.raises(ValueError), matrix_products("medium"):
         raise ValueError

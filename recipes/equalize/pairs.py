@@ -194,6 +194,7 @@ def _settled(settings: "Settings") -> list[str]:
     if not settings.hold_settled:
         return []
     at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
+    at |= {"longest": settings.longest}
     lines = holding.settled(load_prompt_set(), each=settings.settled_each, people=shapes.people("train"), **at)
     return dataset.some(list(lines), settings.settled, settings.seed)
 

@@ -18,7 +18,7 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "score
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "endings", "alike", "hints", "split"),
-    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "people", "more_people"),
+    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "people", "more_people", "test_texts"),
 )
 
 

@@ -36,7 +36,7 @@ FEW |= {"hints_each": 2, "settled_each": 5}
 """Of the finalists, where a run is to take a few minutes on a CPU."""
 SUITED_TO_FEW = {"lr": 6e-4, "batch_size": 48, "emphasis": 2.0, "own_each": 1, "matmul": "medium"}
 SUITED_TO_FEW |= {"hold_hints": 2.5, "hold_settled": 2.5, "hold_texts": 3.0}
-"""And what was chosen with them for the demo, at the last quarter of the blocks."""
+"""And what was chosen with them for an earlier demo, at the last quarter of the blocks."""
 SUITED_TO_ALL = {"lr": 8e-4, "batch_size": 64, "emphasis": 4.0, "matmul": "medium"}
 SUITED_TO_ALL |= {"hold_hints": 3.0, "hold_settled": 6.0, "hold_texts": 2.0}
 """What did well on all texts (docs/tune.md). Each instead of the recipe's default, not of what somebody chose."""

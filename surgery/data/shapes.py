@@ -63,9 +63,9 @@ def shapes(part: str, count: int, seed: int = SEED, longest: int = 0) -> list[st
             found[text] = None
         idle = idle + 1 if len(found) == size else 0
     if len(found) < count:
-        most = f" of at most {longest} words" if longest else ""
+        most, longer = (f" of at most {longest} words", ", or for longer ones") if longest else ("", "")
         raise SurgeryError(
-            f"shapes of {part}: got {len(found)} of {count}{most}; its words give no more; ask for fewer"
+            f"shapes of {part}: got {len(found)} of {count}{most}; its words give no more; ask for fewer{longer}"
         )
     return list(found)
 
