@@ -194,8 +194,8 @@ def _settled(settings: "Settings") -> list[str]:
     if not settings.hold_settled:
         return []
     at: Any = {"seed": settings.split_seed, "split": "profession", "count": settings.shapes}
-    at |= {"longest": settings.longest}
-    lines = holding.settled(load_prompt_set(), each=settings.settled_each, people=shapes.people("train"), **at)
+    people, each = shapes.people("train"), settings.settled_each
+    lines = holding.settled(load_prompt_set(), each=each, people=people, longest=settings.longest, **at)
     return dataset.some(list(lines), settings.settled, settings.seed)
 
 

@@ -193,7 +193,7 @@ class Work:
 
     def _prepared(self, variant: Variant, terms: Sequence[Term]) -> Prepared:
         count = sum(len(term.ids) for term in terms if term.untouched or variant.start)
-        starts = [variant.start, *self._kept_for_lftf(terms)]
+        starts = [variant.start, *self._kept_for_lftf(variant, terms)]
         with self.op.progress.work(f"targets of {variant.name}", count) as step, matrix_products(self.settings.matmul):
             every = prepare_each(self.op.model, terms, starts, step=step)
         given = every[variant.start]
@@ -206,9 +206,9 @@ class Work:
             self.op.note(f"prefix cache off for {variant.name}: {given.note}")
         return given
 
-    def _kept_for_lftf(self, terms: Sequence[Term]) -> list[int]:
+    def _kept_for_lftf(self, variant: Variant, terms: Sequence[Term]) -> list[int]:
         """The block that LFTF trains, where it stands beside the edit and all its prompts are among the ``terms``."""
-        last = len(anatomy.find(self.op.model).blocks) - 1
+        last = self.control("lftf", variant).start
         if "lftf" not in self.settings.controls or not self.own or last in self.entered:
             return []
         return [last] if {*map(tuple, self.own)} <= {tuple(ids) for term in terms for ids in term.ids} else []
