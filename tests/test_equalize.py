@@ -79,22 +79,27 @@ def test_the_gap_alone_counts_the_same_at_any_mass() -> None:
 
 
 def test_what_all_hints_of_a_prompt_have_in_common_goes() -> None:
-    """Log odds of 2 after his and -.5 after her become 1.25 and -1.25; at shares of .8 and .2 both are ln 4 more."""
+    """Log odds of 2 after his and -.5 after her become 1.25 and -1.25; at shares of .8 and .2 both are ln 4 more.
+
+    A power multiplies what the hints say, not the shares.
+    """
     p = torch.tensor([[[2.0, 0.0], [0.0, 0.5]]]).softmax(-1) * torch.tensor([[[0.6], [0.3]]])
-    for shares, more in ((None, 0.0), ((0.8, 0.2), math.log(4))):
-        q = even_out(p.log(), shares)
+    for shares, more, power in ((None, 0.0, 1.0), ((0.8, 0.2), math.log(4), 1.0), ((0.8, 0.2), math.log(4), 1.6)):
+        q = even_out(p.log(), shares, power)
+        odds = torch.tensor([[1.25 * power + more, -1.25 * power + more]])
         assert torch.allclose(q.exp().sum(-1), torch.tensor([[0.6, 0.3]]))
-        assert torch.allclose(q[..., 0] - q[..., 1], torch.tensor([[1.25 + more, -1.25 + more]]), atol=1e-6)
+        assert torch.allclose(q[..., 0] - q[..., 1], odds, atol=1e-6)
 
 
 def test_the_hints_of_a_prompt_share_a_target(model: Any) -> None:
     """Two prompts with two hints each: full softmaxes written out, with the ratio's own weight on top."""
-    ready = prepare(model, [words_term(HELD, WORDS), hints_term("hints", PROMPTS, WORDS, emphasis=3.0, top=10)])
+    hints = hints_term("hints", PROMPTS, WORDS, emphasis=3.0, power=1.5, top=10)
+    ready = prepare(model, [words_term(HELD, WORDS), hints])
     logp = torch.stack([model(torch.tensor([row])).logits[0, -1].log_softmax(-1) for row in PROMPTS])
     odds = logp[:, 3] - logp[:, 4]
     mass, wanted = logp[:, WORDS].logsumexp(-1), []
     for row, other in enumerate((1, 0, 3, 2)):
-        half = (odds[row] - odds[other]) / 2
+        half = 1.5 * (odds[row] - odds[other]) / 2
         wanted.append(torch.stack([half, torch.zeros(())]).log_softmax(-1))
     q = torch.stack(wanted)
     p = logp[:, WORDS].log_softmax(-1)

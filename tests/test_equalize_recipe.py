@@ -302,6 +302,27 @@ def test_with_endings_a_beginning_gives_several_prompts() -> None:
     assert 2.5 * len(plain["words"]) < len(ended["words"]) <= 4 * len(plain["words"])
 
 
+def test_with_endings_what_is_held_stands_behind_fewer_beginnings() -> None:
+    """As many lines as before of facts, introductions and hints, which stay in pairs; things stand as they were."""
+    subjects = {"things": "The lamp {} broke", "introduced": "Ms. Ek, the vet {}, sat down", "nouns": "The aunt {} ran"}
+    kinds = {f"{text.format(n)} because": kind for n in range(12) for kind, text in subjects.items()}
+    plain, ended = (holding.apart(kinds, 0, 0, ends, 0) for ends in (1, 3))
+    assert plain == {name: [x for x in kinds if (kinds[x] == "nouns") == (name == "facts")] for name in plain}
+    assert ended["settled"][:12] == [line for line in kinds if kinds[line] == "things"]
+    for lines in (ended["settled"][12:], ended["facts"]):
+        begun = Counter(re.split(" (?=broke)|(?<=down)|(?<=ran)", line)[0] for line in lines)
+        assert set(begun.values()) == {3} and len(begun) == 4 and len(set(lines)) == 12
+    asked: dict[str, Any] = {"shapes": 100, "each": 1, "own": 20, "hints": 120}
+    few, many = (
+        recipe.texts_of(load_prompt_set(), equalize.Settings(**asked, hold_endings=ends), "profession")
+        for ends in (1, 3)
+    )
+    assert few["words"] == many["words"] and len(many["hints"]) == pytest.approx(120, abs=6)
+    hint = re.compile(r"\b(his|her|him|he|she|himself|herself)\b")
+    for his, her in zip(many["hints"][::2], many["hints"][1::2], strict=True):
+        assert his != her and hint.sub("", his) == hint.sub("", her)
+
+
 def test_people_are_introduced_but_for_those_whose_introduction_judges() -> None:
     """Everybody once, with both titles and a surname; nobody who is introduced in the development or test part."""
     found = holding.introduced(["plumber", "potter", "nurse", "potter", "juggler", "baker"])

@@ -78,6 +78,21 @@ def test_endings_differ_in_the_connective_alone() -> None:
     assert all(" ," not in line and " ;" not in line for line in found)
 
 
+def test_as_many_lines_stand_behind_fewer_beginnings() -> None:
+    """One in three of those that end in a connective, each with three; lines in pairs stay in pairs."""
+    lines = [f"The {name} left because" for name in ("potter", "baker", "smith", "tailor", "usher", "cook")]
+    assert shapes.of_fewer_beginnings([*lines, "Ask him whether"], 1) == [*lines, "Ask him whether"]
+    found = shapes.of_fewer_beginnings([*lines, "Ask him whether"], 3)
+    assert found[-1] == "Ask him whether" and len(set(found)) == len(found) == 7
+    assert [line.startswith("The potter left") for line in found[:6]] == [True] * 3 + [False] * 3
+    assert all(line.startswith("The tailor left") for line in found[3:6])
+    pairs = [f"The {name} tied {word} hair when" for name in ("potter", "baker") for word in ("his", "her")]
+    both = shapes.of_fewer_beginnings(pairs, 2, 2)
+    assert both[:2] == pairs[:2] and both[2:] == [
+        line.replace(" when", both[2][len("The potter tied his hair") :]) for line in pairs[:2]
+    ]
+
+
 def test_shapes_are_of_so_many_words_at_most() -> None:
     """Those among all that are short enough, in the same order; where there are not as many, that is said."""
     short = [text for text in shapes.shapes("train", 1000) if len(text.split()) <= 7]

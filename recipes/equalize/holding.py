@@ -56,10 +56,17 @@ def settled(
     return found
 
 
-def apart(kinds: Mapping[str, str], settled: int, facts: int, seed: int) -> dict[str, list[str]]:
-    """So many ``facts`` of the lines, and so many of those ``settled`` otherwise; each kind alike, 0 for all."""
+def apart(kinds: Mapping[str, str], settled: int, facts: int, endings: int, seed: int) -> dict[str, list[str]]:
+    """So many ``facts`` of the lines, and so many of those ``settled`` otherwise; each kind alike, 0 for all.
+
+    Facts, and who is introduced, stand with so many ``endings`` behind one beginning.
+    """
     ours, others = ({line: kind for line, kind in kinds.items() if (kind in FACTS) == of} for of in (True, False))
-    return {"settled": alike(others, settled, seed), "facts": alike(ours, facts, seed)}
+    held = alike(others, settled, seed)
+    if endings > 1:
+        met = [line for line in held if kinds[line] == "introduced"]
+        held = [line for line in held if kinds[line] != "introduced"] + shapes.of_fewer_beginnings(met, endings)
+    return {"settled": held, "facts": shapes.of_fewer_beginnings(alike(ours, facts, seed), endings)}
 
 
 def alike(kinds: Mapping[str, str], limit: int, seed: int) -> list[str]:

@@ -94,7 +94,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Se
 
 def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, list[str]]:
     """The texts of each term; ``own`` are the prompt set's training prompts alone."""
-    seed, drawn = settings.split_seed, settings.seed
+    seed, drawn, size = settings.split_seed, settings.seed, len(prompts.words.words)
     people = shapes.people("train", settings.more_people)[: settings.people or None]
     where: Any = {"seed": seed, "split": split, "people": people, "count": settings.shapes, "longest": settings.longest}
     words = dataset.prompts_to_equalize(
@@ -103,8 +103,10 @@ def texts_of(prompts: PromptSet, settings: Settings, split: str) -> dict[str, li
     hints = dataset.hints(prompts, seed=seed, each=settings.hints_each, people=people)
     settled = holding.settled(prompts, each=settings.settled_each, nouns=settings.more_nouns, **where)
     held = {
-        "hints": dataset.some(hints, settings.hints, drawn, size=len(prompts.words.words)),
-        **holding.apart(settled, settings.settled, settings.facts, drawn),
+        "hints": shapes.of_fewer_beginnings(
+            dataset.some(hints, settings.hints, drawn, size), settings.hold_endings, size
+        ),
+        **holding.apart(settled, settings.settled, settings.facts, settings.hold_endings, drawn),
         "texts": dataset.texts(settings.hold_file),
     }
     for name, lines in held.items():

@@ -18,7 +18,8 @@ OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "score
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
     *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "endings", "alike", "hints", "split"),
-    *("hold_hints", "hints_each", "facts", "facts_emphasis", "facts_power", "people", "more_people", "test_texts"),
+    *("hold_hints", "hold_endings", "hints_each", "hints_power", "facts", "facts_emphasis", "facts_power"),
+    *("people", "more_people", "test_texts"),
 )
 
 
@@ -112,6 +113,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     """Also equalise some 360 further people (``surgery.data.shapes.people``)."""
     more_nouns: bool = False
     """Also hold about 640 further nouns with gender by definition (``surgery.data.facts_of_gender.more_nouns``)."""
+    hold_endings: int = Field(1, ge=1)
+    """With how many connectives hints, facts and who is introduced stand behind one beginning, their number as it is.
+    Things, plurals and names, which then are held less well, stand with one."""
     hold_hints: float = Field(2.0, ge=0)
     """Weights of what is held, of each example beside 1 of a prompt; 0 leaves a kind out."""
     hold_settled: float = Field(4.0, ge=0)
@@ -123,6 +127,8 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     facts_power: shared.Positive = 1.0
     """Facts are held with the words' ratio to this power: above 1 a little more settled than they were, since what is
     held reaches nouns that are not in part."""
+    hints_power: shared.Positive = 1.0
+    """The same of hints, once what they have in common is out of them."""
     hold_file: str = ""
     """Your own texts to hold, .txt (one a line) or .jsonl (key "text")."""
     hold_positions: Literal["all", "last"] = "all"

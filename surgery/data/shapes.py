@@ -122,26 +122,56 @@ def prompts(
     return list(found.values())
 
 
-def with_endings(lines: Sequence[str], count: int) -> list[str]:
+def with_endings(lines: Sequence[str], count: int, size: int = 1) -> list[str]:
     """Each line, and ``count`` - 1 others that differ from it by their training connective alone, which go round.
 
-    One that ends in no connective stands alone.
+    One that ends in no connective stands alone. ``size`` lines that follow one another have the same ones.
 
     >>> with_endings(["The potter sat down because", "Here is the potter."], 3)
     ['The potter sat down because', 'The potter sat down, and', 'The potter sat down, but', 'Here is the potter.']
     """
-    every = list(dict.fromkeys(re.sub(" (?=[,;])", "", f" {end}") for end in _grammar()["connectives"]["train"]))
     found: dict[str, None] = {}
     turn = 0
-    for line in lines:
-        found[line] = None
-        own = max((end for end in every if line.endswith(end)), key=len, default=None)
+    for group in _groups(lines, size):
+        found |= dict.fromkeys(group)
+        own = _connective(group)
         if own is None or count < 2:
             continue
-        others = [end for end in every if end != own]
-        found |= {line.removesuffix(own) + others[(turn + step) % len(others)]: None for step in range(count - 1)}
+        others = [end for end in _connectives() if end != own]
+        for step in range(count - 1):
+            other = others[(turn + step) % len(others)]
+            found |= dict.fromkeys(line.removesuffix(own) + other for line in group)
         turn += count - 1
     return list(found)
+
+
+def of_fewer_beginnings(lines: Sequence[str], count: int, size: int = 1) -> list[str]:
+    """About as many lines, those that end in a connective with a ``count``-th of their beginnings, each with so many.
+
+    >>> of_fewer_beginnings(["A potter sat down because", "A potter ran because", "Here is the potter."], 2)
+    ['A potter sat down because', 'A potter sat down, and', 'Here is the potter.']
+    """
+    groups = _groups(lines, size)
+    ended = [number for number, group in enumerate(groups) if _connective(group)]
+    left = set(ended) - set(ended[::count])
+    return with_endings(
+        [line for number, group in enumerate(groups) if number not in left for line in group], count, size
+    )
+
+
+def _groups(lines: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [lines[at : at + size] for at in range(0, len(lines), size)]
+
+
+def _connective(group: Sequence[str]) -> str | None:
+    """The training connective in which all of these lines end, or None."""
+    return max((end for end in _connectives() if all(line.endswith(end) for line in group)), key=len, default=None)
+
+
+@cache
+def _connectives() -> list[str]:
+    """Those of the training part, with the space or the comma before them."""
+    return list(dict.fromkeys(re.sub(" (?=[,;])", "", f" {end}") for end in _grammar()["connectives"]["train"]))
 
 
 @cache

@@ -19,7 +19,7 @@ from surgery.edits.equalize.terms import Ids, Target, Term
 from surgery.forward.batching import Batch, pad
 from surgery.forward.last_position import head_of
 from surgery.forward.residual_cache import ResidualCache, shortcut
-from surgery.forward.trees import Pack, as_batch, trees_for, why_no_trees
+from surgery.forward.trees import Pack, as_batch, most_in_one, one_tree, trees_for, why_no_trees
 
 LONGER = 4.0
 """The longest sentence of a pass is at most so many times as long as its shortest."""
@@ -107,7 +107,7 @@ def logits_of(
     """The logits at the places of the sequences, in their order, by calling ``module`` (the model, or a wrapper)."""
     rows = [given.first[term] + row for term, row in sequences]
     places = [given.terms[term].places[row] for term, row in sequences]
-    packed = trees_for(model, [given.ids[row] for row in rows]) if given.trees else None
+    packed = _packed(model, [given.ids[row] for row in rows]) if given.trees else None
     if packed:
         return _in_trees(model, module, given, rows, places, packed)
     batch: Batch = given.prefix.batch(rows) if given.prefix else pad(given.ids, rows, model.device)
@@ -129,6 +129,12 @@ def logits_of(
             return run(batch)[0]
         finally:
             handle.remove()
+
+
+def _packed(model: PreTrainedModel, ids: Ids) -> list[list[Pack]] | None:
+    """A small step as one tree, of whose last block only what is read runs; otherwise in batches of packs, or None."""
+    tree = one_tree(ids, most_in_one(model, max(map(len, ids))))
+    return [tree] if tree else trees_for(model, ids)
 
 
 def _in_trees(

@@ -43,17 +43,17 @@ def raised(logp: Float[Tensor, "places vocab"], words: Sequence[int], power: flo
 
 
 def even_out(
-    logp: Float[Tensor, "prompts hints words"], shares: Sequence[float] | None = None
+    logp: Float[Tensor, "prompts hints words"], shares: Sequence[float] | None = None, power: float = 1.0
 ) -> Float[Tensor, "prompts hints words"]:
     """log q of the words after each hint of a prompt: the hint decides alone, the words' mass stays.
 
-    log q(w | h) = log m_h + log softmax_w (log s_w + l_hw - mean over h' of l_h'w), with l = log p among the words and
-    m their mass: what all hints of a prompt have in common is the preference that its person has. Of two words, log
-    odds of a and b after the two hints become (a - b) / 2 and (b - a) / 2 at equal shares.
+    log q(w | h) = log m_h + log softmax_w (log s_w + a (l_hw - mean over h' of l_h'w)), with l = log p among the words,
+    m their mass and a = ``power``: what all hints of a prompt have in common is the preference that its person has. Of
+    two words, log odds of a and b after the two hints become (a - b) / 2 and (b - a) / 2 at equal shares and power 1.
     """
     chosen = check_shares(range(logp.shape[-1]), shares)
     among_words = logp.log_softmax(-1)
-    odds = among_words - among_words.mean(1, keepdim=True) + logp.new_tensor(chosen).log()
+    odds = power * (among_words - among_words.mean(1, keepdim=True)) + logp.new_tensor(chosen).log()
     return logp.logsumexp(-1, keepdim=True) + odds.log_softmax(-1)
 
 

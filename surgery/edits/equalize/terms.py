@@ -127,28 +127,31 @@ def hints_term(
     shares: Sequence[float] | None = None,
     weight: float = 1.0,
     emphasis: float = 0.0,
+    power: float = 1.0,
     top: int = TOP,
 ) -> Term:
     """KL(target || model) after prompts whose hint settles the word, each prompt with every hint, one after the other.
 
-    The target is ``even_out``: the preference goes that all hints of a prompt have in common. ``emphasis`` is as in
-    ``words_term``. Raises ``SurgeryError`` for a number of prompts that is no multiple of the number of words.
+    The target is ``even_out``: the preference goes that all hints of a prompt have in common, and of what is left the
+    words' ratios are held to ``power``. ``emphasis`` is as in ``words_term``.
+
+    Raises ``SurgeryError`` for a number of prompts that is no multiple of the number of words.
     """
     if len(ids) % len(words):
         raise SurgeryError(
             f"term {name!r}: got {len(ids)} prompts for {len(words)} hints; expected each prompt with every hint"
         )
     held = hold_term(name, ids, weight=weight, words=words, emphasis=emphasis, top=top)
-    return replace(held, together=partial(_even, words=words, shares=shares))
+    return replace(held, together=partial(_even, words=words, shares=shares, power=power))
 
 
 def _even(
-    targets: Sequence[Target], *, words: Sequence[int], shares: Sequence[float] | None = None
+    targets: Sequence[Target], *, words: Sequence[int], shares: Sequence[float] | None, power: float
 ) -> Sequence[Target]:
     """The targets of prompts, with ``even_out`` at the words."""
     tokens, logs = (torch.cat([target[part] for target in targets]) for part in (0, 1))
     at = (tokens[:, None] == torch.tensor(words, device=tokens.device)[:, None]).int().argmax(-1)  # prompts words
-    evened = even_out(logs.gather(1, at).unflatten(0, (-1, len(words))), shares).flatten(0, 1)
+    evened = even_out(logs.gather(1, at).unflatten(0, (-1, len(words))), shares, power).flatten(0, 1)
     logs = logs.scatter(1, at, evened)
     ratios = evened.log_softmax(-1)
     return [
