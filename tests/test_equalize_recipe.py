@@ -376,10 +376,10 @@ def test_people_stand_in_the_plural_and_every_kind_is_drawn_alike() -> None:
 def test_facts_are_a_term_of_their_own() -> None:
     """So many of each kind, none among the settled; 0 takes all."""
     kinds = {f"{kind} {place}": kind for kind in ("nouns", "relations", "things", "names") for place in range(20)}
-    held = holding.apart(kinds, 6, 10, 0)
+    held = holding.apart(kinds, 6, 10, 1, 0)
     assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
     assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
-    assert {name: len(lines) for name, lines in holding.apart(kinds, 0, 0, 0).items()} == {"settled": 40, "facts": 40}
+    assert {name: len(lines) for name, lines in holding.apart(kinds, 0, 0, 1, 0).items()} == {"settled": 40, "facts": 40}
     whole = holding.settled(
         load_prompt_set(), people=shapes.people("train"), seed=0, split="profession", count=100, each=2
     )
