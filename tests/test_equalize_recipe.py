@@ -379,7 +379,8 @@ def test_facts_are_a_term_of_their_own() -> None:
     held = holding.apart(kinds, 6, 10, 1, 0)
     assert Counter(kinds[line] for line in held["facts"]) == {"nouns": 5, "relations": 5}
     assert Counter(kinds[line] for line in held["settled"]) == {"things": 3, "names": 3}
-    assert {name: len(lines) for name, lines in holding.apart(kinds, 0, 0, 1, 0).items()} == {"settled": 40, "facts": 40}
+    every = holding.apart(kinds, 0, 0, 1, 0)
+    assert {name: len(lines) for name, lines in every.items()} == {"settled": 40, "facts": 40}
     whole = holding.settled(
         load_prompt_set(), people=shapes.people("train"), seed=0, split="profession", count=100, each=2
     )
