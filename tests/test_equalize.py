@@ -175,6 +175,23 @@ def test_the_losses_are_those_of_the_plain_forward_pass(model: Any, start: int, 
         assert value == pytest.approx(float(expected), abs=2e-5)
 
 
+def test_what_texts_of_different_terms_begin_alike_runs_once(model: Any) -> None:
+    """Four tokens that stand before both, read at the last token; a text read at every token stands apart."""
+    stem, seen = [1, 5, 9, 13], []
+    terms = [words_term([[*stem, 20]], WORDS, top=96), hold_term("held", [[*stem, 30], [*stem, 40]], top=96)]
+    whole = hold_term("whole", [[*stem, 50]], positions="all", top=96)
+    prepare(model, terms)  # what is found out once a model
+    with model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel())):
+        found = prepare(model, [*terms, whole]).targets
+    assert sorted(seen) == [len(stem) + 1, len(stem) + 3]
+    for term in (*terms, whole):
+        alone = prepare(model, [term]).targets
+        mine, found = found[: len(alone)], found[len(alone) :]
+        for one, other in zip(mine, alone, strict=True):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b)
+
+
 def test_what_is_held_alone_has_its_optimum_at_the_untouched_model(model: Any) -> None:
     """Hold without anything to move: loss and gradient are 0, so no weight, however large, moves the model."""
     model = model.double()

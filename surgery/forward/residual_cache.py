@@ -176,6 +176,7 @@ def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
     """How deep to cut (``cut_to_last``; 0: not at all), and why nothing may be cut."""
     ids = short_rows(model)
     tree = one_tree(ids, most_in_one(model, max(map(len, ids))))
+    plain: list[Tensor] = []
 
     def compared(depth: int) -> str | None:
         try:
@@ -187,7 +188,8 @@ def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
                     checked.append(([list(batch.rows)], [_logs(run(batch))]))
         except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
             return f"{type(error).__name__}: {error}"[:200]
-        return next((reason for each in checked if (reason := _departs(model, ids, *each))), None)
+        plain.extend(_plain(model, ids) if not plain else ())
+        return next((reason for each in checked if (reason := _departs(model, ids, *each, plain))), None)
 
     def find() -> tuple[int, str | None]:
         reason = None
@@ -247,34 +249,44 @@ def why_not(model: PreTrainedModel, prefix: ResidualCache, *, rows: int = 4, exa
     groups = batches_for(model, ids)
     with matrix_products("highest"):  # whether it is the same computation, whatever a caller lets products round to
         try:
-            kept = prefix if exact else _entering(model, ids, prefix.block)
+            plain, flat = _with_stream(model, ids, prefix.block)
+            kept = prefix if exact else ResidualCache(prefix.block, tuple(ids), flat)
             with shortcut(model, start=prefix.block) as run:
                 fast = [_logs(run(kept.batch(group))) for group in groups]
         except Exception as error:  # an unknown architecture may break anywhere; the reason goes into the log
             return f"this architecture does not run from block {prefix.block} ({type(error).__name__}: {error})"[:200]
-        reason = _departs(model, ids, groups, fast)
+        reason = _departs(model, ids, groups, fast, plain)
     return None if reason is None else f"log-probabilities differ from the plain forward pass: {reason}"
 
 
 def _departs(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], logs: Sequence[Tensor]
+    model: PreTrainedModel,
+    ids: Ids,
+    groups: Sequence[Sequence[int]],
+    logs: Sequence[Tensor],
+    plain: Sequence[Tensor],
 ) -> str | None:
-    """By how much the quick passes' ``logs`` of ``groups`` of prompts err more than each prompt's own plain pass."""
-
-    def plain() -> Iterator[Tensor]:
-        for row in ids:
-            own = torch.tensor([row], device=model.device)
-            yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
-
+    """By how much the quick passes' ``logs`` of ``groups`` of prompts err more than the ``plain`` pass of each."""
     quick = dict(zip([row for group in groups for row in group], torch.cat(list(logs)), strict=True))
-    return errs_more([quick[row][None] for row in range(len(ids))], list(plain()), plain, model.dtype)
+    return errs_more([quick[row][None] for row in range(len(ids))], plain, lambda: _plain(model, ids), model.dtype)
 
 
-def _entering(model: PreTrainedModel, ids: Sequence[tuple[int, ...]], block: int) -> ResidualCache:
-    """The stream that enters ``block``, of each prompt alone."""
-    site, pieces = f"blocks.{block}.hook_resid_pre", []
+def _plain(model: PreTrainedModel, ids: Ids) -> Iterator[Tensor]:
+    """The log-probabilities after each prompt, run alone."""
+    for row in ids:
+        own = torch.tensor([row], device=model.device)
+        yield _logs(model(input_ids=own, use_cache=False).logits[:, -1])
+
+
+def _with_stream(
+    model: PreTrainedModel, ids: Ids, block: int
+) -> tuple[list[Tensor], Float[Tensor, "tokens+1 d_model"]]:
+    """``_plain``, and the stream that enters ``block`` in the same passes, as a ``ResidualCache`` holds it."""
+    site = f"blocks.{block}.hook_resid_pre"
+    plain: list[Tensor] = []
+    pieces: list[Tensor] = []
     for row in ids:
         with capture(model, [site]) as seen:
-            model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
+            plain += _plain(model, [row])
         pieces.append(seen[site][0])
-    return ResidualCache(block, tuple(ids), torch.cat([*pieces, torch.zeros_like(pieces[0][:1])]))
+    return plain, torch.cat([*pieces, torch.zeros_like(pieces[0][:1])])

@@ -1,11 +1,13 @@
 """Training on several terms at once, at a chosen place, against targets that the untouched model gave once."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,25 +53,20 @@ def prepare_each(
     kept = Kept(ids, entered, model.device)
     with evaluating(model), ExitStack() as stack:
         wanted = [number for number in range(len(terms)) if number not in bare or entered]
-        batches = mine([(number, some) for number in wanted for some in _together(model, terms[number])])
+        batches = mine(list(_batches(model, terms, first, wanted)))
         if batches:  # what is looked at must come by
             kept.attach(model, stack)
-        for number, some in batches:
-            term = terms[number]
-            if isinstance(some, Trees):
-                kept.expect(some, first[number])
+        for batch in batches:
+            rows = list(batch.rows) if isinstance(batch, Trees) else batch
+            kept.expect(batch if isinstance(batch, Trees) else pad(ids, rows, model.device))
+            if isinstance(batch, Trees):
                 with shortcut(model) as run:
-                    found = term.target(run(some))
-                chosen = list(some.rows)
+                    logits = run(batch)
             else:
-                chosen = some
-                kept.expect(pad(term.ids, chosen, model.device), first[number])
-                found = term.target(logits_of(model, model, plain, [(number, row) for row in chosen]))
-            pieces = [piece.split([len(term.places[row]) for row in chosen]) for piece in found]
-            for place, row in enumerate(kept.rows):
-                targets[row] = tuple(piece[place].clone() for piece in pieces)
+                logits = logits_of(model, model, plain, [_owner(first, row) for row in rows])
+            targets |= _targets(terms, first, rows, logits)
             if step:
-                step(len(chosen))
+                step(len(rows))
         trees = takes_trees(model, ids)
     accelerated = model.device.type != "cpu"
     of_all = _of_all(targets, len(ids), model.device)
@@ -78,13 +75,46 @@ def prepare_each(
     return {start: _entering(model, whole, streams[start]) if start else whole for start in starts}
 
 
-def _together(model: PreTrainedModel, term: Term) -> Iterator[list[int] | Trees]:
-    """The sequences of a term in batches; those read at their last token with what they begin alike run once."""
-    packed = trees_for(model, term.ids) if term.only_last else None
-    if packed:
-        yield from (as_batch(model, some) for some in packed)
-    else:
-        yield from batches_for(model, term.ids, tokens=min(2048, logit_budget(model)))
+def _batches(
+    model: PreTrainedModel, terms: Sequence[Term], first: Sequence[int], wanted: Sequence[int]
+) -> Iterator[list[int] | Trees]:
+    """The sequences of the ``wanted`` terms, counted through all terms, in batches.
+
+    Of those read at their last token what they begin alike runs once, whichever term they are of; the others stand
+    with those of their own term.
+    """
+    alike = [number for number in wanted if terms[number].only_last]
+    rows = [first[number] + row for number in alike for row in range(len(terms[number].ids))]
+    packed = trees_for(model, [row for number in alike for row in terms[number].ids]) if alike else None
+    for some in packed or ():
+        batch = as_batch(model, some)
+        yield replace(batch, rows=tuple(rows[row] for row in batch.rows))
+    for number in wanted:
+        if packed is None or number not in alike:
+            for each in batches_for(model, terms[number].ids, tokens=min(2048, logit_budget(model))):
+                yield [first[number] + row for row in each]
+
+
+def _owner(first: Sequence[int], row: int) -> tuple[int, int]:
+    """The term of a sequence that is counted through all terms, and its number there."""
+    number = bisect_right(first, row) - 1
+    return number, row - first[number]
+
+
+def _targets(
+    terms: Sequence[Term], first: Sequence[int], rows: Sequence[int], logits: Float[Tensor, "places vocab"]
+) -> dict[int, Target]:
+    """What its term keeps of each of the sequences ``rows``, whose logits stand one after the other."""
+    owners = [_owner(first, row) for row in rows]
+    widths = [len(terms[number].places[row]) for number, row in owners]
+    pieces = logits.split(widths)
+    found: dict[int, Target] = {}
+    for number in dict.fromkeys(number for number, _ in owners):
+        own = [place for place, (each, _) in enumerate(owners) if each == number]
+        some = logits if len(own) == len(rows) else torch.cat([pieces[place] for place in own])
+        kept = [piece.split([widths[place] for place in own]) for piece in terms[number].target(some)]
+        found |= {rows[place]: tuple(piece[at].clone() for piece in kept) for at, place in enumerate(own)}
+    return found
 
 
 def _of_all(targets: dict[int, Target], count: int, device: torch.device) -> tuple[Target, ...]:
