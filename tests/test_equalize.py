@@ -192,6 +192,18 @@ def test_what_texts_of_different_terms_begin_alike_runs_once(model: Any) -> None
                 torch.testing.assert_close(a, b)
 
 
+def test_a_term_too_long_for_trees_leaves_those_of_the_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts run in rows of their own, and what the others begin alike still runs once."""
+    stem, seen = [1, 5, 9, 13], []
+    terms = [words_term([[*stem, 20], [*stem, 30]], WORDS), hold_term("long", [[2] * 40], positions="last")]
+    prepare(model, terms)  # what is found out once a model
+    for place in ("surgery.edits.equalize.training", "surgery.forward.trees"):
+        monkeypatch.setattr(f"{place}.why_no_trees", lambda _, longest: "too long" if longest > 32 else None)
+    with model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel())):
+        prepare(model, terms)
+    assert sorted(seen) == [len(stem) + 2, 40]
+
+
 def test_what_is_held_alone_has_its_optimum_at_the_untouched_model(model: Any) -> None:
     """Hold without anything to move: loss and gradient are 0, so no weight, however large, moves the model."""
     model = model.double()

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -176,7 +176,7 @@ def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
     """How deep to cut (``cut_to_last``; 0: not at all), and why nothing may be cut."""
     ids = short_rows(model)
     tree = one_tree(ids, most_in_one(model, max(map(len, ids))))
-    plain: list[Tensor] = []
+    plain = cache(lambda: list(_plain(model, ids)))  # only where a quick pass has run, and once for all of them
 
     def compared(depth: int) -> str | None:
         try:
@@ -188,8 +188,7 @@ def _cutting(model: PreTrainedModel) -> tuple[int, str | None]:
                     checked.append(([list(batch.rows)], [_logs(run(batch))]))
         except Exception as error:  # an unknown architecture may break anywhere; the plain pass is taken
             return f"{type(error).__name__}: {error}"[:200]
-        plain.extend(_plain(model, ids) if not plain else ())
-        return next((reason for each in checked if (reason := _departs(model, ids, *each, plain))), None)
+        return next((reason for each in checked if (reason := _departs(model, ids, *each, plain()))), None)
 
     def find() -> tuple[int, str | None]:
         reason = None

@@ -21,7 +21,7 @@ from surgery.forward.batching import batches_for, logit_budget, pad
 from surgery.forward.evaluation import evaluating
 from surgery.forward.next_token import Kept
 from surgery.forward.residual_cache import ResidualCache, shortcut, why_not
-from surgery.forward.trees import Trees, as_batch, in_common, trees_for
+from surgery.forward.trees import Trees, as_batch, in_common, trees_for, why_no_trees
 from surgery.processes import mine
 from surgery.progress import Advance
 from surgery.training import Log, Plan
@@ -57,12 +57,14 @@ def prepare_each(
         if batches:  # what is looked at must come by
             kept.attach(model, stack)
         for batch in batches:
-            rows = list(batch.rows) if isinstance(batch, Trees) else batch
-            kept.expect(batch if isinstance(batch, Trees) else pad(ids, rows, model.device))
             if isinstance(batch, Trees):
+                rows = list(batch.rows)
+                kept.expect(batch)
                 with shortcut(model) as run:
                     logits = run(batch)
             else:
+                rows = batch
+                kept.expect(pad(ids, rows, model.device))
                 logits = logits_of(model, model, plain, [_owner(first, row) for row in rows])
             targets |= _targets(terms, first, rows, logits)
             if step:
@@ -80,12 +82,16 @@ def _batches(
 ) -> Iterator[list[int] | Trees]:
     """The sequences of the ``wanted`` terms, counted through all terms, in batches.
 
-    Of those read at their last token what they begin alike runs once, whichever term they are of; the others stand
-    with those of their own term.
+    Of those read at their last token what they begin alike runs once, whichever term they are of; the others, and those
+    of a term too long for the trees of this model, stand with those of their own term.
     """
-    alike = [number for number in wanted if terms[number].only_last]
+
+    def fits(term: Term) -> bool:
+        return term.only_last and why_no_trees(model, max(map(len, term.ids))) is None
+
+    alike = [number for number in wanted if fits(terms[number])]
     rows = [first[number] + row for number in alike for row in range(len(terms[number].ids))]
-    packed = trees_for(model, [row for number in alike for row in terms[number].ids]) if alike else None
+    packed = trees_for(model, [row for number in alike for row in terms[number].ids])
     for some in packed or ():
         batch = as_batch(model, some)
         yield replace(batch, rows=tuple(rows[row] for row in batch.rows))
