@@ -47,6 +47,13 @@ def test_the_words_share_their_mass_and_every_other_token_stays() -> None:
     assert torch.allclose(share_out(logp, [0, 1, 2]).exp(), torch.tensor([[0.2, 0.2, 0.2, 0.4]]))
 
 
+def test_the_odds_of_the_mass_are_raised_and_the_rest_keeps_its_ratios() -> None:
+    """p = (.1, .3, .2, .4), words 1 and 3: their odds of 7 to 3 become 49 to 9, and .1 and .2 stay as 1 to 2."""
+    logp = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log()
+    assert torch.allclose(share_out(logp, [1, 3], power=2.0).exp(), torch.tensor([[3.0, 24.5, 6.0, 24.5]]) / 58)
+    assert torch.equal(share_out(logp, [1, 3], power=1.0), share_out(logp, [1, 3]))
+
+
 def test_a_raised_ratio_keeps_the_mass_and_every_other_token() -> None:
     """p = (.1, .3, .2, .4), words 1 and 0: 3 to 1 becomes 9 to 1, of .4."""
     logp = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log()
@@ -122,14 +129,25 @@ def test_emphasis_adds_the_gap_among_the_words(model: Any) -> None:
     assert float(losses_of(model, model, held, [(0, 0), (0, 1)]).abs().max()) < 1e-6
 
 
-@given(st.lists(st.floats(-8, 8), min_size=6, max_size=6), st.lists(st.floats(0.1, 5), min_size=2, max_size=4))
-def test_the_target_keeps_the_mass_and_the_kept_part_bounds_the_whole(logits: list[float], parts: list[float]) -> None:
+@given(
+    st.lists(st.floats(-8, 8), min_size=6, max_size=6),
+    st.lists(st.floats(0.1, 5), min_size=2, max_size=4),
+    st.floats(0.3, 3),
+)
+def test_the_target_keeps_the_mass_and_the_kept_part_bounds_the_whole(
+    logits: list[float], parts: list[float], power: float
+) -> None:
     logp = torch.tensor([logits], dtype=torch.float64).log_softmax(-1)
     words = list(range(len(parts)))
     shares = [part / sum(parts) for part in parts]
     q = share_out(logp, words, shares).exp()
     assert float(q.sum()) == pytest.approx(1.0)
     assert float(q[0, words].sum()) == pytest.approx(float(logp.exp()[0, words].sum()))
+    moved, rest = share_out(logp, words, shares, power), list(range(len(parts), 6))
+    was, odds = (each[0, words].logsumexp(-1) - each[0, rest].logsumexp(-1) for each in (logp, moved))
+    torch.testing.assert_close(odds, power * was)
+    torch.testing.assert_close(moved[0, rest].log_softmax(-1), logp[0, rest].log_softmax(-1))
+    assert float(moved.logsumexp(-1)) == pytest.approx(0.0, abs=1e-9)
     whole = float(divergence(keep(q.log(), words, 6), logp))
     some = float(divergence(keep(q.log(), words, 4), logp))
     assert -1e-9 <= some <= whole + 1e-9

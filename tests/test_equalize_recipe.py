@@ -437,6 +437,12 @@ def test_each_term_has_its_weight_and_counts_the_words_ratio_by_its_own() -> Non
     for term, power in zip(raised[2:4], (1.0, 2.0), strict=True):  # settled, facts
         ratio = torch.diff(term.target(logits)[2]) / torch.diff(logits[:, 5:7])
         torch.testing.assert_close(ratio, torch.full((2, 1), power))
+    odds = []
+    for power in (1.0, 2.0):
+        words = work.word_terms(equalize.Settings(mass_power=power), ids, (5, 6), (0.5, 0.5))[0]
+        tokens, logs = words.target(logits)[:2]
+        odds.append((logs[:, :-1].exp() * torch.isin(tokens, torch.tensor([5, 6]))).sum(-1).logit())
+    torch.testing.assert_close(odds[1], 2 * odds[0])
     without = equalize.Settings(hold_hints=0.0, hold_settled=0.0, hold_texts=0.0)
     assert [term.name for term in work.word_terms(without, ids, (5, 6), (0.5, 0.5))] == ["words"]
 

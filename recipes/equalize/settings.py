@@ -17,9 +17,9 @@ CONTROLS = ("lftf", "random", "no_hold")
 OF_PAIRS = ("data", "dose", "doses", "margin_gone", "ss_within", "folds", "scorers", "repeat", "hold_unrelated")
 """Keys that only pairs of sentences read, and those that only words do."""
 OF_WORDS = (
-    *("words", "shares", "prompt_set", "emphasis", "each", "own", "own_each", "endings", "alike", "hints", "split"),
-    *("hold_hints", "hold_endings", "hints_each", "hints_power", "facts", "facts_emphasis", "facts_power"),
-    *("people", "more_people", "test_texts"),
+    *("words", "shares", "prompt_set", "emphasis", "mass_power", "each", "own", "own_each", "endings", "alike"),
+    *("hints", "hold_hints", "hold_endings", "hints_each", "hints_power", "facts", "facts_emphasis", "facts_power"),
+    *("split", "people", "more_people", "test_texts"),
 )
 
 
@@ -87,6 +87,9 @@ class Settings(shared.SharedTraining, shared.DataFolder, shared.PromptSet, share
     warmup: shared.Share = 0.05
     emphasis: float = Field(3.0, ge=0)
     """Weight of the gap among the words alone, which counts every prompt alike, beside the whole target's KL."""
+    mass_power: shared.Positive = 1.0
+    """What is equalised has the odds of the words' mass to this power: above 1 rare words become a little rarer, since
+    prompts that training does not see take on something of the mass of those that it sees."""
     shapes: int = Field(2000, ge=1)
     """How many sentence shapes are drawn from the grammar; for he, she and they, about people, only."""
     longest: int = Field(0, ge=0)

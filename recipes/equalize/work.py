@@ -63,10 +63,11 @@ def word_terms(
 ) -> list[Term]:
     """The terms of the words form: prompts whose words are equalised, and what is held; each where it has texts."""
     ratio, kept = settings.hold_emphasis, {"words": words, "top": settings.kept_tokens}
+    even: Any = {"shares": shares, "emphasis": settings.emphasis, "power": settings.mass_power}
     hints: Any = {"shares": shares, "emphasis": ratio, "power": settings.hints_power}
     facts: Any = {"emphasis": ratio + settings.facts_emphasis, "power": settings.facts_power}
     kinds: dict[str, tuple[float, Callable[..., Term]]] = {  # weight, how the term is made
-        "words": (1.0, partial(words_term, shares=shares, emphasis=settings.emphasis)),
+        "words": (1.0, partial(words_term, **even)),
         "hints": (settings.hold_hints, partial(hints_term, "hints", **hints)),
         "settled": (settings.hold_settled, partial(hold_term, "settled", emphasis=ratio)),
         "facts": (settings.hold_settled, partial(hold_term, "facts", **facts)),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.data.shares import check_shares
 
@@ -24,12 +24,25 @@ Kept = tuple[Int[Tensor, "places k"], Float[Tensor, "places k+1"]]
 
 
 def share_out(
-    logp: Float[Tensor, "places vocab"], words: Sequence[int], shares: Sequence[float] | None = None
+    logp: Float[Tensor, "places vocab"],
+    words: Sequence[int],
+    shares: Sequence[float] | None = None,
+    power: float = 1.0,
 ) -> Float[Tensor, "places vocab"]:
-    """log q of the words' target: log s_i + log sum_j p(w_j) at the words, log p elsewhere. It sums to 1 as p does."""
+    """log q of the words' target: log s_i + log m at the words, log p elsewhere. It sums to 1 as p does.
+
+    m = sum_j p(w_j). With another ``power`` a, m / (1 - m) becomes its a-th power and every other token keeps its share
+    of the rest: above 1 rare words become a little rarer and common ones commoner, an offset against what prompts
+    learn from one another.
+    """
     chosen = check_shares(words, shares)
     mass = logp[:, list(words)].logsumexp(-1, keepdim=True)
     target = logp.clone()
+    if power != 1:
+        rest = _log_rest(logp[:, list(words)])
+        odds = power * (mass - rest)
+        mass = nn.functional.logsigmoid(odds)
+        target += nn.functional.logsigmoid(-odds) - rest
     target[:, list(words)] = mass + logp.new_tensor(chosen).log()
     return target
 

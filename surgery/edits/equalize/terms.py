@@ -72,18 +72,19 @@ def words_term(
     shares: Sequence[float] | None = None,
     weight: float = 1.0,
     emphasis: float = 0.0,
+    power: float = 1.0,
     name: str = "words",
     top: int = TOP,
 ) -> Term:
     """KL(target || model) after the last token, the mass of ``words`` shared out by ``shares`` (default: equally).
 
     That KL counts a gap by the mass of the words. ``emphasis`` times the KL among the words alone comes on top, which
-    counts the gap of every prompt alike; it has the same optimum.
+    counts the gap of every prompt alike; it has the same optimum. ``power`` is that of the mass's odds (``share_out``).
     """
     chosen = check_shares(words, shares)
 
     def aim(logp: Float[Tensor, "places vocab"]) -> Float[Tensor, "places vocab"]:
-        return share_out(logp, words, chosen)
+        return share_out(logp, words, chosen, power)
 
     return _term(name, weight, ids, "last", aim, words, emphasis, top)
 
