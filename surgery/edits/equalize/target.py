@@ -1,9 +1,10 @@
 """Targets and losses of equalising: what the next token's distribution should be, and how far the model is from it.
 
 Words: q(w_i) = s_i * sum_j p(w_j) for the compared words, q(v) = p(v) for every other token, with p the untouched
-model's own distribution: the words' mass is shared out anew and nothing else moves. Hold: q = p. Both are learnt by
-KL(q || model), whose only optimum is the target. A target is kept as its k likeliest tokens and one entry for all the
-rest; the KL of that is at most the whole one, and the figure beside ``TOP`` says by how little.
+model's own distribution: the words' mass is shared out anew and nothing else moves, unless a power moves that mass.
+Hold: q = p. Both are learnt by KL(q || model), whose only optimum is the target. A target is kept as its k likeliest
+tokens and one entry for all the rest; the KL of that is at most the whole one, and the figure beside ``TOP`` says by
+how little.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,11 @@ def share_out(
     learn from one another.
     """
     chosen = check_shares(words, shares)
-    mass = logp[:, list(words)].logsumexp(-1, keepdim=True)
+    mine = logp[:, list(words)]
+    mass = mine.logsumexp(-1, keepdim=True)
     target = logp.clone()
     if power != 1:
-        rest = _log_rest(logp[:, list(words)])
+        rest = _log_rest(mine)
         odds = power * (mass - rest)
         mass = nn.functional.logsigmoid(odds)
         target += nn.functional.logsigmoid(-odds) - rest
